@@ -1,0 +1,6 @@
+"""Tensor functions of qvl_edge: int4 GEMM and rotary attention. They know no model, no file and no config."""
+
+from kernels.dispatch import int4_gemm, rotary_attention
+from kernels.int4_layout import Int4Weight, dequantize_gptq, pack_levels, unpack_levels
+
+__all__ = ["Int4Weight", "dequantize_gptq", "int4_gemm", "pack_levels", "rotary_attention", "unpack_levels"]

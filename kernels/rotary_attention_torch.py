@@ -1,0 +1,43 @@
+"""rotary_attention's definition: rotate q and k, append k and v to the cache, causal softmax over the cache."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of x (B, T, H, D) by cos and sin (B, T, D) float32, in float32: x cos + [-x2, x1] sin.
+
+    The two halves of a head are the pair (GPT-NeoX order; Qwen's _rotate_half).
+    """
+    x1, x2 = x.float().chunk(2, dim=-1)
+    rotated = torch.cat((-x2, x1), dim=-1)
+    return (x.float() * cos.unsqueeze(2) + rotated * sin.unsqueeze(2)).to(x.dtype)
+
+
+def rotary_attention_torch(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    *,
+    q_scale: Tensor | None = None,
+) -> Tensor:
+    """See kernels.rotary_attention; writes into k_cache and v_cache."""
+    batch, length, _, _ = q.shape
+    q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+    if q_scale is not None:
+        q = (q.float() * q_scale[:, :, None, None]).to(q.dtype)
+    positions = start[:, None] + torch.arange(length, device=q.device)  # (B, T)
+    rows = torch.arange(batch, device=q.device)[:, None]
+    k_cache[rows, :, positions] = k.to(k_cache.dtype)
+    v_cache[rows, :, positions] = v.to(v_cache.dtype)
+    end = int(positions.max()) + 1
+    visible = torch.arange(end, device=q.device) <= positions[:, :, None]  # (B, T, end)
+    keys, values = k_cache[:, :, :end].to(q.dtype), v_cache[:, :, :end].to(q.dtype)
+    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible.unsqueeze(1))
+    return out.transpose(1, 2)

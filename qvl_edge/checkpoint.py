@@ -1,0 +1,189 @@
+"""A published checkpoint on disk: its settings, and its tensors by name, memory-mapped, one at a time."""
+
+import hashlib
+import json
+import pickle
+import struct
+import zipfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qvl_edge.config import Config, read_json
+from qvl_edge.errors import CheckpointError
+
+VISUAL = "transformer.visual."  # prefix of the vision tower's tensors
+SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+_SAMPLE_BYTES = 4096  # read from both ends of every tensor for the fingerprint
+
+
+class Checkpoint:
+    """A folder in the published layout: config.json, qwen.tiktoken, shards (.safetensors, or .bin with weights_only).
+
+    Opening reads headers only; CheckpointError names a missing, truncated or foreign file, ConfigError a bad setting.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        if not self.path.is_dir():
+            raise CheckpointError(
+                f"{self.path} is not a folder; give the folder that holds config.json and the weights"
+            )
+        self.config = Config.from_folder(self.path)
+        generation = self.path / "generation_config.json"
+        self.generation: dict[str, Any] = read_json(generation) if generation.exists() else {}
+        self._shard_of: dict[str, _Shard] = {}
+        for shard in self._open_shards():
+            for name in shard.names():
+                if name in self._shard_of:
+                    raise CheckpointError(f"{name} is in {self._shard_of[name].path.name} and in {shard.path.name}")
+                self._shard_of[name] = shard
+        self._check_index()
+
+    def _index_file(self) -> Path | None:
+        return next((self.path / n for n in (SAFETENSORS_INDEX, BIN_INDEX) if (self.path / n).exists()), None)
+
+    def _check_index(self) -> None:
+        index = self._index_file()
+        if index is None:
+            return
+        missing = sorted(set(read_json(index)["weight_map"]) - set(self._shard_of))
+        if missing:
+            raise CheckpointError(
+                f"{index.name} lists {missing[0]} and {len(missing) - 1} more that no shard holds; the shards of "
+                f"{self.path} are not those of the index, copy them again"
+            )
+
+    def _open_shards(self) -> Iterator["_Shard"]:
+        if (index := self._index_file()) is not None:
+            weight_map = read_json(index).get("weight_map")
+            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+                raise CheckpointError(f"{index} has no weight_map from tensor names to files")
+            names = sorted(set(weight_map.values()))
+            missing = [name for name in names if Path(name).name != name or not (self.path / name).is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.path} lacks {len(missing)} of the {len(names)} shards that {index.name} lists: "
+                    f"{', '.join(missing[:5])}; copy them from the source of the checkpoint"
+                )
+        else:
+            names = sorted(p.name for p in self.path.glob("*.safetensors"))
+            names = names or sorted(p.name for p in self.path.glob("pytorch_model*.bin"))
+            if not names:
+                raise CheckpointError(
+                    f"{self.path} holds no weights; expected *.safetensors or pytorch_model*.bin beside config.json"
+                )
+        for name in names:
+            yield _BinShard(self.path / name) if name.endswith(".bin") else _SafetensorsShard(self.path / name)
+
+    @property
+    def names(self) -> list[str]:
+        """All tensor names, sorted."""
+        return sorted(self._shard_of)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._shard_of
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor `name` on the CPU, in the file's dtype, memory-mapped. CheckpointError if there is none."""
+        return self._shard(name).tensor(name)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the tensor `name`, without reading it."""
+        return self._shard(name).shape(name)
+
+    def _shard(self, name: str) -> "_Shard":
+        if name not in self._shard_of:
+            raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self._shard_of)}")
+        return self._shard_of[name]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """sha256 over each tensor's name, shape, dtype and both ends: tells models apart without reading them whole."""
+        digest = hashlib.sha256()
+        for name in self.names:
+            tensor = self[name]
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            flat = tensor.reshape(-1)
+            ends = _SAMPLE_BYTES // tensor.element_size()
+            for part in (flat[:ends], flat[-ends:]):
+                digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+
+class _Shard(ABC):
+    """One file of tensors."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    @abstractmethod
+    def names(self) -> list[str]: ...
+
+    @abstractmethod
+    def shape(self, name: str) -> tuple[int, ...]: ...
+
+    @abstractmethod
+    def tensor(self, name: str) -> Tensor: ...
+
+
+class _SafetensorsShard(_Shard):
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be opened: {error}{_size_note(path)}; copy the file again") from None
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+def _size_note(path: Path) -> str:
+    """', 123 bytes where its header promises 456' for a truncated safetensors file, else ''."""
+    try:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(min(length, 1 << 28)))
+        promised = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return ""
+    size = path.stat().st_size
+    return f" ({size} bytes where its header promises {promised})" if size != promised else ""
+
+
+class _BinShard(_Shard):
+    def __init__(self, path: Path):
+        super().__init__(path)
+        try:
+            # a zip archive (torch >= 1.6) is mapped; weights_only refuses everything but tensors
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+            raise CheckpointError(
+                f"{path} cannot be loaded as tensors only: {reason}; copy the file again, or convert it to safetensors"
+            ) from None
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise CheckpointError(f"{path} holds a {type(tensors).__name__}, expected a dictionary of tensors by name")
+        self._tensors: dict[str, Tensor] = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]

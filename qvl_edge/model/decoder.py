@@ -1,0 +1,155 @@
+"""The Qwen-7B decoder of Qwen-VL in torch. Attribute names are the published checkpoint's keys.
+
+Source: Qwen-VL-Chat's modeling_qwen.py. What is policy stays here (dynamic NTK, log-n scaling); what is arithmetic over
+tensors is `kernels.rotary_attention` and `kernels.int4_gemm`.
+"""
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels import rotary_attention
+from qvl_edge.config import Config
+from qvl_edge.model.cache import KVCache
+from qvl_edge.model.linear import linear_for
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""q, k, v (B, T, H, D) -> (B, T, H, D): the attention of one layer, positions and cache bound in."""
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) in float32, rounded to x's dtype, times weight (modeling_qwen.py: RMSNorm)."""
+
+    def __init__(self, width: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., width) -> (..., width)."""
+        normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
+        return normed.to(x.dtype) * self.weight
+
+
+class QWenAttention(nn.Module):
+    """Multi-head attention; c_attn makes q, k and v one after another."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        linear = linear_for(config)
+        self.heads, self.head_dim = config.num_attention_heads, config.kv_channels
+        self.c_attn = linear(config.hidden_size, 3 * config.hidden_size, bias=True)
+        self.c_proj = linear(config.hidden_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x (B, T, hidden) -> (B, T, hidden)."""
+        q, k, v = self.c_attn(x).unflatten(-1, (3, self.heads, self.head_dim)).unbind(2)
+        return self.c_proj(attend(q, k, v).flatten(2))
+
+
+class QWenMLP(nn.Module):
+    """c_proj(w1(x) * silu(w2(x))): the gate is w2."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        linear = linear_for(config)
+        self.w1 = linear(config.hidden_size, config.ffn_size, bias=not config.no_bias)
+        self.w2 = linear(config.hidden_size, config.ffn_size, bias=not config.no_bias)
+        self.c_proj = linear(config.ffn_size, config.hidden_size, bias=not config.no_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, T, hidden) -> (B, T, hidden)."""
+        return self.c_proj(self.w1(x) * F.silu(self.w2(x)))
+
+
+class QWenBlock(nn.Module):
+    """Pre-norm block: attention, then MLP, each added to the residual."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.ln_1 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.attn = QWenAttention(config)
+        self.ln_2 = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+        self.mlp = QWenMLP(config)
+
+    def forward(self, x: Tensor, attend: Attend) -> Tensor:
+        """x (B, T, hidden) -> (B, T, hidden)."""
+        x = x + self.attn(self.ln_1(x), attend)
+        return x + self.mlp(self.ln_2(x))
+
+
+def ntk_alpha(prompt_length: int, seq_length: int) -> float:
+    """Dynamic NTK: 1 up to seq_length, 3 up to twice, 7 up to four times (modeling_qwen.py: get_ntk_alpha)."""
+    return max(2 ** math.ceil(math.log2(prompt_length / seq_length) + 1) - 1, 1)
+
+
+def rotary_tables(config: Config, positions: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, head size) float32 for `positions` (B, T) and each sequence's NTK `alpha` (B,)."""
+    dim = config.kv_channels
+    base = config.rotary_emb_base * alpha.to(torch.float64) ** (dim / (dim - 2))
+    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    inverse = (1.0 / base[:, None] ** exponents).float()
+    angles = positions.float()[:, :, None] * inverse[:, None, :]
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos(), angles.sin()
+
+
+def logn_scale(config: Config, positions: Tensor) -> Tensor:
+    """log-n scaling of queries (B, T) float32: 1 up to seq_length, then log(position, base seq_length), from 1 on."""
+    count = positions.to(torch.float64) + 1
+    return (count.log() / math.log(config.seq_length)).clamp(min=1.0).float()
+
+
+class QWenModel(nn.Module):
+    """Embeddings, blocks and final norm, under their names in the checkpoint; QWenLMHeadModel runs them."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.h = nn.ModuleList([QWenBlock(config) for _ in range(config.num_hidden_layers)])
+        self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
+
+
+class QWenLMHeadModel(nn.Module):
+    """Embeddings, blocks, final norm and head; the vision tower is a module of its own (vit.py)."""
+
+    def __init__(self, config: Config):
+        super().__init__()
+        self.config = config
+        self.transformer = QWenModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """ids (B, T) int64 -> embeddings (B, T, hidden)."""
+        embeds: Tensor = self.transformer.wte(ids)
+        return embeds
+
+    def forward(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor:
+        """Append T tokens to every sequence of the cache and return logits in float32.
+
+        embeds (B, T, hidden) in the weights' dtype -> (B, vocab) for the last position, or (B, T, vocab) with
+        `all_logits`. An empty cache is a prefill: the NTK alpha is chosen for T and kept. PromptError if it is full.
+        """
+        batch, length, _ = embeds.shape
+        cache.check_room(length)
+        start = cache.lengths.clone()
+        if self.config.use_dynamic_ntk:
+            alpha = torch.full_like(cache.ntk_alpha, ntk_alpha(length, self.config.seq_length))
+            cache.ntk_alpha.copy_(torch.where(start == 0, alpha, cache.ntk_alpha))
+        positions = start[:, None] + torch.arange(length, device=embeds.device)
+        cos, sin = rotary_tables(self.config, positions, cache.ntk_alpha)
+        q_scale = logn_scale(self.config, positions) if self.config.use_logn_attn else None
+        x = embeds
+        for index, block in enumerate(self.transformer.h):
+            k_cache, v_cache = cache.k[index], cache.v[index]
+
+            def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor = k_cache, v_cache: Tensor = v_cache) -> Tensor:
+                return rotary_attention(q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale)
+
+            x = block(x, attend)
+        cache.lengths += length
+        x = self.transformer.ln_f(x)
+        return self.lm_head(x if all_logits else x[:, -1]).float()

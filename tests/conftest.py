@@ -1,0 +1,93 @@
+"""Shared fixtures: the golden checkpoints, and small random checkpoints in the published layout."""
+
+import base64
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+
+from qvl_edge.config import Config
+from qvl_edge.model.loading import expected_tensors
+from qvl_edge.text.tokenizer import SPECIALS, Tokenizer
+
+DATA = Path(__file__).parent / "data"
+GOLDEN = DATA / "golden"
+GOLDEN_MODELS = ("tiny-a", "tiny-long")
+
+RANKS = 256  # the single bytes only
+SMALL = {
+    "model_type": "qwen",
+    "hidden_size": 128,
+    "intermediate_size": 512,
+    "kv_channels": 64,
+    "num_attention_heads": 2,
+    "num_hidden_layers": 2,
+    "vocab_size": 512,
+    "seq_length": 2048,
+    "max_position_embeddings": 8192,
+    "torch_dtype": "float16",
+    "visual": {
+        "heads": 2,
+        "image_size": 56,
+        "image_start_id": RANKS + len(SPECIALS) - 3,
+        "layers": 2,
+        "mlp_ratio": 2.0,
+        "output_dim": 128,
+        "patch_size": 14,
+        "width": 64,
+    },
+}
+
+
+def write_small_checkpoint(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
+    """A random checkpoint of SMALL with `changes` to its config.json, float16 in one safetensors file."""
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {**SMALL, **changes}
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "generation_config.json").write_text(
+        json.dumps({"chat_format": "chatml", "max_new_tokens": 16, "do_sample": False, "max_window_size": 6144})
+    )
+    lines = (f"{base64.b64encode(bytes([byte])).decode()} {byte}\n" for byte in range(RANKS))
+    (folder / "qwen.tiktoken").write_text("".join(lines))
+    generator = torch.Generator().manual_seed(seed)
+    tensors = {}
+    for name, shape in expected_tensors(Config.from_dict(settings)).items():
+        scale = 1.0 if len(shape) == 1 and name.endswith("weight") else 0.0
+        values = torch.randn(shape, generator=generator) * (0.1 if len(shape) == 1 else shape[-1] ** -0.5)
+        tensors[name] = (values + scale).half()
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+def byte_tokenizer() -> Tokenizer:
+    """A tokenizer whose ranks are the 256 bytes: token id = byte value."""
+    return Tokenizer({bytes([byte]): byte for byte in range(RANKS)})
+
+
+@pytest.fixture(scope="session")
+def full_size() -> Tokenizer:
+    """The tokenizer of the published model, as far as golden texts go.
+
+    data/golden_ranks.tiktoken holds the 840 of qwen.tiktoken's 151,643 ranks that any part of a golden text can become,
+    so merging goes as with the full file; the other ids are byte strings that no UTF-8 text contains.
+    """
+    lines = (line.split() for line in (DATA / "golden_ranks.tiktoken").read_bytes().splitlines())
+    known = {int(rank): base64.b64decode(token) for token, rank in lines}
+    filler = (b"\xff" + rank.to_bytes(3, "big") for rank in range(151_643))  # 0xff never occurs in UTF-8
+    return Tokenizer({known.get(rank, unused): rank for rank, unused in enumerate(filler)})
+
+
+@pytest.fixture
+def small_checkpoint(tmp_path: Path) -> Path:
+    """A random checkpoint of two blocks."""
+    return write_small_checkpoint(tmp_path / "checkpoint")
+
+
+@pytest.fixture
+def make_checkpoint(tmp_path: Path) -> Callable[..., Path]:
+    """write_small_checkpoint below the test's folder: make_checkpoint(name, seed=…, **config changes)."""
+    return lambda name, **options: write_small_checkpoint(tmp_path / name, **options)

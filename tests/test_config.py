@@ -1,0 +1,58 @@
+"""config.json and quantize_config.json: published files are read, contradictions are refused."""
+
+import json
+
+import pytest
+from conftest import DATA, SMALL
+
+from qvl_edge.config import Config, QuantConfig
+from qvl_edge.errors import ConfigError
+
+
+def test_the_published_configs_are_read_as_published() -> None:
+    chat = Config.from_folder(DATA / "published/Qwen-VL-Chat")
+    assert (chat.hidden_size, chat.ffn_size, chat.num_hidden_layers, chat.torch_dtype) == (4096, 11008, 32, "bfloat16")
+    assert (chat.visual.width, chat.visual.mlp_width, chat.visual.patches) == (1664, 8192, 1024)
+    assert chat.quantization is None
+    int4 = Config.from_folder(DATA / "published/Qwen-VL-Chat-Int4")
+    assert int4.quantization == QuantConfig(bits=4, group_size=128, damp_percent=0.01, desc_act=False, sym=True)
+
+
+def test_quantize_config_survives_a_round_trip() -> None:
+    quant = QuantConfig(bits=8, group_size=-1, desc_act=True, sym=False, checkpoint_format="gptq_v2")
+    assert QuantConfig.from_dict(json.loads(json.dumps(quant.to_dict()))) == quant
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"hidden_size": 192}, ("2 heads of 64", "128", "192")),
+        ({"hidden_size": "128"}, ("hidden_size", "'128'", "integer")),
+        ({"num_hidden_layers": 0}, ("num_hidden_layers", "0")),
+        ({"model_type": "llama"}, ("llama", "qwen")),
+        ({"visual": None}, ("no visual section",)),
+        ({"tie_word_embeddings": True}, ("tie_word_embeddings", "True", "False")),
+        ({"torch_dtype": "int8"}, ("torch_dtype", "int8")),
+        ({"visual": {**SMALL["visual"], "output_dim": 256}}, ("256", "128")),
+        ({"visual": {**SMALL["visual"], "image_size": 57}}, ("57", "14")),
+        ({"visual": {k: v for k, v in SMALL["visual"].items() if k != "width"}}, ("width",)),
+    ],
+)
+def test_a_contradiction_names_both_sides(change: dict, words: tuple[str, ...]) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Config.from_dict({**SMALL, **change})
+    assert all(word in str(caught.value) for word in words), caught.value
+
+
+@pytest.mark.parametrize("change", [{"bits": 3}, {"group_size": 48}, {"damp_percent": 0}, {"quant_method": "awq"}])
+def test_an_unsupported_quantization_is_refused_by_name(change: dict) -> None:
+    with pytest.raises(ConfigError, match=next(iter(change))):
+        QuantConfig.from_dict(change)
+
+
+def test_a_missing_or_broken_config_names_the_file(tmp_path) -> None:
+    with pytest.raises(ConfigError, match="config.json is missing"):
+        Config.from_folder(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ConfigError, match="not valid JSON"):
+        Config.from_folder(tmp_path)
