@@ -1,0 +1,1 @@
+"""Commands that turn a checkpoint's vision tower into an ONNX graph."""

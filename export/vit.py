@@ -1,0 +1,68 @@
+"""Export the vision tower of a checkpoint as an ONNX graph, and put it into a bundle once it has passed a comparison.
+
+    python -m export.vit CHECKPOINT BUNDLE [--dtype float16|float32|int8|int4]
+
+Progress goes to stderr, the parity report to stdout.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from export.part import export_vit
+from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
+from qvl_edge.bundle import VIT, VIT_DATA
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.errors import QvlError
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; 0 on success, 1 on a QvlError, 130 when stopped."""
+    args = _parser().parse_args(argv)
+    try:
+        export_vit(
+            Checkpoint(args.checkpoint),
+            args.bundle,
+            dtype=args.dtype,
+            block_size=args.block_size,
+            progress=_say,
+            on_parity=lambda parity: print(parity.report(per_layer=args.per_layer), flush=True),
+        )
+    except QvlError as error:
+        _say(f"error: {error}")
+        return 1
+    except KeyboardInterrupt:
+        _say(f"stopped; {args.bundle} is as it was. Run the same command again to start anew")
+        return 130
+    size = sum((args.bundle / name).stat().st_size for name in (VIT, VIT_DATA))
+    _say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB")
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    description, _, notes = (__doc__ or "").strip().split("\n\n")
+    parser = argparse.ArgumentParser(
+        prog="python -m export.vit",
+        description=description,
+        epilog=notes,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and the weights")
+    parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write to; made if needed")
+    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
+    blocks = ", ".join(f"{size} for {dtype}" for dtype, size in BLOCK_SIZES.items())
+    parser.add_argument(
+        "--block-size",
+        type=int,
+        choices=ALLOWED_BLOCK_SIZES,
+        help=f"weights that share one scale, in int8 and int4 (default: {blocks})",
+    )
+    parser.add_argument("--per-layer", action="store_true", help="report the comparison after every block")
+    return parser
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

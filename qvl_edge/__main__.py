@@ -1,0 +1,38 @@
+"""qvl-edge: the command line. Each command is a file in qvl_edge/commands."""
+
+import argparse
+import importlib
+import sys
+
+from qvl_edge import QvlError, __version__
+
+COMMANDS = {
+    "run": "answer one question about images",
+    "chat": "talk about images, turn by turn",
+    "demo": "quantize, export and run the small model that ships with this package",
+}
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run a command; a QvlError becomes its message and exit code 1."""
+    parser = argparse.ArgumentParser(prog="qvl-edge", description="Qwen-VL on a small machine.")
+    parser.add_argument("--version", action="version", version=f"qvl-edge {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"qvl_edge.commands.{name}")
+        subparser = commands.add_parser(name, help=summary, description=module.__doc__)
+        module.add_arguments(subparser)
+        subparser.set_defaults(execute=module.execute)
+    args = parser.parse_args(arguments)
+    try:
+        return int(args.execute(args))
+    except QvlError as error:
+        print(f"qvl-edge {args.command}: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""What an answer is: text, boxes, token ids, and what it cost."""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+from qvl_edge.text.boxes import Box
+
+FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts. `image_tokens` are part of `prompt_tokens`; `cached_images` were not encoded again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    image_tokens: int
+    images: int
+    cached_images: int
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds spent on encoding images, on the prompt, and on decoding the tokens after the first."""
+
+    image_s: float
+    prefill_s: float
+    decode_s: float
+    prompt_tokens: int
+    decoded_tokens: int
+
+    @property
+    def prefill_tokens_per_s(self) -> float:
+        """Prompt tokens a second."""
+        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+
+    @property
+    def decode_tokens_per_s(self) -> float:
+        """Generated tokens a second, without the first one, which comes from the prompt's pass."""
+        return self.decoded_tokens / self.decode_s if self.decode_s else 0.0
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer of the model; `boxes` are in pixels of the original images, `finish_reason` is "stop" or "length"."""
+
+    text: str
+    boxes: list[Box]
+    token_ids: list[int]
+    finish_reason: FinishReason
+    usage: Usage
+    timing: Timing
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values for JSON."""
+        return {
+            "text": self.text,
+            "boxes": [box.to_dict() for box in self.boxes],
+            "token_ids": self.token_ids,
+            "finish_reason": self.finish_reason,
+            "usage": asdict(self.usage),
+            "timing": {
+                **asdict(self.timing),
+                "prefill_tokens_per_s": self.timing.prefill_tokens_per_s,
+                "decode_tokens_per_s": self.timing.decode_tokens_per_s,
+            },
+        }

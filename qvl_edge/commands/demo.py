@@ -1,0 +1,185 @@
+"""The main job on the small model that ships: quantize to int4, export the vision tower, answer about pictures."""
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvl_edge.commands.loading import say
+
+if TYPE_CHECKING:
+    from qvl_edge.checkpoint import Checkpoint
+    from qvl_edge.demo.scenes import Question, Scene
+    from qvl_edge.runtime import Runtime
+
+CALIBRATION_SCENES = 48
+FIRST_SCENE = 2_000_000_011  # past UNSEEN: no scene from here on was trained on or calibrated with
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `qvl-edge demo`."""
+    parser.add_argument(
+        "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="made anew (demo-output)"
+    )
+    parser.add_argument("--scenes", type=int, default=4, metavar="N", help="pictures to ask about (4)")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Checkpoint → int4 bundle → ONNX vision tower → answers, each step shown."""
+    import qvl_edge.demo
+    from qvl_edge.demo.conversations import write_conversations
+    from qvl_edge.demo.scenes import UNSEEN
+    from qvl_edge.errors import QvlError
+
+    began = time.perf_counter()
+    checkpoint = Path(qvl_edge.demo.__file__).parent / "checkpoint"
+    if not (checkpoint / "config.json").exists():
+        raise QvlError(f"{checkpoint} is missing; the package was installed without its data, install it again")
+    output: Path = args.output
+    bundle = output / "bundle"
+    if bundle.exists():
+        shutil.rmtree(bundle)
+
+    _heading("1. The checkpoint: a small Qwen-VL-Chat in the published layout")
+    _describe(checkpoint)
+    _heading("2. Calibration conversations, in Qwen-VL's fine-tuning format")
+    conversations = write_conversations(output / "calibration", UNSEEN, CALIBRATION_SCENES)
+    print(f"{CALIBRATION_SCENES} scenes with questions and answers: {conversations}")
+    _heading("3. GPTQ: the decoder's projections to int4")
+    _command("quantize.gptq", str(checkpoint), str(bundle), "--calibration", str(conversations))
+    _heading("4. The vision tower as ONNX")
+    _command("export.vit", str(checkpoint), str(bundle))
+    _heading("5. Memory, part by part")
+    _memory_table(checkpoint, bundle)
+    _heading("6. Answers about pictures it has never seen")
+    _answers(bundle, output, args.scenes)
+    _heading(f"Done in {time.perf_counter() - began:.0f} s. With a real checkpoint:")
+    print(
+        "  python -m quantize.gptq Qwen-VL-Chat BUNDLE --calibration conversations.json\n"
+        "  python -m export.vit    Qwen-VL-Chat BUNDLE\n"
+        '  qvl-edge run BUNDLE --image street.jpg "框出红色的车" --draw out.png\n'
+        "Qwen-VL-Chat-Int4 runs as it is: qvl-edge run Qwen-VL-Chat-Int4 --image street.jpg …"
+    )
+    return 0
+
+
+def _heading(text: str) -> None:
+    print(f"\n{text}", flush=True)
+
+
+def _command(module: str, *arguments: str) -> None:
+    """Run one of the two writers as a user would."""
+    from qvl_edge.errors import QvlError
+
+    print(f"$ python -m {module} {' '.join(arguments)}", flush=True)
+    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
+    if code:
+        raise QvlError(f"python -m {module} ended with exit code {code}; its last lines above say why")
+
+
+def _parts(checkpoint: "Checkpoint") -> dict[str, int]:
+    """Bytes of each part of a checkpoint's or bundle's tensors."""
+    from qvl_edge.checkpoint import VISUAL
+
+    sizes = {"decoder layers": 0, "embeddings": 0, "lm_head": 0, "vision tower": 0}
+    for name in checkpoint.names:
+        part = (
+            "vision tower"
+            if name.startswith(VISUAL)
+            else "embeddings"
+            if name.startswith("transformer.wte")
+            else "lm_head"
+            if name.startswith("lm_head")
+            else "decoder layers"
+        )
+        sizes[part] += checkpoint[name].nbytes
+    return sizes
+
+
+def _describe(path: Path) -> None:
+    from qvl_edge.checkpoint import Checkpoint
+
+    checkpoint = Checkpoint(path)
+    config = checkpoint.config
+    parameters = sum(checkpoint[name].numel() for name in checkpoint.names)
+    print(
+        f"{path}\n{parameters / 1e6:.1f} M parameters in {config.torch_dtype} | decoder {config.num_hidden_layers} "
+        f"layers x {config.hidden_size} | vision {config.visual.layers} layers x {config.visual.width}, patches of "
+        f"{config.visual.patch_size} | vocabulary {config.vocab_size}"
+    )
+
+
+def _memory_table(source: Path, bundle: Path) -> None:
+    from qvl_edge.bundle import VIT, VIT_DATA
+    from qvl_edge.checkpoint import Checkpoint
+
+    before, after = _parts(Checkpoint(source)), _parts(Checkpoint(bundle))
+    after["vision tower"] = sum((bundle / name).stat().st_size for name in (VIT, VIT_DATA))
+    print(f"{'':16}{'float16':>12}{'bundle':>12}")
+    for part in before:
+        print(f"{part:16}{before[part] / 1e6:9.2f} MB{after[part] / 1e6:9.2f} MB")
+    print(f"{'total':16}{sum(before.values()) / 1e6:9.2f} MB{sum(after.values()) / 1e6:9.2f} MB")
+
+
+def _questions(scene: "Scene", index: int) -> list["Question"]:
+    """Four questions, half of them in Chinese; a different choice for every scene."""
+    import numpy as np
+
+    from qvl_edge.demo.scenes import ask
+
+    rng = np.random.default_rng(index)
+    kinds = (("describe", "find", "count", "read"), ("find", "read", "at", "count"))[index % 2]
+    asked = (ask(scene, kind, ("en", "zh")[(index + i) % 2], rng) for i, kind in enumerate(kinds))
+    return [question for question in asked if question is not None]
+
+
+def _answers(bundle: Path, output: Path, count: int) -> None:
+    from qvl_edge.demo.scenes import make_scene
+    from qvl_edge.runtime import Runtime
+    from qvl_edge.text.boxes import Box
+    from qvl_edge.text.draw import draw_boxes
+
+    runtime = Runtime.from_pretrained(bundle)
+    right = total = 0
+    for index in range(count):
+        scene = make_scene(FIRST_SCENE + index)
+        picture, boxes = output / f"scene-{index + 1}.png", list[Box]()
+        print(f"\nscene {index + 1}")
+        for question in _questions(scene, index):
+            answer = runtime.ask(scene.image, question.text, do_sample=False)
+            same = answer.text == question.answer
+            right, total, boxes = right + same, total + 1, boxes + answer.boxes
+            note = "" if same else f"   (exact answer: {question.answer})"
+            print(f"  {question.text}\n    {answer.text}{note}")
+            timing, cached = answer.timing, " (cached)" if answer.usage.cached_images else ""
+            say(
+                f"    {timing.decode_tokens_per_s:.0f} tokens/s, prompt {timing.prefill_s * 1000:.0f} ms, "
+                f"image {timing.image_s * 1000:.0f} ms{cached}"
+            )
+        draw_boxes(scene.image, list(dict.fromkeys(boxes))).save(picture)
+        print(f"  picture with boxes: {picture}")
+    right_two, total_two = _two_pictures(runtime)
+    print(f"\n{right + right_two} of {total + total_two} answers are exact to the letter.")
+
+
+def _two_pictures(runtime: "Runtime") -> tuple[int, int]:
+    """Ask which of two pictures shows something; (right, asked)."""
+    import numpy as np
+
+    from qvl_edge.demo.scenes import ask_which, make_scene
+
+    scenes = make_scene(FIRST_SCENE + 100), make_scene(FIRST_SCENE + 101)
+    right = total = 0
+    print("\ntwo pictures")
+    for language in ("en", "zh"):
+        question = ask_which(scenes, language, np.random.default_rng(1))
+        if question is None:
+            continue
+        images: list[Any] = [scene.image for scene in scenes]
+        answer = runtime.ask(images, question.text, do_sample=False)
+        right, total = right + (answer.text == question.answer), total + 1
+        print(f"  {question.text}\n    {answer.text}")
+    return right, total

@@ -1,0 +1,88 @@
+"""Answer one question about images: qvl-edge run BUNDLE --image a.jpg "question" [--draw out.png] [--json]"""
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvl_edge.commands import loading
+
+if TYPE_CHECKING:
+    from qvl_edge.answer import Answer
+    from qvl_edge.runtime import Runtime
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `qvl-edge run`."""
+    loading.add_arguments(parser)
+    parser.add_argument("question", help="the question, or the text to continue with a base model")
+    parser.add_argument(
+        "--image", action="append", default=[], metavar="FILE", help="repeatable; Picture 1, Picture 2, …"
+    )
+    parser.add_argument("--system", help="the system turn")
+    parser.add_argument("--draw", metavar="OUT", help="write the latest picture with the answer's boxes drawn on it")
+    parser.add_argument("--json", action="store_true", help="the whole answer as JSON on stdout")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Stream the answer to stdout (or print JSON), speed to stderr."""
+    from qvl_edge.engine.image import load_image
+    from qvl_edge.errors import ImageError
+
+    for image in args.image:  # a bad image is said before the model is loaded
+        load_image(image)
+    if args.draw and not args.image:
+        raise ImageError("--draw needs an --image to draw on")
+    if args.draw and not Path(args.draw).absolute().parent.is_dir():
+        raise ImageError(f"--draw {args.draw}: the folder {Path(args.draw).absolute().parent} does not exist")
+    runtime = loading.load(args)
+    query: list[dict[str, Any]] = [*({"image": image} for image in args.image), {"text": args.question}]
+    answer = stream(runtime, query, args)
+    if args.json:
+        print(json.dumps(answer.to_dict(), ensure_ascii=False))
+    if args.draw:
+        draw(answer, args.image, Path(args.draw))
+    loading.say(summary(answer))
+    return 0
+
+
+def stream(runtime: "Runtime", query: list[dict[str, Any]], args: argparse.Namespace) -> "Answer":
+    """Print the answer as it comes, unless it is wanted as JSON."""
+    from qvl_edge.answer import Answer
+
+    given = {} if args.system is None else {"system": args.system}
+    for piece in runtime.answer_stream(query, **given, **loading.generation_of(args)):
+        if isinstance(piece, Answer):
+            if not args.json:
+                print(flush=True)
+            return piece
+        if not args.json:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    raise AssertionError("answer_stream ends with the Answer")
+
+
+def draw(answer: "Answer", images: list[str], out: Path) -> None:
+    """Write the picture that the boxes are on (the latest)."""
+    from qvl_edge.engine.image import load_image
+    from qvl_edge.errors import ImageError
+    from qvl_edge.text.draw import draw_boxes
+
+    picture = draw_boxes(load_image(images[-1]), [box for box in answer.boxes if box.image == len(images) - 1])
+    try:
+        picture.save(out)
+    except (OSError, ValueError) as error:  # ValueError: unknown file name extension
+        raise ImageError(f"--draw {out}: {error}") from None
+    loading.say(f"{len(answer.boxes)} boxes drawn on {out}")
+
+
+def summary(answer: "Answer") -> str:
+    """One line: tokens and speed."""
+    usage, timing = answer.usage, answer.timing
+    images = f"{usage.images} images {timing.image_s:.2f} s | " if usage.images else ""
+    return (
+        f"{images}prompt {usage.prompt_tokens} tokens {timing.prefill_s:.2f} s | "
+        f"answer {usage.completion_tokens} tokens {timing.decode_tokens_per_s:.1f} tokens/s | "
+        f"ended by {answer.finish_reason}"
+    )

@@ -1,0 +1,326 @@
+"""Runtime: a loaded model that answers about images."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from qvl_edge.answer import Answer, FinishReason, Timing, Usage
+from qvl_edge.bundle import Bundle, is_bundle
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import IMAGE_TOKENS
+from qvl_edge.engine.features import FeatureCache
+from qvl_edge.engine.generate import embed_prompt, generate
+from qvl_edge.engine.image import ImageLike, load_image
+from qvl_edge.engine.options import GenerationOptions
+from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.stream import TextStream
+from qvl_edge.engine.vision import VisionEncoder
+from qvl_edge.errors import ConfigError, PromptError
+from qvl_edge.model.cache import KVCache
+from qvl_edge.model.decoder import QWenLMHeadModel
+from qvl_edge.model.loading import load_decoder
+from qvl_edge.text.boxes import parse_boxes
+from qvl_edge.text.draw import draw_boxes
+from qvl_edge.text.list_format import from_list_format, to_list_format
+from qvl_edge.text.prompt import History, Prompt, Query, chat_prompt, latest_picture, raw_prompt, stop_token_ids
+from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
+from qvl_edge.vit_cache import Progress, exported_vit
+
+SYSTEM = "You are a helpful assistant."
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass
+class _Run:
+    """One answer while it is made."""
+
+    prompt: Prompt
+    images: list[Image.Image]
+    options: GenerationOptions
+    cached_images: int = 0
+    image_s: float = 0.0
+    prefill_s: float = 0.0
+    decode_s: float = 0.0
+    token_ids: list[int] = field(default_factory=list)
+    text: str = ""
+    finish_reason: FinishReason = "length"
+
+
+class Runtime:
+    """A model ready to answer. Make one with `from_pretrained`; it is used from one thread at a time."""
+
+    def __init__(
+        self,
+        decoder: QWenLMHeadModel,
+        vision: FeatureCache,
+        tokenizer: Tokenizer,
+        generation_config: dict[str, Any],
+        *,
+        max_context: int | None = None,
+    ):
+        self.config = decoder.config
+        self.decoder, self.vision, self.tokenizer = decoder, vision, tokenizer
+        self.generation_config = generation_config
+        self.options = GenerationOptions.from_config(generation_config)
+        self.chat_format = str(generation_config.get("chat_format", "raw"))
+        self.max_window_size = int(generation_config.get("max_window_size", 6144))
+        self.max_context = max_context or self.config.max_position_embeddings
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str],
+        *,
+        device: str = "auto",
+        dtype: str | None = None,
+        max_context: int | None = None,
+        verify: bool = False,
+        cache_dir: str | PathLike[str] | None = None,
+        progress: Progress | None = None,
+    ) -> "Runtime":
+        """Load a bundle, or an untouched checkpoint (float or Int4).
+
+        dtype is that of the arithmetic and of the layers that are not int4: "float32" (the default on a CPU),
+        "bfloat16" or "float16"; int4 stays int4 and float stays float. max_context is in positions (default: the
+        model's). verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`, with lines
+        for `progress`. BundleError, CheckpointError and ConfigError name what is missing and the command that makes it.
+        """
+        path = Path(path)
+        if device not in ("auto", "cpu"):
+            raise ConfigError(f"device is {device!r}; this version runs on the CPU, use device='cpu' or 'auto'")
+        if dtype is not None and dtype not in DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
+        name = dtype or "float32"
+        if is_bundle(path):
+            bundle = Bundle.open(path, verify=verify)
+            checkpoint, vit = bundle.checkpoint, bundle.vit
+        else:
+            checkpoint = Checkpoint(path)
+            vit = exported_vit(
+                checkpoint, dtype="float32" if name == "bfloat16" else name, cache_dir=cache_dir, progress=progress
+            )
+        config = checkpoint.config
+        if max_context is not None and not 0 < max_context <= config.max_position_embeddings:
+            raise ConfigError(
+                f"max_context is {max_context}, this model takes 1 to {config.max_position_embeddings} positions"
+            )
+        tokenizer = Tokenizer.from_file(checkpoint.path / VOCAB_FILE)
+        if tokenizer.vocab_size > config.vocab_size or tokenizer.specials["<img>"] != config.visual.image_start_id:
+            raise ConfigError(
+                f"{checkpoint.path / VOCAB_FILE} has {tokenizer.vocab_size} tokens with <img> at "
+                f"{tokenizer.specials['<img>']}, config.json has vocab_size {config.vocab_size} and image_start_id "
+                f"{config.visual.image_start_id}; copy the {VOCAB_FILE} of this model"
+            )
+        vision = FeatureCache(VisionEncoder(vit, config.visual), config.visual.image_size)
+        decoder = load_decoder(checkpoint, dtype=DTYPES[name])
+        return cls(decoder, vision, tokenizer, checkpoint.generation, max_context=max_context)
+
+    def answer(
+        self,
+        query: Query,
+        history: History | None = None,
+        system: str = SYSTEM,
+        chat_format: str | None = None,
+        **generation: Any,
+    ) -> Answer:
+        """Answer `query`: text, or a list of {"image": …}, {"text": …}, {"ref": …, "box": …} elements.
+
+        history holds earlier (query, response) pairs. `<img>` in text is plain text: no user's text opens anything.
+        generation: options of GenerationOptions. ImageError, PromptError or ConfigError on a bad argument.
+        """
+        run = self._prepare(query, history, system, chat_format or self.chat_format, generation, markup_images=False)
+        return self._finish(run, chat_format or self.chat_format)
+
+    def ask(self, images: ImageLike | Sequence[ImageLike], question: str, **generation: Any) -> Answer:
+        """Answer a question about one image or a list of images."""
+        several = images if isinstance(images, list | tuple) else [images]
+        query: list[dict[str, Any]] = [*({"image": image} for image in several), {"text": question}]
+        return self.answer(query, **generation)
+
+    def chat(
+        self, query: Query, history: History | None = None, system: str = SYSTEM, **generation: Any
+    ) -> tuple[str, list[tuple[Query, str]]]:
+        """(response, history with this turn), as upstream's model.chat. `<img>path</img>` in strings is an image."""
+        run = self._prepare(query, history, system, "chatml", generation, markup_images=True)
+        response = self._finish(run, "chatml").text
+        return response, [*((q, r) for q, r in history or []), (query, response)]
+
+    def chat_stream(
+        self, query: Query, history: History | None = None, system: str = SYSTEM, **generation: Any
+    ) -> Iterator[str]:
+        """The response as it grows: each item is all of the text so far, as upstream's model.chat_stream."""
+        run = self._prepare(query, history, system, "chatml", generation, markup_images=True)
+        text = ""
+        for delta in self._deltas(run, "chatml"):
+            if delta:
+                text += delta
+                yield text
+
+    def answer_stream(
+        self,
+        query: Query,
+        history: History | None = None,
+        system: str = SYSTEM,
+        chat_format: str | None = None,
+        **generation: Any,
+    ) -> Iterator[str | Answer]:
+        """Like `answer`, but yields pieces of text as they come (never half a character), then the Answer."""
+        chat_format = chat_format or self.chat_format
+        run = self._prepare(query, history, system, chat_format, generation, markup_images=False)
+        for delta in self._deltas(run, chat_format):
+            if delta:
+                yield delta
+        yield self._answer_of(run)
+
+    def generate(self, query: Query, **generation: Any) -> Answer:
+        """Continue `query` in raw format, as the base model is used. `<img>path</img>` in strings is an image."""
+        return self._finish(self._prepare(query, None, "", "raw", generation, markup_images=True), "raw")
+
+    def generate_ids(
+        self, ids: list[int], image_starts: list[int], images: Sequence[ImageLike], **generation: Any
+    ) -> Answer:
+        """Continue token ids in raw format; the 256 slots from each of `image_starts` on receive that image."""
+        prompt = Prompt(ids=ids, image_starts=image_starts, images=list(images), text="")
+        options = self.options.with_overrides(generation)
+        self._check_context(len(ids) + 1, "the prompt has")
+        return self._finish(_Run(prompt, [load_image(image) for image in images], options), "raw")
+
+    @torch.inference_mode()
+    def score(
+        self, query: Query, continuation: str, history: History | None = None, *, chat_format: str | None = None
+    ) -> list[float]:
+        """Natural-log probability of each token of `continuation` as the answer to `query`."""
+        run = self._prepare(query, history, SYSTEM, chat_format or self.chat_format, {}, markup_images=False)
+        ids = self.tokenizer.encode(continuation)
+        if not ids:
+            raise PromptError("continuation is empty; there is nothing to score")
+        prompt = self._embed(run)
+        total = prompt.shape[1] + len(ids)
+        self._check_context(total, "the prompt and the continuation have")
+        more = self.decoder.embed(torch.tensor([ids], device=prompt.device))
+        cache = KVCache(self.config, 1, total, dtype=prompt.dtype, device=prompt.device)
+        first = self.decoder(prompt, cache)
+        rest = self.decoder(more[:, :-1], cache, all_logits=True)[0] if len(ids) > 1 else first[:0]
+        chances = torch.cat((first, rest)).log_softmax(-1)
+        return [float(row[token]) for row, token in zip(chances, ids, strict=True)]
+
+    from_list_format = staticmethod(from_list_format)
+    to_list_format = staticmethod(to_list_format)
+
+    @staticmethod
+    def draw_bbox_on_latest_picture(response: str, history: History | None = None) -> Image.Image | None:
+        """The latest picture of `history` with the boxes of `response` drawn on it; None if there is neither."""
+        picture = latest_picture(history or [])
+        if picture is None:
+            return None
+        image = load_image(picture)
+        boxes = parse_boxes(response, image_sizes=[image.size])
+        return draw_boxes(image, boxes) if boxes else None
+
+    def _prepare(
+        self,
+        query: Query,
+        history: History | None,
+        system: str,
+        chat_format: str,
+        generation: dict[str, Any],
+        *,
+        markup_images: bool,
+    ) -> _Run:
+        options = self.options.with_overrides(generation)
+        if chat_format == "chatml":
+            prompt = chat_prompt(
+                self.tokenizer,
+                query,
+                history or [],
+                system,
+                max_window_size=self.max_window_size,
+                markup_images=markup_images,
+            )
+        elif chat_format == "raw":
+            prompt = raw_prompt(self.tokenizer, query, markup_images=markup_images)
+        else:
+            raise ConfigError(f"chat_format is {chat_format!r}, known are 'chatml' and 'raw'")
+        if not prompt.ids:
+            raise PromptError("the prompt is empty; give some text or an image")
+        self._check_context(len(prompt.ids) + 1, "the prompt has")
+        return _Run(prompt, [load_image(image) for image in prompt.images], options)
+
+    def _check_context(self, positions: int, what: str) -> None:
+        if positions > self.max_context:
+            raise PromptError(
+                f"{what} {positions} tokens, room for one new one included, and the context holds {self.max_context}; "
+                "shorten the text, send fewer images (258 tokens each) or raise max_context "
+                f"(at most {self.config.max_position_embeddings})"
+            )
+
+    def _embed(self, run: _Run) -> Tensor:
+        features, run.cached_images, run.image_s = self.vision.encode(run.images)
+        return embed_prompt(self.decoder, run.prompt.ids, run.prompt.image_starts, features)
+
+    def _deltas(self, run: _Run, chat_format: str) -> Iterator[str]:
+        """Generate and yield text pieces; fills `run`."""
+        embeds = self._embed(run)
+        stop_ids = stop_token_ids(self.tokenizer, chat_format)
+        room = min(run.options.max_new_tokens, self.max_context - embeds.shape[1])
+        sampler = Sampler(run.options, run.prompt.ids, device=embeds.device)
+        stream = TextStream(self.tokenizer, run.options.stop)
+        began = time.perf_counter()
+        steps = generate(
+            self.decoder,
+            [embeds],
+            [sampler],
+            stop_ids=stop_ids,
+            max_new_tokens=[room],
+            capacity=embeds.shape[1] + room,
+        )
+        for (token,) in steps:
+            now = time.perf_counter()
+            if not run.token_ids:
+                run.prefill_s, began = now - began, now
+            run.decode_s = now - began
+            assert token is not None  # a batch of one ends when its sequence does
+            run.token_ids.append(token)
+            if token in stop_ids:
+                run.finish_reason = "stop"
+                break
+            delta = stream.push(token)
+            run.text += delta
+            yield delta
+            if stream.stopped:
+                run.finish_reason = "stop"
+                break
+        delta = stream.close()
+        run.text += delta
+        yield delta
+
+    def _finish(self, run: _Run, chat_format: str) -> Answer:
+        for _ in self._deltas(run, chat_format):
+            pass
+        return self._answer_of(run)
+
+    def _answer_of(self, run: _Run) -> Answer:
+        usage = Usage(
+            prompt_tokens=len(run.prompt.ids),
+            completion_tokens=len(run.token_ids),
+            image_tokens=IMAGE_TOKENS * len(run.images),
+            images=len(run.images),
+            cached_images=run.cached_images,
+        )
+        timing = Timing(
+            image_s=run.image_s,
+            prefill_s=run.prefill_s,
+            decode_s=run.decode_s,
+            prompt_tokens=len(run.prompt.ids),
+            decoded_tokens=len(run.token_ids) - 1,
+        )
+        text = run.text.strip()  # upstream strips the response (qwen_generation_utils.py: _decode_chatml)
+        boxes = parse_boxes(text, image_sizes=[image.size for image in run.images])
+        return Answer(text, boxes, run.token_ids, run.finish_reason, usage, timing)

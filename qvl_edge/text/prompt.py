@@ -1,0 +1,246 @@
+"""Turns -> token ids, with 256 slots for each image: ChatML for the chat model, the text as it is for the base model.
+
+Source: qwen_generation_utils.py (make_context, decode_tokens). The ids are upstream's, but for this, on purpose:
+- the slots of an image are all <imgpad>; upstream writes the path's bytes there, so its paths end at 256 bytes and ours
+  do not, and at exactly 256 its model finds no slot to fill while ours has them all;
+- ChatML control tokens in text are plain text in both formats (upstream's raw format lets them act);
+- a response in the history never opens an image, whatever it says: the model wrote it, not the caller.
+"""
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, TypeAlias
+
+from qvl_edge.config import IMAGE_TOKENS
+from qvl_edge.errors import PromptError
+from qvl_edge.text.list_format import check_element, element_text
+from qvl_edge.text.tokenizer import (
+    ENDOFTEXT,
+    GROUNDING,
+    IM_END,
+    IM_START,
+    IMG,
+    IMG_END,
+    IMG_PAD,
+    Tokenizer,
+)
+
+Query: TypeAlias = str | Sequence[Mapping[str, Any]]
+"""Text, or a list of elements as in from_list_format whose images may be of any kind that load_image takes."""
+History: TypeAlias = Sequence[tuple[Query, str]]
+"""Earlier (query, response) turns, oldest first. As upstream, None is taken for a response that never came."""
+
+
+@dataclass(frozen=True)
+class ImageRef:
+    """Where an image stands in a turn, and the image itself (a path, bytes, a PIL image …; never looked into here)."""
+
+    image: Any
+
+    @property
+    def name(self) -> str:
+        """The path, or a few words for an image that has none."""
+        if isinstance(self.image, str):
+            return self.image.partition(",")[0] + ",…" if self.image.startswith("data:") else self.image
+        if isinstance(self.image, os.PathLike):
+            return str(os.fspath(self.image))
+        if isinstance(self.image, bytes | bytearray | memoryview):
+            return f"{len(self.image)} bytes"
+        return f"{type(self.image).__name__} {getattr(self.image, 'shape', getattr(self.image, 'size', ''))}".strip()
+
+
+Content: TypeAlias = list[str | ImageRef]
+"""What a turn says: text and images in order; no two texts stand side by side."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """Token ids, and the images that belong into them."""
+
+    ids: list[int] = field(default_factory=list)  # an image is <img>, 256 times <imgpad>, </img>
+    image_starts: list[int] = field(default_factory=list)  # index in `ids` of each image's first slot, ascending
+    images: list[Any] = field(default_factory=list)  # as given, in the same order
+    text: str = ""  # the raw text for people, an image shown as <img>NAME</img>
+
+
+def chat_prompt(
+    tokenizer: Tokenizer,
+    query: Query,
+    history: History,
+    system: str,
+    *,
+    max_window_size: int,
+    markup_images: bool,
+) -> Prompt:
+    """A ChatML prompt that ends where the assistant speaks.
+
+    Turns are taken from the newest back while system and turns stay below `max_window_size` tokens; the query always
+    stays, and is not counted (upstream's rule). markup_images: `<img>path</img>` in queries that are text is an image.
+    PromptError on an `<img>` left open or a malformed query.
+    """
+    if not isinstance(system, str):
+        raise PromptError(f"system is a {type(system).__name__}, expected a string")
+    opening = _turn(tokenizer, "system", _encode(tokenizer, [system]))
+    turns: list[Prompt] = []
+    size = len(opening.ids)
+    newline = _encode(tokenizer, ["\n"])
+    for earlier_query, response in _checked(history):
+        asked = _turn(tokenizer, "user", _query(tokenizer, earlier_query, markup_images))
+        answered = _turn(tokenizer, "assistant", _encode(tokenizer, [response])) if response is not None else Prompt()
+        turn = _join([newline, asked, newline, answered])
+        if size + len(turn.ids) >= max_window_size:
+            break
+        size += len(turn.ids)
+        turns.append(turn)
+    asked = _turn(tokenizer, "user", _query(tokenizer, query, markup_images))
+    reply = _join([_special(tokenizer, IM_START), _encode(tokenizer, ["assistant"]), newline])
+    return _join([opening, *reversed(turns), newline, asked, newline, reply])
+
+
+def raw_prompt(tokenizer: Tokenizer, query: Query, *, markup_images: bool) -> Prompt:
+    """The query as it is, for the base model to continue. PromptError as in chat_prompt."""
+    return _query(tokenizer, query, markup_images)
+
+
+def parse_query(query: Query, *, markup_images: bool, first_picture: int = 1) -> Content:
+    """A query -> its texts and images.
+
+    An image element becomes "Picture N:", the image and a newline, as in from_list_format; N counts from
+    `first_picture`. markup_images: `<img>path</img>` in text is an image too; otherwise it is just text.
+    PromptError: neither text nor a list of known elements, or an `<img>` left open where it counts.
+    """
+    if isinstance(query, str):
+        return _with_markup([query], markup_images)
+    if not isinstance(query, list | tuple):  # bytes and arrays are sequences too
+        raise PromptError(f"the query is a {type(query).__name__}, expected text or a list of elements")
+    parts: Content = []
+    picture = first_picture
+    for element in query:
+        if check_element(element) == {"image"}:
+            parts += [f"Picture {picture}:", ImageRef(element["image"]), "\n"]
+            picture += 1
+        else:
+            parts.append(element_text(element))
+    return _with_markup(_merge(parts), markup_images)
+
+
+def latest_picture(history: History) -> Any | None:
+    """The last image that the queries of chat's `history` show, or None.
+
+    In a query that is text, `<img>path</img>` counts, as in chat; the texts of a list of elements open nothing, and
+    responses are not searched: the model wrote them.
+    """
+    for query, _ in _checked(history):
+        content = parse_query(query, markup_images=isinstance(query, str))
+        images = [part.image for part in content if isinstance(part, ImageRef)]
+        if images:
+            return images[-1]
+    return None
+
+
+def stop_token_ids(tokenizer: Tokenizer, chat_format: str) -> frozenset[int]:
+    """The ids that end an answer. Both formats end at <|endoftext|>, the eos_token_id of the published models."""
+    return frozenset(tokenizer.specials[token] for token in _ends(chat_format))
+
+
+def decode_reply(tokenizer: Tokenizer, ids: Iterable[int], chat_format: str) -> str:
+    """Generated ids -> the answer: cut at the first id that ends it, other special tokens kept, stripped."""
+    stops = stop_token_ids(tokenizer, chat_format)
+    kept = []
+    for token in ids:
+        if token in stops:
+            break
+        kept.append(token)
+    return tokenizer.decode(kept).strip()
+
+
+def _ends(chat_format: str) -> tuple[str, ...]:
+    if chat_format not in ("chatml", "raw"):
+        raise PromptError(f"chat_format is {chat_format!r}, known are 'chatml' and 'raw'")
+    return (IM_END, IM_START, ENDOFTEXT) if chat_format == "chatml" else (ENDOFTEXT,)
+
+
+def _checked(history: History) -> Iterable[tuple[Query, str | None]]:
+    """The turns of `history` from the newest back."""
+    for index in range(len(history) - 1, -1, -1):
+        turn = history[index]
+        if not isinstance(turn, tuple | list) or len(turn) != 2 or not isinstance(turn[1], str | None):
+            raise PromptError(f"history[{index}] is {turn!r:.80}, expected a pair of query and response text")
+        yield turn[0], turn[1]
+
+
+def _merge(parts: Content) -> Content:
+    """Join neighbouring texts: where a text is cut decides its ids."""
+    merged: Content = []
+    for part in parts:
+        if isinstance(part, str) and merged and isinstance(merged[-1], str):
+            merged[-1] += part
+        else:
+            merged.append(part)
+    return merged
+
+
+def _with_markup(parts: Content, markup_images: bool) -> Content:
+    if not markup_images:
+        return parts
+    found: Content = []
+    for part in parts:
+        found += _split_images(part) if isinstance(part, str) else [part]
+    return found
+
+
+def _split_images(text: str) -> Content:
+    """Cut text at its `<img>path</img>`."""
+    parts: Content = []
+    end = 0
+    while (start := text.find(IMG, end)) >= 0:
+        stop = text.find(IMG_END, start)
+        if stop < 0:
+            raise PromptError(
+                f"{IMG} at character {start} is left open: {text[start : start + 40]!r}; close it with {IMG_END}, "
+                "or use answer() or ask(), where it is plain text"
+            )
+        parts += [text[end:start], ImageRef(text[start + len(IMG) : stop])]
+        end = stop + len(IMG_END)
+    return [part for part in [*parts, text[end:]] if part != ""]
+
+
+def _query(tokenizer: Tokenizer, query: Query, markup_images: bool) -> Prompt:
+    # upstream lets a stray </img> or <imgpad> be its special token; without markup_images both are letters
+    allowed = (*GROUNDING, IMG_END, IMG_PAD) if markup_images else GROUNDING
+    return _encode(tokenizer, parse_query(query, markup_images=markup_images), allowed)
+
+
+def _encode(tokenizer: Tokenizer, content: Sequence[str | ImageRef], allowed: tuple[str, ...] = GROUNDING) -> Prompt:
+    specials = tokenizer.specials
+    slots = [specials[IMG], *[specials[IMG_PAD]] * IMAGE_TOKENS, specials[IMG_END]]
+    return _join(
+        Prompt(slots, [1], [part.image], f"{IMG}{part.name}{IMG_END}")
+        if isinstance(part, ImageRef)
+        else Prompt(tokenizer.encode(part, allowed), text=part)
+        for part in content
+    )
+
+
+def _special(tokenizer: Tokenizer, token: str) -> Prompt:
+    return Prompt([tokenizer.specials[token]], text=token)
+
+
+def _turn(tokenizer: Tokenizer, role: str, content: Prompt) -> Prompt:
+    # role, newline and content are encoded apart (make_context: _tokenize_str); together "\n" could merge with the text
+    head = [_special(tokenizer, IM_START), _encode(tokenizer, [role]), _encode(tokenizer, ["\n"])]
+    return _join([*head, content, _special(tokenizer, IM_END)])
+
+
+def _join(prompts: Iterable[Prompt]) -> Prompt:
+    ids: list[int] = []
+    image_starts: list[int] = []
+    images: list[Any] = []
+    text = ""
+    for prompt in prompts:
+        image_starts += [len(ids) + start for start in prompt.image_starts]
+        ids += prompt.ids
+        images += prompt.images
+        text += prompt.text
+    return Prompt(ids, image_starts, images, text)

@@ -1,0 +1,115 @@
+"""Qwen-VL's tokenizer: tiktoken over qwen.tiktoken, plus the special tokens in upstream's order.
+
+Source: Qwen-VL-Chat's tokenization_qwen.py. Images travel beside the text, so there is no path in the token ids here:
+`encode` knows text and markup only, and `prompt.py` puts the image slots in.
+"""
+
+import base64
+import binascii
+import unicodedata
+from collections.abc import Collection, Iterable
+from pathlib import Path
+
+import tiktoken
+
+from qvl_edge.errors import CheckpointError
+
+VOCAB_FILE = "qwen.tiktoken"
+ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+REF, REF_END, BOX, BOX_END, QUAD, QUAD_END = "<ref>", "</ref>", "<box>", "</box>", "<quad>", "</quad>"
+IMG, IMG_END, IMG_PAD = "<img>", "</img>", "<imgpad>"
+CONTROL = (ENDOFTEXT, IM_START, IM_END, *(f"<|extra_{index}|>" for index in range(205)))
+GROUNDING = (REF, REF_END, BOX, BOX_END, QUAD, QUAD_END)
+IMAGE = (IMG, IMG_END, IMG_PAD)
+SPECIALS = (*CONTROL, *GROUNDING, *IMAGE)  # their ids follow the ranks in this order
+SPLIT = (  # tokenization_qwen.py: PAT_STR; digits are split one by one
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+
+
+class Tokenizer:
+    """Text <-> token ids.
+
+    `ranks` maps byte strings to ids 0 … n-1 as qwen.tiktoken lists them; the special tokens follow from n on. The
+    published file has 151,643 ranks, a small model ships the first few thousand.
+    """
+
+    def __init__(self, ranks: dict[bytes, int]):
+        self.specials = {token: len(ranks) + index for index, token in enumerate(SPECIALS)}
+        self._encoding = tiktoken.Encoding(
+            "qwen_vl", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.specials
+        )
+        self._special_ids = frozenset(self.specials.values())
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> "Tokenizer":
+        """Read qwen.tiktoken (lines "BASE64 RANK"). CheckpointError names the line that cannot be read."""
+        path = Path(path)
+        try:
+            lines = path.read_bytes().splitlines()
+        except OSError as error:
+            raise CheckpointError(
+                f"{path} cannot be read ({error.strerror}); copy {VOCAB_FILE} from the model"
+            ) from None
+        ranks: dict[bytes, int] = {}
+        for number, line in enumerate(lines, 1):
+            if not line:
+                continue
+            try:
+                token, rank = line.split()
+                ranks[base64.b64decode(token, validate=True)] = int(rank)
+            except (ValueError, binascii.Error):
+                raise CheckpointError(
+                    f"{path} line {number} is {line[:40]!r}, expected a base64 token and its rank; copy the file again"
+                ) from None
+        if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+            raise CheckpointError(
+                f"{path} holds {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}; it is cut or damaged, "
+                "copy it again"
+            )
+        return cls(ranks)
+
+    @property
+    def vocab_size(self) -> int:
+        """Ids in use: ranks and special tokens (151,860 in the published model, whose embedding has 151,936 rows)."""
+        return self._encoding.n_vocab
+
+    def encode(self, text: str, allowed_special: Collection[str] = GROUNDING) -> list[int]:
+        """NFC-normalize and encode; special tokens not in `allowed_special` are plain text, never an error."""
+        text = unicodedata.normalize("NFC", text)
+        return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+
+    def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False, errors: str = "replace") -> str:
+        """Token ids -> text; bytes that are no UTF-8 are handled as `errors` says.
+
+        An image's slots are read as upstream fills them, bytes of the path up to the first <imgpad>: ours are empty, so
+        a prompt shows <img></img>. Where upstream raises, an <img> left open or with other ids inside, it is like text.
+        """
+        return self.decode_bytes(self._with_paths(list(ids)), skip_special_tokens=skip_special_tokens).decode(
+            "utf-8", errors=errors
+        )
+
+    def _with_paths(self, ids: list[int]) -> list[int]:
+        """Replace each image's slots by the ids of the path that they spell."""
+        start_id, end_id, pad_id = (self.specials[token] for token in IMAGE)
+        plain: list[int] = []
+        end = 0
+        while True:
+            try:
+                start = ids.index(start_id, end)
+                stop = ids.index(end_id, start)
+            except ValueError:  # no further closed image
+                return plain + ids[end:]
+            slots = ids[start + 1 : stop]
+            path = slots[: slots.index(pad_id)] if pad_id in slots else slots
+            if all(byte < 256 for byte in path):
+                slots = self.encode(bytes(path).decode("utf-8", errors="replace"), ())
+            plain += [*ids[end : start + 1], *slots, end_id]
+            end = stop + 1
+
+    def decode_bytes(self, ids: Iterable[int], *, skip_special_tokens: bool = False) -> bytes:
+        """Token ids -> bytes, for streaming. Ids past the vocabulary (padding rows of the embedding) give nothing."""
+        limit = self.vocab_size
+        kept = [i for i in ids if i < limit and not (skip_special_tokens and i in self._special_ids)]
+        return self._encoding.decode_bytes(kept)

@@ -1,0 +1,57 @@
+"""The vision tower of an untouched checkpoint, exported once into a cache folder by the export command."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from os import PathLike
+from pathlib import Path
+from typing import TypeAlias
+
+from qvl_edge.bundle import MANIFEST, VIT
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import read_json
+from qvl_edge.errors import BundleError
+
+Progress: TypeAlias = Callable[[str], None]
+
+
+def cache_home() -> Path:
+    """Where exported vision towers are kept: $XDG_CACHE_HOME/qvl_edge, by default ~/.cache/qvl_edge."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvl_edge"
+
+
+def exported_vit(
+    checkpoint: Checkpoint,
+    *,
+    dtype: str,
+    cache_dir: str | PathLike[str] | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """Path of the checkpoint's vit.onnx in `dtype`, made now unless the cache has it.
+
+    The folder's name holds the fingerprint of the weights, so an edited checkpoint is exported anew. BundleError if the
+    export cannot run or fails, with its last words.
+    """
+    folder = Path(cache_dir or cache_home()) / f"vit-{checkpoint.fingerprint[:16]}-{dtype}"
+    if (folder / MANIFEST).exists() and "vit" in read_json(folder / MANIFEST)["parts"] and (folder / VIT).exists():
+        return folder / VIT
+    if importlib.util.find_spec("onnx") is None:
+        raise BundleError(
+            f"the vision tower of {checkpoint.path} has to be exported once, and that needs the package onnx: "
+            "pip install 'qvl-edge[export]'"
+        )
+    command = [sys.executable, "-m", "export.vit", str(checkpoint.path), str(folder), "--dtype", dtype]
+    if progress:
+        progress(f"exporting the vision tower into {folder} (once)")
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        last = ""
+        for line in process.stderr:
+            last = line.strip() or last
+            if progress:
+                progress(line.rstrip())
+    if process.returncode != 0:
+        raise BundleError(f"`{' '.join(command)}` failed with exit code {process.returncode}: {last}")
+    return folder / VIT

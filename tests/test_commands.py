@@ -1,0 +1,89 @@
+"""qvl-edge run and chat, as a user types them."""
+
+import io
+import json
+import re
+from pathlib import Path
+
+import pytest
+from conftest import GOLDEN
+from PIL import Image
+
+from qvl_edge.__main__ import main
+
+CHECKPOINT = str(GOLDEN / "tiny-a/checkpoint")
+PICTURE = str(GOLDEN / "tiny-a/images/scene0_RGB.png")
+SHORT = ["--greedy", "--max-new-tokens", "4"]
+
+
+@pytest.fixture(autouse=True, scope="module")
+def cache(tmp_path_factory: pytest.TempPathFactory):
+    """The user's cache folder, so that the vision tower is exported once for all tests of this file."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
+        yield
+
+
+def test_run_prints_the_answer_on_stdout_and_the_speed_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", CHECKPOINT, "--image", PICTURE, "这是什么?", *SHORT]) == 0
+    said = capsys.readouterr()
+    assert said.out.strip()
+    assert re.search(r"1 images .* prompt 3\d\d tokens .* answer 4 tokens .* ended by length", said.err)
+
+
+def test_run_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", CHECKPOINT, "--image", PICTURE, "--image", PICTURE, "hi", "--json", *SHORT]) == 0
+    answer = json.loads(capsys.readouterr().out)
+    assert answer["usage"]["images"] == 2 and len(answer["token_ids"]) == 4
+
+
+def test_run_draws_the_latest_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.png"
+    assert main(["run", CHECKPOINT, "--image", PICTURE, "hi", "--draw", str(out), *SHORT]) == 0
+    assert Image.open(out).size == Image.open(PICTURE).size
+    assert f"boxes drawn on {out}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["run", "no/such/folder", "hi"], "not a folder"),
+        (["run", CHECKPOINT, "hi", "--image", "no-such.png"], "No such file"),
+        (["run", CHECKPOINT, "hi", "--draw", "x.png"], "--draw needs an --image"),
+        (["run", CHECKPOINT, "hi", "--image", PICTURE, "--draw", "no/folder/x.png"], "does not exist"),
+        (["run", CHECKPOINT, "hi", "--max-context", "99999"], "1 to 8192"),
+        (["run", CHECKPOINT, "hi", "--top-p", "7"], "top_p is 7.0"),
+        (["run", CHECKPOINT, "word " * 9000], "the context holds 8192"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_exit_code_1(arguments, words: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(arguments) == 1
+    said = capsys.readouterr()
+    assert words in said.err and "Traceback" not in said.err and not said.out
+
+
+def test_an_unwritable_picture_format_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    out = tmp_path / "out.nonsense"
+    assert main(["run", CHECKPOINT, "--image", PICTURE, "hi", "--draw", str(out), *SHORT]) == 1
+    assert "unknown file extension" in capsys.readouterr().err
+
+
+def test_chat_keeps_the_history_and_survives_bad_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines = ["/image no-such.png", f"/image {PICTURE}", "这是什么?", "and now?", "/draw x.png", "/what", "/clear", "hi"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join(lines) + "\n"))
+    assert main(["chat", CHECKPOINT, *SHORT]) == 0
+    said = capsys.readouterr()
+    assert "No such file" in said.err and "/image FILE" in said.err
+    assert "there is no picture, or the last answer has no boxes" in said.err
+    prompts = [int(count) for count in re.findall(r"prompt (\d+) tokens", said.err)]
+    # the second turn has the first before it; after /clear there is neither picture nor history
+    assert len(prompts) == 3 and prompts[1] > prompts[0] > 256 > prompts[2]
+
+
+def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(["--help"])
+    said = capsys.readouterr().out
+    assert done.value.code == 0 and all(name in said for name in ("run", "chat", "demo"))

@@ -1,0 +1,205 @@
+"""Runtime end to end: the original model's tokens, from an image and a question through all rooms and back."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import GOLDEN, GOLDEN_MODELS
+from PIL import Image
+
+from qvl_edge import BundleError, CheckpointError, ConfigError, ImageError, PromptError, Runtime
+from qvl_edge.answer import Answer
+
+TOLERANCE = 1e-4  # nats: golden logits agree to 1e-4, and so do their log-probabilities
+
+
+@pytest.fixture(scope="session")
+def vit_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("vit-cache")
+
+
+@pytest.fixture(scope="module", params=GOLDEN_MODELS)
+def golden(request, vit_cache: Path) -> tuple[Path, Runtime]:
+    folder = GOLDEN / request.param
+    return folder, Runtime.from_pretrained(folder / "checkpoint", cache_dir=vit_cache)
+
+
+@pytest.fixture(scope="module")
+def runtime(vit_cache: Path) -> Runtime:
+    return Runtime.from_pretrained(GOLDEN / "tiny-a/checkpoint", cache_dir=vit_cache)
+
+
+@pytest.fixture
+def in_golden_images(monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(GOLDEN / "tiny-a/images")
+    return GOLDEN / "tiny-a/images"
+
+
+@pytest.mark.parametrize("case", range(4))
+def test_answers_equal_the_original_models_token_for_token(golden, case: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, runtime = golden
+    monkeypatch.chdir(folder / "images")
+    said = json.loads((folder / "cases.json").read_text())[case]
+    expected = np.load(folder / "golden.npz")[f"case{case}/greedy_ids"].tolist()
+    run = runtime._prepare(
+        said["query"],
+        [tuple(turn) for turn in said["history"]],
+        "You are a helpful assistant.",
+        "chatml",
+        {"do_sample": False, "max_new_tokens": len(expected)},
+        markup_images=True,
+    )
+    assert run.prompt.text == said["raw_text"]
+    assert len(run.prompt.ids) == said["n_input"]
+    answer = runtime._finish(run, "chatml")
+    assert answer.token_ids == expected
+    assert answer.usage.prompt_tokens == said["n_input"]
+
+
+def test_every_way_in_gives_the_same_answer(runtime: Runtime, in_golden_images: Path) -> None:
+    options = {"do_sample": False, "max_new_tokens": 6}
+    path = in_golden_images / "scene0_RGB.png"
+    query = Runtime.from_list_format([{"image": str(path)}, {"text": "这是什么?"}])
+    response, history = runtime.chat(query, None, **options)
+    streamed = list(runtime.chat_stream(query, None, **options))
+    asked = runtime.ask(Image.open(path), "这是什么?", **options)
+    elements = [{"image": path.read_bytes()}, {"text": "这是什么?"}]
+    answered = runtime.answer(elements, **options)
+    pieces = list(runtime.answer_stream(elements, **options))
+    assert history == [(query, response)]
+    assert asked.text == answered.text == response == streamed[-1].strip()
+    assert asked.token_ids == answered.token_ids
+    assert all(later.startswith(earlier) for earlier, later in zip(streamed, streamed[1:], strict=False))
+    assert isinstance(pieces[-1], Answer) and "".join(pieces[:-1]).strip() == response
+    assert pieces[-1].token_ids == asked.token_ids
+
+
+def test_markup_opens_a_file_in_chat_and_is_plain_text_in_answer(runtime: Runtime, in_golden_images: Path) -> None:
+    text = "<img>scene0_RGB.png</img> hello"
+    one = {"do_sample": False, "max_new_tokens": 1}
+    assert runtime.answer(text, **one).usage.images == 0
+    assert runtime.ask("scene0_RGB.png", text, **one).usage.images == 1
+    with pytest.raises(ImageError, match="no-such-file"):
+        runtime.chat("<img>no-such-file.png</img>", None, **one)
+    with pytest.raises(PromptError, match="left open"):
+        runtime.chat("<img>scene0_RGB.png", None, **one)
+    assert runtime.answer("<img>scene0_RGB.png", **one).usage.images == 0
+    # what the model once said opens nothing either
+    runtime.chat("go on", [("hi", "<img>no-such-file.png</img>")], **one)
+
+
+def test_an_image_is_encoded_once_whatever_it_is_called(
+    runtime: Runtime, in_golden_images: Path, tmp_path: Path
+) -> None:
+    one = {"do_sample": False, "max_new_tokens": 1}
+    picture = Image.fromarray(np.random.default_rng(3).integers(0, 256, (50, 40, 3), dtype=np.uint8))
+    picture.save(tmp_path / "other-name.png")
+    first = runtime.ask(picture, "a", **one)
+    second = runtime.ask([tmp_path / "other-name.png", picture], "b", **one)
+    assert (first.usage.cached_images, second.usage.cached_images, second.usage.images) == (0, 2, 2)
+    assert second.usage.image_tokens == 512
+
+
+def test_a_seed_repeats_an_answer_and_greedy_needs_none(runtime: Runtime) -> None:
+    drawn = [
+        runtime.answer("hi", seed=seed, do_sample=True, top_p=1.0, max_new_tokens=12).token_ids for seed in (1, 1, 2)
+    ]
+    assert drawn[0] == drawn[1] != drawn[2]
+
+
+def test_stop_strings_end_the_answer_before_them(runtime: Runtime) -> None:
+    options = {"do_sample": False, "max_new_tokens": 24}
+    whole = runtime.answer("What is Qwen?", **options)
+    middle = whole.text[len(whole.text) // 2 :][:3]
+    cut = runtime.answer("What is Qwen?", stop=middle, **options)
+    assert cut.text == whole.text[: whole.text.index(middle)].strip()
+    assert cut.finish_reason == "stop" and whole.finish_reason == "length"
+    assert len(cut.token_ids) < len(whole.token_ids)
+
+
+def test_scores_are_log_probabilities_of_the_golden_logits(golden) -> None:
+    folder, runtime = golden
+    data = np.load(folder / "golden.npz")
+    ids = data["case0/greedy_ids"].tolist()
+    text = runtime.tokenizer.decode(ids[:3])
+    encoded = runtime.tokenizer.encode(text)
+    scores = runtime.score("What is Qwen?", text)
+    assert len(scores) == len(encoded)
+    logits = torch.from_numpy(data["case0/prefill_logits_last"]).double()
+    assert scores[0] == pytest.approx(float(logits.log_softmax(-1)[encoded[0]]), abs=TOLERANCE)
+    # and each later one is what a prompt with the earlier ones predicts
+    one = runtime.score("What is Qwen?", runtime.tokenizer.decode(encoded[:1]))
+    assert one[0] == pytest.approx(scores[0], abs=TOLERANCE)
+
+
+def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(runtime: Runtime) -> None:
+    with pytest.raises(PromptError, match=r"\d+ tokens.*holds 8192"):
+        runtime.answer("word " * 9000)
+
+
+def test_max_context_limits_prompt_and_answer_together(vit_cache: Path) -> None:
+    small = Runtime.from_pretrained(GOLDEN / "tiny-a/checkpoint", cache_dir=vit_cache, max_context=50)
+    answer = small.answer("What is Qwen?", do_sample=False, max_new_tokens=100)
+    assert answer.usage.prompt_tokens + len(answer.token_ids) == 50 and answer.finish_reason == "length"
+
+
+def test_an_answer_carries_counts_and_seconds_and_becomes_json(runtime: Runtime) -> None:
+    answer = runtime.answer("hi", do_sample=False, max_new_tokens=4)
+    content = json.loads(json.dumps(answer.to_dict()))
+    assert content["usage"]["completion_tokens"] == len(content["token_ids"]) == 4
+    assert content["timing"]["decode_tokens_per_s"] > 0
+    assert set(content) == {field.name for field in dataclasses.fields(Answer)}
+
+
+def test_raw_format_continues_the_text_as_it_is(runtime: Runtime) -> None:
+    generated = runtime.generate("Once", do_sample=False, max_new_tokens=3)
+    answered = runtime.answer("Once", chat_format="raw", do_sample=False, max_new_tokens=3)
+    assert generated.token_ids == answered.token_ids
+    assert generated.usage.prompt_tokens == len(runtime.tokenizer.encode("Once"))
+
+
+def test_the_latest_picture_of_the_history_is_drawn_on(runtime: Runtime, in_golden_images: Path) -> None:
+    history = [
+        ("<img>scene1_RGBA.png</img>", "a"),
+        ([{"image": "scene0_RGB.png"}, {"text": "q"}], "b"),
+        ("no image", "c"),
+    ]
+    picture = runtime.draw_bbox_on_latest_picture("<ref>圆</ref><box>(100,100),(800,800)</box>", history)
+    original = Image.open("scene0_RGB.png").convert("RGB")
+    assert picture is not None and picture.size == original.size and picture.tobytes() != original.tobytes()
+    assert runtime.draw_bbox_on_latest_picture("no boxes", history) is None
+    assert runtime.draw_bbox_on_latest_picture("<box>(1,1),(9,9)</box>", []) is None
+
+
+def test_what_cannot_be_loaded_is_refused_with_the_way_out(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="not a folder"):
+        Runtime.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(ConfigError, match="device is 'tpu'"):
+        Runtime.from_pretrained(tmp_path, device="tpu")
+    with pytest.raises(ConfigError, match="dtype is 'int3'"):
+        Runtime.from_pretrained(tmp_path, dtype="int3")
+    (tmp_path / "bundle.json").write_text('{"format_version": 1, "parts": {}}')
+    with pytest.raises(BundleError, match="python -m quantize.gptq"):
+        Runtime.from_pretrained(tmp_path)
+
+
+def test_the_vision_tower_is_exported_once_and_again_when_the_weights_change(tmp_path: Path, make_checkpoint) -> None:
+    checkpoint, cache, said = make_checkpoint("a", seed=1), tmp_path / "cache", []
+    for expected in (True, False):
+        said.clear()
+        Runtime.from_pretrained(checkpoint, cache_dir=cache, progress=said.append)
+        assert bool(said) is expected
+    make_checkpoint("a", seed=2)
+    Runtime.from_pretrained(checkpoint, cache_dir=cache, progress=said.append)
+    assert said and len(os.listdir(cache)) == 2
+
+
+def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, make_checkpoint) -> None:
+    folder = make_checkpoint("b")
+    (folder / "qwen.tiktoken").write_bytes((GOLDEN / "tiny-a/checkpoint/qwen.tiktoken").read_bytes())
+    with pytest.raises(ConfigError, match="image_start_id 470"):
+        Runtime.from_pretrained(folder, cache_dir=tmp_path / "cache")
