@@ -1,0 +1,182 @@
+"""Scenes turned into training batches for the small model."""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from qvl_edge.config import IMAGE_TOKENS
+from qvl_edge.demo.scenes import COLOURS, GRID, KINDS, SHAPES, Question, Scene, ask, ask_which, make_scene
+from qvl_edge.text.tokenizer import IM_END, IM_START, IMG, IMG_END, IMG_PAD, Tokenizer
+
+SYSTEM = "You are a helpful assistant."
+IGNORE = -100  # label of a token that is not part of an answer (torch's default ignore_index)
+COORDINATES = GRID + 1  # grid lines a box edge can lie on
+# of find, at, count, colour, read, describe: looking up one thing's colour is the lookup that is learned first
+SHARES = (0.25, 0.15, 0.08, 0.25, 0.17, 0.10)
+TWO_TURNS = 0.25  # share of branches that ask a second question after the first answer
+
+
+@dataclass
+class CellTargets:
+    """What each of the 256 grid cells of B pictures shows, as class indices (B, 256); 0 is nothing of the kind."""
+
+    colour: Tensor
+    shape: Tensor
+    digit: Tensor
+    centre: Tensor  # 1 on the cell in the middle of a shape, so that shapes can be counted
+    edges: Tensor  # (B, 256, 4): grid lines of the shape's box
+
+
+def cell_targets(scenes: list[Scene]) -> CellTargets:
+    """Dense targets for the vision tower."""
+    colours, kinds = list(COLOURS), list(SHAPES)
+    planes = np.zeros((4, len(scenes), GRID, GRID), dtype=np.int64)
+    edges = np.zeros((len(scenes), GRID, GRID, 4), dtype=np.int64)
+    for index, scene in enumerate(scenes):
+        for shape in scene.shapes:
+            left, top, right, bottom = shape.cells
+            planes[0, index, top:bottom, left:right] = colours.index(shape.colour) + 1
+            planes[1, index, top:bottom, left:right] = kinds.index(shape.kind) + 1
+            planes[3, index, (top + bottom) // 2, (left + right) // 2] = 1
+            edges[index, top:bottom, left:right] = shape.cells
+        for offset, digit in enumerate(scene.number or ""):
+            planes[2, index, scene.number_cell[1], scene.number_cell[0] + offset] = int(digit) + 1
+    colour, shape, digit, centre = torch.from_numpy(planes).flatten(2)
+    return CellTargets(colour, shape, digit, centre, torch.from_numpy(edges).flatten(1, 2))
+
+
+def pixels_of(scenes: list[Scene], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
+    """Normalized pixels (B, 3, 448, 448) float32; a scene has the model's input size already."""
+    raw = torch.from_numpy(np.stack([np.asarray(scene.image) for scene in scenes])).permute(0, 3, 1, 2)
+    scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
+    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
+    return raw.float() * scale - shift
+
+
+@dataclass
+class Lesson:
+    """B packed sequences of one prefix (system turn and pictures) and many question branches that see only the prefix.
+
+    ids, labels, positions and weights (B, L); attention (B, 1, L, L) is 0 where a token is seen and -inf elsewhere.
+    A label's weight is 1 / sqrt(tokens of its answer), so that long boxes do not drown one-word answers.
+    image_starts lists where each picture's 256 features go, the same in every sequence.
+    """
+
+    scenes: list[Scene]  # pictures of sequence 0, then of sequence 1, …
+    ids: Tensor
+    labels: Tensor
+    weights: Tensor
+    positions: Tensor
+    attention: Tensor
+    image_starts: list[int]
+
+
+@dataclass
+class Branch:
+    """Question turns and answers that follow the pictures."""
+
+    ids: list[int] = field(default_factory=list)
+    labels: list[int] = field(default_factory=list)
+    weights: list[float] = field(default_factory=list)
+
+
+class Teacher:
+    """Makes lessons from seeds."""
+
+    def __init__(self, tokenizer: Tokenizer):
+        self.tokenizer = tokenizer
+        special = tokenizer.specials
+        self.start, self.end = special[IM_START], special[IM_END]
+        # the token of each colour and shape as it stands within an English question
+        self.words = {
+            names: torch.tensor([tokenizer.encode(f" {word}")[-1] for word in words])
+            for names, words in (("colours", COLOURS), ("shapes", SHAPES))
+        }
+        self.image = [special[IMG], *[special[IMG_PAD]] * IMAGE_TOKENS, special[IMG_END]]
+
+    def prefix(self, pictures: int) -> tuple[list[int], list[int]]:
+        """Token ids up to the last picture, and where the features of each go."""
+        encode = self.tokenizer.encode
+        ids = [self.start, *encode("system\n" + SYSTEM), self.end, *encode("\n"), self.start, *encode("user\n")]
+        starts = []
+        for number in range(1, pictures + 1):
+            ids += encode(f"Picture {number}:" if number == 1 else f"\nPicture {number}:")
+            starts.append(len(ids) + 1)
+            ids += self.image
+        return ids, starts
+
+    def branch(self, questions: list[Question]) -> Branch:
+        """Question turns and their answers, from the newline after the picture on."""
+        encode = self.tokenizer.encode
+        branch = Branch()
+        for index, question in enumerate(questions):
+            ask = encode("\n" + question.text) if index == 0 else [*encode("\n"), self.start]
+            if index:
+                ask += encode("user\n" + question.text)
+            ask += [self.end, *encode("\n"), self.start, *encode("assistant\n")]
+            answer = [*encode(question.answer), self.end]
+            branch.ids += ask + answer
+            branch.labels += [IGNORE] * len(ask) + answer
+            branch.weights += [0.0] * len(ask) + [len(answer) ** -0.5] * len(answer)
+        return branch
+
+    def lesson(self, seed: int, *, batch: int, budget: int, pictures: int = 1) -> Lesson:
+        """The lesson of this seed: `budget` tokens of questions a sequence, at most."""
+        scenes, rows = list[Scene](), list[list[Branch]]()
+        for index in range(batch):
+            rng = np.random.default_rng((seed, index))
+            row_scenes = tuple(make_scene(int(rng.integers(10**9))) for _ in range(pictures))
+            scenes += row_scenes
+            rows.append(self._branches(row_scenes, rng, budget))
+        return self._pack(scenes, rows, pictures)
+
+    def _branches(self, scenes: tuple[Scene, ...], rng: np.random.Generator, budget: int) -> list[Branch]:
+        branches, used, asked = list[Branch](), 0, set[str]()
+        for _ in range(64):
+            questions = []
+            for _ in range(2 if rng.random() < TWO_TURNS else 1):
+                language = ("en", "zh")[int(rng.integers(2))]
+                if len(scenes) == 2:
+                    question = ask_which((scenes[0], scenes[1]), language, rng)
+                else:
+                    kind = str(rng.choice(KINDS[:-1], p=SHARES))
+                    question = ask(scenes[0], kind, language, rng)
+                if question is not None and question.text not in asked:
+                    asked.add(question.text)
+                    questions.append(question)
+            if not questions:
+                continue
+            branch = self.branch(questions)
+            if used + len(branch.ids) > budget:
+                break
+            branches.append(branch)
+            used += len(branch.ids)
+        return branches
+
+    def _pack(self, scenes: list[Scene], rows: list[list[Branch]], pictures: int) -> Lesson:
+        prefix, starts = self.prefix(pictures)
+        length = len(prefix) + max(sum(len(branch.ids) for branch in row) for row in rows)
+        shape = (len(rows), length)
+        ids = torch.full(shape, self.end)
+        labels = torch.full(shape, IGNORE)
+        weights = torch.zeros(shape)
+        positions = torch.zeros(shape, dtype=torch.int64)
+        causal = torch.ones(length, length, dtype=torch.bool).tril()
+        seen = torch.zeros(len(rows), 1, length, length, dtype=torch.bool)
+        for index, row in enumerate(rows):
+            ids[index, : len(prefix)] = torch.tensor(prefix)
+            positions[index, : len(prefix)] = torch.arange(len(prefix))
+            seen[index, 0, :, : len(prefix)] = causal[:, : len(prefix)]
+            at = len(prefix)
+            for branch in row:
+                end = at + len(branch.ids)
+                ids[index, at:end] = torch.tensor(branch.ids)
+                labels[index, at:end] = torch.tensor(branch.labels)
+                weights[index, at:end] = torch.tensor(branch.weights)
+                positions[index, at:end] = torch.arange(len(prefix), len(prefix) + len(branch.ids))
+                seen[index, 0, at:end, at:end] = causal[at:end, at:end]
+                at = end
+        attention = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        return Lesson(scenes, ids, labels, weights, positions, attention, starts)

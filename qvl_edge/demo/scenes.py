@@ -1,0 +1,204 @@
+"""Synthetic scenes with exact answers: what the small model is trained on, and what the demo and the tests ask about.
+
+A scene is a 448-pixel picture of one to four coloured shapes and, in every second one, a printed number. Shapes and
+digits stand on the 28-pixel grid of the small model's patches, which lets 7 million parameters learn them on two CPU
+cores. Everything follows from the seed, whatever the machine: digits are drawn from a bitmap, not a font.
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+SIZE = 448  # pixels a side, the model's input size
+CELL = 28  # pixels a side of one grid cell, the small model's patch
+GRID = SIZE // CELL
+COLOURS = {
+    "red": ((220, 40, 40), "红"),
+    "green": ((40, 170, 60), "绿"),
+    "blue": ((50, 80, 220), "蓝"),
+    "yellow": ((240, 210, 40), "黄"),
+    "purple": ((150, 60, 190), "紫"),
+    "orange": ((245, 140, 30), "橙"),
+    "black": ((20, 20, 20), "黑"),
+    "white": ((245, 245, 245), "白"),
+}
+SHAPES = {"circle": "圆形", "square": "方块", "triangle": "三角形", "diamond": "菱形"}
+KINDS = ("find", "at", "count", "colour", "read", "describe", "which")
+UNSEEN = 10**9  # scenes from this seed on are never trained on
+
+# 5 x 7 dots a digit, one row of five bits after another
+DIGITS = (
+    "01110 10001 10011 10101 11001 10001 01110",
+    "00100 01100 00100 00100 00100 00100 01110",
+    "01110 10001 00001 00110 01000 10000 11111",
+    "11111 00010 00100 00010 00001 10001 01110",
+    "00010 00110 01010 10010 11111 00010 00010",
+    "11111 10000 11110 00001 00001 10001 01110",
+    "00110 01000 10000 11110 10001 10001 01110",
+    "11111 00001 00010 00100 01000 01000 01000",
+    "01110 10001 10001 01110 10001 10001 01110",
+    "01110 10001 10001 01111 00001 00010 01100",
+)
+DOT = 4  # pixels: a digit is 20 x 28
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One coloured shape; its box is in grid cells, right and bottom edge excluded."""
+
+    colour: str
+    kind: str
+    cells: tuple[int, int, int, int]
+
+    @property
+    def box(self) -> tuple[int, int, int, int]:
+        """Corners on the model's scale of 0 to 999."""
+        x1, y1, x2, y2 = (min(cell * 1000 // GRID, 999) for cell in self.cells)
+        return x1, y1, x2, y2
+
+    def name(self, language: str) -> str:
+        """'red circle' or '红色圆形'."""
+        return f"{self.colour} {self.kind}" if language == "en" else f"{COLOURS[self.colour][1]}色{SHAPES[self.kind]}"
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture and what is on it; `number` is None where none is printed, `number_cell` its first digit's cell."""
+
+    image: Image.Image
+    shapes: tuple[Shape, ...]  # from left to right
+    number: str | None
+    number_cell: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Question:
+    """A question about one scene (about two for the kind 'which') and its exact answer."""
+
+    kind: str
+    language: str
+    text: str
+    answer: str
+    target: Shape | None = None  # what is asked for, where it is one thing
+
+
+def make_scene(seed: int) -> Scene:
+    """The scene of this seed."""
+    rng = np.random.default_rng(seed)
+    free = np.ones((GRID + 2, GRID + 2), dtype=bool)  # one cell of margin around
+
+    def place(width: int, height: int) -> tuple[int, int] | None:
+        """A free place with a free cell around it, now taken; None if 40 tries found none."""
+        for _ in range(40):
+            x, y = int(rng.integers(0, GRID - width + 1)), int(rng.integers(0, GRID - height + 1))
+            if free[y : y + height + 2, x : x + width + 2].all():
+                free[y + 1 : y + height + 1, x + 1 : x + width + 1] = False
+                return x, y
+        return None
+
+    number, number_cell = None, (0, 0)
+    if rng.random() < 0.5:
+        number = str(rng.integers(10, 1000))
+        number_cell = place(len(number), 1) or (0, 0)
+    kinds = [(colour, kind) for colour in COLOURS for kind in SHAPES]
+    shapes = []
+    for index in rng.permutation(len(kinds))[: int(rng.integers(1, 5))]:
+        size = int(rng.integers(3, 6))
+        if (cell := place(size, size)) is not None:
+            colour, kind = kinds[index]
+            shapes.append(Shape(colour, kind, (*cell, cell[0] + size, cell[1] + size)))
+    shapes.sort(key=lambda shape: shape.cells)
+    background = tuple(int(level) for level in rng.integers(90, 190, 3))
+    image = _draw(background, shapes, number, number_cell)
+    noise = rng.integers(-5, 6, (SIZE, SIZE, 1), dtype=np.int16)
+    pixels = np.clip(np.asarray(image, dtype=np.int16) + noise, 0, 255).astype(np.uint8)
+    return Scene(Image.fromarray(pixels), tuple(shapes), number, number_cell)
+
+
+def _draw(
+    background: tuple[int, ...], shapes: list[Shape], number: str | None, number_cell: tuple[int, int]
+) -> Image.Image:
+    image = Image.new("RGB", (SIZE, SIZE), background)
+    draw = ImageDraw.Draw(image)
+    for shape in shapes:
+        left, top, right, bottom = (cell * CELL for cell in shape.cells)
+        right, bottom = right - 1, bottom - 1  # ImageDraw includes the last pixel
+        across, down = (left + right) / 2, (top + bottom) / 2
+        fill = COLOURS[shape.colour][0]
+        if shape.kind == "circle":
+            draw.ellipse((left, top, right, bottom), fill=fill)
+        elif shape.kind == "square":
+            draw.rectangle((left, top, right, bottom), fill=fill)
+        elif shape.kind == "triangle":
+            draw.polygon(((across, top), (left, bottom), (right, bottom)), fill=fill)
+        else:
+            draw.polygon(((across, top), (right, down), (across, bottom), (left, down)), fill=fill)
+    if number is not None:
+        left, top = number_cell[0] * CELL, number_cell[1] * CELL
+        draw.rectangle((left - 6, top - 6, left + len(number) * CELL + 5, top + CELL + 5), fill=(255, 255, 255))
+        for index, digit in enumerate(number):
+            for row, bits in enumerate(DIGITS[int(digit)].split()):
+                for column, bit in enumerate(bits):
+                    if bit == "1":
+                        x, y = left + index * CELL + 4 + column * DOT, top + row * DOT
+                        draw.rectangle((x, y, x + DOT - 1, y + DOT - 1), fill=(10, 10, 10))
+    return image
+
+
+def box_markup(box: tuple[int, int, int, int]) -> str:
+    """<box>(x1,y1),(x2,y2)</box>."""
+    return "<box>({},{}),({},{})</box>".format(*box)
+
+
+def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator) -> Question | None:
+    """A question of `kind` in "en" or "zh" about `scene`; None where the scene has nothing to ask it about."""
+    english = language == "en"
+    target = scene.shapes[int(rng.integers(len(scene.shapes)))]
+    name = target.name(language)
+    if kind == "find":
+        text = f"Find the {name}." if english else f"框出{name}。"
+        answer = f"<ref>{name}</ref>{box_markup(target.box)}"
+    elif kind == "at":
+        markup = box_markup(target.box)
+        text = f"What is at {markup}?" if english else f"{markup}里是什么？"
+        answer = f"A {name}." if english else f"{name}。"
+    elif kind == "count":
+        text = "How many shapes are there?" if english else "有几个图形？"
+        answer = f"{len(scene.shapes)}" if english else f"{len(scene.shapes)}个"
+    elif kind == "colour":
+        if sum(shape.kind == target.kind for shape in scene.shapes) > 1:
+            return None
+        text = f"What colour is the {target.kind}?" if english else f"{SHAPES[target.kind]}是什么颜色？"
+        answer = f"{target.colour.capitalize()}." if english else f"{COLOURS[target.colour][1]}色。"
+    elif kind == "read":
+        if scene.number is None:
+            return None
+        text = "What number is printed?" if english else "印着什么数字？"
+        answer = scene.number
+    elif kind == "describe":
+        text = "Describe the picture with boxes." if english else "描述这张图并框出图形。"
+        parts = [f"<ref>{shape.name(language)}</ref>{box_markup(shape.box)}" for shape in scene.shapes]
+        answer = (", " if english else "，").join(parts)
+        if scene.number is not None:
+            answer += f", number {scene.number}" if english else f"，数字{scene.number}"
+    else:
+        raise ValueError(f"no question kind {kind!r} about one scene; known are {KINDS[:-1]}")
+    return Question(kind, language, text, answer, target if kind in ("find", "at", "colour") else None)
+
+
+def ask_which(scenes: tuple[Scene, Scene], language: str, rng: np.random.Generator) -> Question | None:
+    """A question about which of two pictures shows a thing; None where no thing is on one of them only."""
+    names = [{(shape.colour, shape.kind) for shape in scene.shapes} for scene in scenes]
+    choices = [
+        (index, shape)
+        for index, scene in enumerate(scenes)
+        for shape in scene.shapes
+        if (shape.colour, shape.kind) not in names[1 - index]
+    ]
+    if not choices:
+        return None
+    index, target = choices[int(rng.integers(len(choices)))]
+    name = target.name(language)
+    text = f"Which picture shows the {name}?" if language == "en" else f"哪张图里有{name}？"
+    return Question("which", language, text, f"Picture {index + 1}" if language == "en" else f"图{index + 1}", target)
