@@ -1,0 +1,215 @@
+"""One decoder block: collect Hessians in the order its projections run, quantize them, run the quantized block."""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from kernels.rotary_attention_torch import rotate
+from quantize.progress import LayerReport, Tick
+from quantize.solver import Hessian, Quantized, quantize_weight, relative_error, round_weight
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import Config, QuantConfig
+from qvl_edge.errors import CalibrationError, CheckpointError
+from qvl_edge.model.decoder import Attend, QWenBlock, logn_scale, ntk_alpha, rotary_tables
+from qvl_edge.model.loading import QUANTIZED
+
+STAGES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",))
+"""Projections that share an input stand together; with true_sequential a stage sees the earlier ones quantized."""
+
+
+class _Stop(Exception):
+    """Ends a forward pass once the last wanted input has been seen."""
+
+
+def causal_attention(config: Config, length: int, device: torch.device | str) -> Attend:
+    """The attention of a prefill of `length` tokens, without a cache: NTK alpha and log-n as at run time."""
+    positions = torch.arange(length, device=device)[None]
+    alpha = ntk_alpha(length, config.seq_length) if config.use_dynamic_ntk else 1.0
+    cos, sin = rotary_tables(config, positions, torch.full((1,), alpha, device=device))
+    q_scale = logn_scale(config, positions)[:, :, None, None] if config.use_logn_attn else None
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = rotate(q, cos, sin), rotate(k, cos, sin)
+        q = q if q_scale is None else q * q_scale
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), is_causal=True)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def block_name(index: int) -> str:
+    """Prefix of a block's tensors in the checkpoint."""
+    return f"transformer.h.{index}"
+
+
+def projection(block: QWenBlock, layer: str) -> nn.Linear:
+    """The projection `layer` ("attn.c_attn") of a float block."""
+    module = block.get_submodule(layer)
+    assert isinstance(module, nn.Linear)
+    return module
+
+
+def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str) -> QWenBlock:
+    """Block `index` of a float checkpoint in float32. Biases of projections are rounded to float16 as on disk."""
+    with torch.device("meta"):
+        block = QWenBlock(checkpoint.config)
+    for name, _ in list(block.named_parameters()):
+        full = f"{block_name(index)}.{name}"
+        # a copy always: a mapped file is read again and again, and its alignment can change the last bit of a product
+        tensor = checkpoint[full].to(device=device, dtype=torch.float32, copy=True)
+        if name.removesuffix(".bias") in QUANTIZED:
+            tensor = tensor.half().float()
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(f"{full} holds NaN, infinity or a bias beyond float16; the checkpoint is damaged")
+        owner, _, attribute = name.rpartition(".")
+        setattr(block.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    return block.eval()
+
+
+def _run(
+    block: QWenBlock,
+    config: Config,
+    inputs: list[Tensor],
+    device: torch.device | str,
+    done: Callable[[int, Tensor], None],
+) -> None:
+    """Run each sample (T, hidden) through the block; `done` gets its number and its output (T, hidden)."""
+    for number, sample in enumerate(inputs):
+        x = sample.to(device)[None]
+        attend = causal_attention(config, len(sample), device)
+        try:
+            output = block(x, attend)[0]
+        except _Stop:
+            output = x[0]
+        done(number, output)
+
+
+def collect_hessians(
+    block: QWenBlock,
+    config: Config,
+    inputs: list[Tensor],
+    stages: tuple[tuple[str, ...], ...],
+    device: torch.device | str,
+    tick: Tick,
+) -> dict[str, Hessian]:
+    """The Hessian of each stage's input, under the name of the stage's first projection; nothing later is computed."""
+    hessians, hooks = {}, []
+
+    def watch(layer: str, *, last: bool) -> None:
+        module = projection(block, layer)
+        hessian = hessians[layer] = Hessian(module.in_features, device=device)
+
+        def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+            hessian.add(arguments[0])
+            if last:
+                raise _Stop
+
+        hooks.append(module.register_forward_pre_hook(look))
+
+    for stage in stages:
+        watch(stage[0], last=stage is stages[-1])
+    try:
+        what = f"inputs of {stages[-1][0] if len(stages) == 1 else 'all projections'}"
+        _run(block, config, inputs, device, lambda number, _: tick((number + 1) / len(inputs), what))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return hessians
+
+
+def quantize_block(
+    block: QWenBlock,
+    config: Config,
+    index: int,
+    inputs: list[Tensor],
+    quant: QuantConfig,
+    device: torch.device | str,
+    tick: Tick,
+) -> tuple[dict[str, Quantized], list[LayerReport]]:
+    """GPTQ on the five projections of block `index`, whose weights become the quantized ones in place.
+
+    inputs: (T, hidden) float32 a sample. Returns the projections by name ("attn.c_attn") and what each cost.
+    """
+    quantized: dict[str, Quantized] = {}
+    reports: list[LayerReport] = []
+    parts = len(STAGES) + 1.0  # the last part is the run of the finished block
+    hessians: dict[str, Hessian] = {}
+    if not quant.true_sequential:
+        hessians = collect_hessians(block, config, inputs, STAGES, device, lambda f, t: tick(f / parts, t))
+    for number, stage in enumerate(STAGES):
+        if quant.true_sequential:
+
+            def within(share: float, text: str, number: int = number) -> None:
+                tick((number + share / 2) / parts, text)
+
+            hessians = collect_hessians(block, config, inputs, (stage,), device, within)
+        hessian = hessians.pop(stage[0]).matrix()
+        for layer in stage:
+            name = f"{block_name(index)}.{layer}"
+            module = projection(block, layer)
+            weight = module.weight
+            result = quantized[layer] = quantize_weight(weight, hessian, quant, name=name)
+            rounded = round_weight(weight, quant, name=name).weight()
+            reports.append(
+                LayerReport(
+                    name=name,
+                    in_features=weight.shape[1],
+                    out_features=weight.shape[0],
+                    error=relative_error(weight, result.weight(), hessian),
+                    round_to_nearest_error=relative_error(weight, rounded, hessian),
+                    damp_percent=result.damp_percent,
+                    dead_channels=result.dead_channels,
+                )
+            )
+            module.weight = nn.Parameter(result.weight(), requires_grad=False)
+            tick((number + 1) / parts, layer)
+    return quantized, reports
+
+
+def round_block(
+    block: QWenBlock, index: int, quant: QuantConfig, tick: Tick
+) -> tuple[dict[str, Quantized], list[LayerReport]]:
+    """Round to nearest instead: no inputs, so the reported errors are those of the weights."""
+    quantized: dict[str, Quantized] = {}
+    reports: list[LayerReport] = []
+    for number, layer in enumerate(QUANTIZED):
+        name = f"{block_name(index)}.{layer}"
+        weight = projection(block, layer).weight
+        quantized[layer] = round_weight(weight, quant, name=name)
+        error = relative_error(weight, quantized[layer].weight(), None)
+        reports.append(LayerReport(name, weight.shape[1], weight.shape[0], error, error))
+        tick((number + 1) / len(QUANTIZED), layer)
+    return quantized, reports
+
+
+def run_block(
+    block: QWenBlock, config: Config, index: int, inputs: list[Tensor], device: torch.device | str, tick: Tick
+) -> None:
+    """Replace each of `inputs` by the block's output, which enters the next block.
+
+    CalibrationError names the block if a value is not finite.
+    """
+
+    def keep(number: int, output: Tensor) -> None:
+        if not bool(torch.isfinite(output).all()):
+            raise CalibrationError(f"{block_name(index)} gives NaN or infinity on calibration sample {number + 1}")
+        inputs[number] = output.cpu()
+        tick((len(STAGES) + (number + 1) / len(inputs)) / (len(STAGES) + 1), "running the quantized block")
+
+    _run(block, config, inputs, device, keep)
+
+
+def block_tensors(
+    block: QWenBlock, checkpoint: Checkpoint, index: int, quantized: dict[str, Quantized], quant: QuantConfig
+) -> dict[str, Tensor]:
+    """A block's tensors for the disk: norms as in the source; a bias for every projection, as auto-gptq has it."""
+    prefix = block_name(index)
+    tensors = {f"{prefix}.{norm}.weight": checkpoint[f"{prefix}.{norm}.weight"] for norm in ("ln_1", "ln_2")}
+    for layer, result in quantized.items():
+        module = projection(block, layer)
+        bias = module.bias if module.bias is not None else torch.zeros(module.out_features)
+        packed = result.packed(quant) | {"bias": bias.half().cpu()}
+        tensors |= {f"{prefix}.{layer}.{part}": tensor for part, tensor in packed.items()}
+    return tensors

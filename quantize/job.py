@@ -1,0 +1,202 @@
+"""A float checkpoint -> the int4 decoder of a bundle, block by block, resumable."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from quantize.blocks import block_tensors, load_block, quantize_block, round_block, run_block
+from quantize.calibration import Sample, digest_of, embed_samples
+from quantize.layout import check_source, decoder_bytes, int4_config, shard_name, write_outer, write_settings
+from quantize.progress import Event, LayerReport, Progress, Tick, ignore
+from quantize.work import WorkFolder, open_work
+from qvl_edge.bundle import check_free_space, write_json, write_tensors
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import Config, QuantConfig, read_json
+from qvl_edge.errors import BundleError, CalibrationError, ConfigError
+from qvl_edge.model.loading import check_tensors
+
+
+@dataclass(frozen=True)
+class Result:
+    """What a run did."""
+
+    layers: list[LayerReport]  # of the whole decoder, also what an earlier run finished; empty for a copied one
+    already_done: bool = False  # the bundle was finished with these settings
+    resumed_blocks: int = 0  # blocks that an earlier run had finished
+
+
+def default_device() -> str:
+    """cuda where there is one, else cpu."""
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def check_device(device: str) -> None:
+    """ConfigError if `device` is not usable here."""
+    if device not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {device!r}, known are 'cpu' and 'cuda'")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("device is 'cuda', but torch sees no CUDA GPU here; use --device cpu, which is slower")
+
+
+def quantize_checkpoint(
+    checkpoint: Checkpoint,
+    folder: Path,
+    quant: QuantConfig,
+    samples: Sequence[Sample] | None,
+    *,
+    device: str = "cpu",
+    overwrite: bool = False,
+    progress: Progress = ignore,
+) -> Result:
+    """Quantize a float checkpoint's decoder into `folder` by GPTQ over `samples`, or round it to nearest if None.
+
+    Stopped at any moment, the same call goes on from the last finished block and ends in the same bytes.
+    ConfigError, CheckpointError, CalibrationError or BundleError say what stands in the way, before anything is written
+    where that can be known.
+    """
+    check_device(device)
+    config = checkpoint.config
+    if config.quantization is not None:
+        raise ConfigError(
+            f"{checkpoint.path} is quantized already; python -m quantize.gptq copies it without calibration"
+        )
+    if samples is not None and not samples:
+        raise CalibrationError("there is no calibration sample")
+    if samples is None and (quant.desc_act or quant.static_groups):
+        raise ConfigError(
+            "desc_act and static_groups order channels by their activations; rounding to nearest has none"
+        )
+    check_tensors(checkpoint, visual=False)
+    check_source(checkpoint)
+    quantized_config = int4_config(config, quant)
+    calibration: dict[str, Any] | None = None
+    if samples is not None:
+        tokens = sum(len(sample.ids) for sample in samples)
+        calibration = {"samples": len(samples), "tokens": tokens, "sha256": digest_of(samples)}
+    settings = {
+        "fingerprint": checkpoint.fingerprint,
+        "method": "round-to-nearest" if samples is None else "gptq",
+        "quantization": quant.to_dict(),
+        "calibration": calibration,
+        "device": device,  # another one rounds differently in the last bits
+    }
+    work = open_work(folder, checkpoint.path, settings, overwrite=overwrite)
+    if work is None:
+        return Result(_read_rows(folder / "quantize_report.json"), already_done=True)
+    resumed = _blocks_done(work, config)
+    if not work.is_ready:
+        # the inputs of a block and of the next one exist side by side for a moment
+        inputs_bytes = 0 if samples is None else 2 * tokens * config.hidden_size * 4
+        check_free_space(folder, decoder_bytes(checkpoint, quantized_config) + inputs_bytes - work.nbytes)
+        with torch.inference_mode():
+            _Walk(checkpoint, work, quant, samples, device, progress).run(resumed)
+        layers = _all_rows(work, config)
+        report = {
+            "method": settings["method"],
+            "error": "relative squared error of the weights" if samples is None else "of the outputs on the samples",
+            "calibration": calibration,
+            "layers": [layer.to_dict() for layer in layers],
+        }
+        files = write_settings(work, checkpoint, quant, report)
+        work.publish(files)
+    else:
+        layers = _all_rows(work, config)
+        work.publish()
+    return Result(layers, resumed_blocks=resumed)
+
+
+def _rows_name(index: int) -> str:
+    return f"rows-{index:05d}.json"
+
+
+def _inputs_name(index: int) -> str:
+    return f"inputs-{index:05d}.safetensors"
+
+
+def _blocks_done(work: WorkFolder, config: Config) -> int:
+    """Blocks in a row that an earlier run finished: a block's rows are written last."""
+    for index in range(config.num_hidden_layers):
+        if not (work / _rows_name(index)).exists():
+            return index
+    return config.num_hidden_layers
+
+
+def _read_rows(path: Path) -> list[LayerReport]:
+    return [LayerReport(**row) for row in read_json(path)["layers"]]
+
+
+def _all_rows(work: WorkFolder, config: Config) -> list[LayerReport]:
+    return [row for index in range(config.num_hidden_layers) for row in _read_rows(work / _rows_name(index))]
+
+
+class _Walk:
+    """The way through the blocks."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        work: WorkFolder,
+        quant: QuantConfig,
+        samples: Sequence[Sample] | None,
+        device: str,
+        progress: Progress,
+    ):
+        self.checkpoint, self.work, self.quant = checkpoint, work, quant
+        self.samples, self.device, self.progress = samples, device, progress
+        self.config = checkpoint.config
+        self.blocks = self.config.num_hidden_layers
+
+    def run(self, start: int) -> None:
+        """From block `start` to the last shard."""
+        for index in range(start):
+            for row in _read_rows(self.work / _rows_name(index)):
+                self.progress(Event((index + 1) / self.blocks, "finished by an earlier run", row))
+        inputs = self._inputs(start) if start < self.blocks and self.samples is not None else []
+        for index in range(start, self.blocks):
+            self._block(index, inputs)
+        self.progress(Event(1.0, "writing embeddings and head"))
+        write_outer(self.work, self.checkpoint)
+
+    def _inputs(self, index: int) -> list[Tensor]:
+        """What enters block `index`, (T, hidden) float32 a sample: from the work folder, else from the samples."""
+        path = self.work / _inputs_name(index)
+        if not path.exists():
+            if index > 0 or self.samples is None:
+                raise BundleError(f"{path} is missing, so the run cannot go on; add --overwrite to start again")
+            inputs = embed_samples(
+                self.checkpoint, self.samples, device=self.device, tick=lambda f, t: self.progress(Event(0.0, t))
+            )
+            write_tensors(path, {f"{number:06d}": sample for number, sample in enumerate(inputs)})
+            return inputs
+        # copies, aligned like those of an uninterrupted run: alignment can change the last bit of a product
+        return [sample.clone() for _, sample in sorted(load_file(path).items())]
+
+    def _tick(self, index: int) -> Tick:
+        def tick(share: float, text: str) -> None:
+            self.progress(Event((index + share) / self.blocks, f"block {index + 1}/{self.blocks}: {text}"))
+
+        return tick
+
+    def _block(self, index: int, inputs: list[Tensor]) -> None:
+        """Quantize block `index` and write it; `inputs` become the next block's. Rows, written last, say it is done."""
+        tick = self._tick(index)
+        block = load_block(self.checkpoint, index, self.device)
+        if self.samples is None:
+            quantized, rows = round_block(block, index, self.quant, tick)
+        else:
+            quantized, rows = quantize_block(block, self.config, index, inputs, self.quant, self.device, tick)
+            if index + 1 < self.blocks:
+                run_block(block, self.config, index, inputs, self.device, tick)
+                path = self.work / _inputs_name(index + 1)
+                write_tensors(path, {f"{number:06d}": sample for number, sample in enumerate(inputs)})
+        tensors = block_tensors(block, self.checkpoint, index, quantized, self.quant)
+        write_tensors(self.work / shard_name(index, self.blocks), tensors)
+        write_json(self.work / _rows_name(index), {"layers": [row.to_dict() for row in rows]})
+        (self.work / _inputs_name(index)).unlink(missing_ok=True)
+        for row in rows:
+            self.progress(Event((index + 1) / self.blocks, f"block {index + 1}/{self.blocks}", row))

@@ -1,0 +1,197 @@
+"""GPTQ (Frantar et al., arXiv:2210.17323): round one column after another and let those that follow make up for it.
+
+Column k of W (N, K) is rounded; its error divided by U[k, k], times row k of U, is taken off the later columns. U is
+the upper Cholesky factor of the inverse Hessian (U.T @ U = inverse), H = 2 / n * sum of x x.T. That is the
+least-squares answer of the columns that are still free, found without solving anew.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.int4_layout import pack_levels, pack_zeros
+from quantize.grid import fit_grid, from_levels, to_levels
+from qvl_edge.config import QuantConfig
+from qvl_edge.errors import CalibrationError, CheckpointError
+
+BLOCK = 128  # columns between two updates of all that follow (the paper's lazy batches)
+
+
+class Hessian:
+    """What a projection's inputs say about the cost of changing its weights: 2 / n * sum of x x.T, float32."""
+
+    def __init__(self, in_features: int, *, device: torch.device | str = "cpu"):
+        self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
+        self.rows = 0  # inputs seen
+
+    def add(self, x: Tensor) -> None:
+        """Take in inputs x (..., K) of any floating dtype."""
+        x = x.reshape(-1, self._sum.shape[0]).to(self._sum)
+        self._sum.addmm_(x.T, x)
+        self.rows += len(x)
+
+    def matrix(self) -> Tensor:
+        """H (K, K) float32. CalibrationError if nothing was added."""
+        if self.rows == 0:
+            raise CalibrationError("no calibration input reached this projection; add samples")
+        return self._sum * (2 / self.rows)
+
+
+@dataclass(frozen=True, eq=False)
+class Quantized:
+    """One projection on its grid: W[n, k] = (levels[k, n] - zeros[g, n]) * scales[g, n] with g = g_idx[k].
+
+    levels (K, N) uint8, scales (G, N) float16, zeros (G, N) int32, g_idx (K,) int32.
+    """
+
+    levels: Tensor
+    scales: Tensor
+    zeros: Tensor
+    g_idx: Tensor
+    damp_percent: float | None = None  # the damping that made the Hessian positive definite; None: no Hessian was used
+    dead_channels: int = 0  # inputs that were 0 in every sample
+
+    def weight(self) -> Tensor:
+        """W (N, K) float32, as every reader of the file computes it."""
+        group = self.g_idx.long()
+        return ((self.levels.float() - self.zeros.float()[group]) * self.scales.float()[group]).T.contiguous()
+
+    def packed(self, quant: QuantConfig) -> dict[str, Tensor]:
+        """qweight, qzeros, scales and g_idx in the order of the disk, on the CPU."""
+        return {
+            "qweight": pack_levels(self.levels, quant.bits).cpu(),
+            "qzeros": pack_zeros(self.zeros, quant.bits, quant.checkpoint_format).cpu(),
+            "scales": self.scales.cpu(),
+            "g_idx": self.g_idx.cpu(),
+        }
+
+
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
+    """|(W - Q) X|² / |W X|² by way of the Hessian of X; the error of the weights alone if it is None. 0 for 0 / 0."""
+    weight = weight.to(quantized.dtype if hessian is None else hessian.dtype)
+    difference = weight - quantized.to(weight)
+
+    def energy(matrix: Tensor) -> float:
+        return float(((matrix if hessian is None else matrix @ hessian) * matrix).sum(dtype=torch.float64))
+
+    lost = energy(difference)
+    return lost / energy(weight) if lost else 0.0
+
+
+def inverse_factor(hessian: Tensor, damp_percent: float, *, name: str = "weight") -> tuple[Tensor, float]:
+    """U (K, K) upper triangular with U.T @ U = (H + damp * mean(diag H) * I)^-1, and the damping that it took.
+
+    Starts at `damp_percent` and doubles it while the matrix is not positive definite (fewer samples than channels, or
+    channels that repeat one another). CalibrationError if a damping of 1 does not suffice.
+    """
+    mean = hessian.diagonal().mean()
+    damp = damp_percent
+    while True:
+        damped = hessian.clone()
+        damped.diagonal().add_(damp * mean)
+        # With J the reversal of order, J H J = L L.T gives H = (J L J)(J L J).T, whose first factor R is upper
+        # triangular; then U = R^-1. One factorization and one triangular inverse instead of two and a full inverse.
+        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        if int(info) == 0:
+            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
+            if bool(torch.isfinite(factor).all()):
+                return factor, damp
+        if damp >= 1:
+            raise CalibrationError(
+                f"{name}: the Hessian is not positive definite even with damp_percent {damp:g}; "
+                "use more or other calibration samples"
+            )
+        damp = min(2 * damp, 1.0)
+
+
+def _check_finite(weight: Tensor, hessian: Tensor | None, name: str) -> None:
+    if not bool(torch.isfinite(weight).all()):
+        raise CheckpointError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged, copy it again")
+    if hessian is not None and not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(
+            f"the inputs of {name} hold NaN or infinity; look for a damaged layer before it, or an unusual sample"
+        )
+
+
+def _block_edges(in_features: int, group: int, *, aligned: bool) -> list[int]:
+    """Where lazy updates are applied: every BLOCK columns, and where a grid is fitted, which needs current weights."""
+    edges = {*range(0, in_features, BLOCK), in_features}
+    return sorted(edges | set(range(0, in_features, group)) if aligned else edges)
+
+
+def quantize_weight(weight: Tensor, hessian: Tensor, quant: QuantConfig, *, name: str = "weight") -> Quantized:
+    """GPTQ on one projection: weight (N, K), hessian (K, K) of its inputs, in whose dtype everything is computed.
+
+    Channels that were never active (H[k, k] = 0) are rounded to nearest rather than set to zero: that costs nothing on
+    the samples, and inputs beyond them may use the channel. With desc_act the channels are taken in the order of
+    falling energy, and without static_groups a group is then `group_size` channels of that order, as in auto-gptq.
+    CheckpointError or CalibrationError name `name` where weights or inputs are not finite.
+    """
+    _check_finite(weight, hessian, name)
+    dtype, device, (n_out, n_in) = hessian.dtype, hessian.device, weight.shape
+    count, bits = quant.groups(n_in), quant.bits
+    group = n_in // count
+    energy = hessian.diagonal()
+    order = torch.argsort(energy, descending=True, stable=True) if quant.desc_act else torch.arange(n_in, device=device)
+    work = weight.to(device=device, dtype=dtype)[:, order].clone()
+    ordered = hessian[order][:, order]
+    dead = ordered.diagonal() == 0
+    mean = energy.mean() if bool(energy.any()) else torch.ones_like(energy[0])
+    ordered.diagonal()[dead] = mean  # its row and column are 0: the channel stands alone
+    factor, damp = inverse_factor(ordered, quant.damp_percent, name=name)
+    del ordered
+    importance = energy[order] + damp * mean  # the damping keeps nearly silent channels from being clipped at will
+
+    natural = torch.arange(n_in, device=device) // group
+    g_idx = natural[order] if quant.static_groups else natural  # in working order
+    scales = torch.empty(count, n_out, dtype=dtype, device=device)
+    zeros = torch.empty_like(scales)
+
+    def fit(index: int, columns: Tensor) -> None:
+        scales[index], zeros[index] = fit_grid(
+            work[:, columns], bits=bits, sym=quant.sym, importance=importance[columns], name=name
+        )
+
+    if quant.static_groups:
+        for index in range(count):
+            fit(index, (g_idx == index).nonzero()[:, 0])
+    levels = torch.empty(n_in, n_out, dtype=torch.uint8, device=device)
+    edges = _block_edges(n_in, group, aligned=not quant.static_groups)
+    for start, end in zip(edges, edges[1:], strict=False):
+        if not quant.static_groups and start % group == 0:
+            fit(start // group, torch.arange(start, start + group, device=device))
+        block, triangle = work[:, start:end], factor[start:end, start:end]
+        errors = torch.empty_like(block)
+        groups = g_idx[start:end].tolist()
+        for k in range(end - start):
+            scale, zero = scales[groups[k]], zeros[groups[k]]
+            column = block[:, k : k + 1]
+            level = to_levels(column, scale, zero, bits)
+            error = (column - from_levels(level, scale, zero)) / triangle[k, k]
+            block[:, k:] -= error * triangle[k, k:]
+            errors[:, k] = error[:, 0]
+            levels[start + k] = level[:, 0].to(torch.uint8)
+        work[:, end:] -= errors @ factor[start:end, end:]
+
+    back = torch.argsort(order)
+    return Quantized(
+        levels[back], scales.half(), zeros.int(), g_idx[back].int(), damp_percent=damp, dead_channels=int(dead.sum())
+    )
+
+
+def round_weight(weight: Tensor, quant: QuantConfig, *, name: str = "weight") -> Quantized:
+    """Round to nearest, without data: weight (N, K) on the same kind of grid, all channels being equally important."""
+    _check_finite(weight, None, name)
+    weight = weight.float()
+    n_in = weight.shape[1]
+    count = quant.groups(n_in)
+    levels, scales, zeros = [], [], []
+    for part in weight.split(n_in // count, dim=1):
+        scale, zero = fit_grid(part, bits=quant.bits, sym=quant.sym, name=name)
+        levels.append(to_levels(part, scale, zero, quant.bits).T.to(torch.uint8))
+        scales.append(scale.half())
+        zeros.append(zero.int())
+    g_idx = torch.arange(n_in, device=weight.device, dtype=torch.int32) // (n_in // count)
+    return Quantized(torch.cat(levels).contiguous(), torch.stack(scales), torch.stack(zeros), g_idx)

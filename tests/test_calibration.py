@@ -1,0 +1,214 @@
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import write_small_checkpoint
+from PIL import Image
+
+from quantize.calibration import check_tokenizer, conversation_sample, digest_of, embed_samples, read_samples
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import IMAGE_TOKENS
+from qvl_edge.engine.image import load_image, to_pixels
+from qvl_edge.errors import CalibrationError, ConfigError
+from qvl_edge.model.loading import load_visual
+from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, Tokenizer
+
+TOLERANCE = 1e-5  # float32 on both sides, pictures one by one against together
+OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Checkpoint:
+    return Checkpoint(
+        write_small_checkpoint(tmp_path_factory.mktemp("calibration") / "checkpoint", num_hidden_layers=1)
+    )
+
+
+@pytest.fixture(scope="module")
+def tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    return Tokenizer.from_file(checkpoint.path / "qwen.tiktoken")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A folder with two pictures below it."""
+    (tmp_path / "pictures").mkdir()
+    for name, colour in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+        Image.new("RGB", (60, 40), colour).save(tmp_path / "pictures" / f"{name}.png")
+    return tmp_path
+
+
+def entry(*texts: str) -> dict[str, Any]:
+    roles = ("user", "assistant")
+    turns = [{"from": roles[index % 2], "value": text} for index, text in enumerate(texts)]
+    return {"id": "1", "conversations": turns}
+
+
+def write(folder: Path, content: Any, name: str = "data.json") -> Path:
+    file = folder / name
+    file.write_text(content if isinstance(content, str) else json.dumps(content), encoding="utf-8")
+    return file
+
+
+RED = entry("Picture 1: <img>pictures/red.png</img>\nColour?", "Red.", "And the shape?", "A square.")
+
+
+def read(file: Path, tokenizer: Tokenizer, samples: int = 128, seqlen: int = 2048, seed: int = 0) -> list[Any]:
+    return read_samples(file, tokenizer, samples=samples, seqlen=seqlen, seed=seed)
+
+
+def test_a_conversation_becomes_the_text_that_the_model_was_trained_on(folder: Path, tokenizer: Tokenizer) -> None:
+    (sample,) = read(write(folder, [RED]), tokenizer)
+    pad = tokenizer.specials[IMG_PAD]
+    assert tokenizer.decode(token for token in sample.ids if token != pad) == (
+        f"{OPENING}Picture 1: {IMG}{IMG_END}\nColour?<|im_end|>\n<|im_start|>assistant\nRed."
+        "<|im_end|>\n<|im_start|>user\nAnd the shape?<|im_end|>\n<|im_start|>assistant\nA square.<|im_end|>\n"
+    )
+    (start,) = sample.image_starts
+    assert sample.ids.index(pad) == start
+    assert sample.ids[start : start + IMAGE_TOKENS] == [pad] * IMAGE_TOKENS
+    assert sample.ids.count(pad) == IMAGE_TOKENS
+
+
+def test_features_of_each_picture_stand_in_its_slots_and_embeddings_elsewhere(
+    folder: Path, tokenizer: Tokenizer, checkpoint: Checkpoint
+) -> None:
+    both = entry("<img>pictures/blue.png</img> and <img>pictures/red.png</img>", "Two.")
+    samples = read(write(folder, [RED, both, entry("Hello", "Hi")]), tokenizer)
+    embedded = embed_samples(checkpoint, samples, device="cpu", tick=lambda share, text: None)
+    visual = load_visual(checkpoint, dtype=torch.float32)
+    images = [load_image(folder / "pictures" / f"{name}.png") for name in ("red", "blue")]
+    with torch.inference_mode():
+        red, blue = visual(to_pixels(images, checkpoint.config.visual.image_size))
+    table = checkpoint["transformer.wte.weight"].float()
+    for sample, x, features in zip(samples, embedded, ([red], [blue, red], []), strict=True):
+        expected = table[torch.tensor(sample.ids)]
+        for start, feature in zip(sample.image_starts, features, strict=True):
+            expected[start : start + IMAGE_TOKENS] = feature
+        assert x.dtype == torch.float32
+        assert float((x - expected).norm() / expected.norm()) < TOLERANCE
+
+
+def test_pictures_are_found_from_the_files_folder_and_by_absolute_path(folder: Path, tokenizer: Tokenizer) -> None:
+    absolute = entry(f"<img>{folder}/pictures/red.png</img>", "Red.")
+    (first, second) = read(write(folder, [RED, absolute]), tokenizer)
+    assert first.image_keys == second.image_keys
+
+
+def test_text_lines_are_taken_as_they_are(folder: Path, tokenizer: Tokenizer) -> None:
+    lines = write(folder, "One line.\n\n  \n二\n", "lines.txt")
+    assert [tokenizer.decode(sample.ids) for sample in read(lines, tokenizer)] == ["One line.", "二"]
+    mixed = write(folder, json.dumps({"text": "A <img>pictures/red.png</img>"}) + "\n" + json.dumps(RED), "mixed.jsonl")
+    text, conversation = read(mixed, tokenizer)
+    assert text.ids[:2] == tokenizer.encode("A ")
+    assert len(text.ids) == 2 + IMAGE_TOKENS + 2
+    assert tokenizer.decode(conversation.ids).startswith(OPENING)
+
+
+@pytest.mark.parametrize("seqlen", [1, 20, 300])
+def test_long_samples_keep_their_first_tokens(seqlen: int, folder: Path, tokenizer: Tokenizer) -> None:
+    file = write(folder, "0123456789" * 50, "lines.txt")
+    assert read(file, tokenizer, seqlen=seqlen)[0].ids == tokenizer.encode("0123456789" * 50)[:seqlen]
+
+
+def test_no_picture_is_ever_cut(folder: Path, tokenizer: Tokenizer) -> None:
+    """Two pictures, cut at every length: what is left has whole pictures only, and at least one."""
+    turns = [("ab<img>pictures/red.png</img>cd<img>pictures/blue.png</img>ef", "gh")]
+    whole = conversation_sample(tokenizer, turns, seqlen=4096, where="x", folder=folder)
+    assert whole is not None
+    begin, end, pad = (tokenizer.specials[token] for token in (IMG, IMG_END, IMG_PAD))
+    first = whole.image_starts[0]
+    for seqlen in (*range(first - 3, first + 3), *range(first + 250, first + 275), *range(first + 510, first + 530)):
+        sample = conversation_sample(tokenizer, turns, seqlen=seqlen, where="x", folder=folder)
+        if seqlen < first + IMAGE_TOKENS + 1:
+            assert sample is None
+            continue
+        assert sample is not None
+        assert sample.ids == whole.ids[: len(sample.ids)]
+        assert len(sample.ids) <= seqlen
+        count = len(sample.image_starts)
+        assert count == len(sample.images) == len(sample.image_keys) >= 1
+        assert sample.ids.count(begin) == sample.ids.count(end) == count
+        assert sample.ids.count(pad) == count * IMAGE_TOKENS
+
+
+def test_a_seqlen_that_holds_no_picture_is_an_error(folder: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(CalibrationError, match="at 100 tokens no sample keeps a picture of 258 tokens whole"):
+        read(write(folder, [RED]), tokenizer, seqlen=100)
+
+
+def test_a_seed_chooses_the_same_subset_in_the_files_order(folder: Path, tokenizer: Tokenizer) -> None:
+    file = write(folder, "\n".join(f"line {index:02d}" for index in range(50)), "lines.txt")
+    first, again, other = (
+        [tokenizer.decode(sample.ids) for sample in read(file, tokenizer, samples=8, seed=seed)] for seed in (1, 1, 2)
+    )
+    assert first == again != other
+    assert first == sorted(first)
+    assert len(set(first)) == 8
+
+
+def test_the_digest_tells_texts_and_pictures_apart_but_not_folders(folder: Path, tokenizer: Tokenizer) -> None:
+    def digest() -> str:
+        return digest_of(read(write(folder, [RED]), tokenizer))
+
+    before = digest()
+    moved = folder / "moved"
+    moved.mkdir()
+    (folder / "pictures").rename(moved / "pictures")
+    assert digest_of(read(write(moved, [RED]), tokenizer)) == before
+    Image.new("RGB", (60, 40), (200, 30, 31)).save(moved / "pictures" / "red.png")
+    assert digest_of(read(write(moved, [RED]), tokenizer)) != before
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ([entry("Hi", "Ho"), entry("Only a question")], r"entry 2: the last question has no assistant answer"),
+        ([entry("Hi", "Ho", "And?")], r"entry 1: the last question has no assistant answer"),
+        ([entry("Hi", "  ")], r'entry 1: turn 2 has no "value"'),
+        ([{"conversations": [{"from": "human", "value": "Hi"}]}], r"entry 1: turn 1 is \"from\" 'human'"),
+        ([{"conversations": [{"from": "assistant", "value": "Hi"}]}], r"turn 1 is from assistant, expected user"),
+        ([entry("Hi", "Ho"), {"conversations": []}], r"entry 2 has neither"),
+        (["Hi"], r"entry 1 has neither"),
+        ([entry("<img>pictures/none.png</img>", "Ho")], r"entry 1: .*none\.png"),
+        ([entry("<img>pictures/red.png", "Ho")], r"entry 1: .*left open"),
+        ([entry("<img>https://example.com/a.png</img>", "Ho")], r"entry 1: .*URL"),
+        ({"conversations": []}, r"is a JSON dict, expected a list"),
+        ([], r"is empty"),
+        ("", r"is empty"),
+        ("[{", r"is not JSON"),
+    ],
+)
+def test_a_bad_file_is_refused_with_the_entry(content: Any, message: str, folder: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(CalibrationError, match=message):
+        read(write(folder, content), tokenizer)
+
+
+def test_a_bad_line_is_refused_with_its_number(folder: Path, tokenizer: Tokenizer) -> None:
+    file = write(folder, '{"text": "a"}\n\n{"text": 3}\n', "lines.jsonl")
+    with pytest.raises(CalibrationError, match=r"lines\.jsonl line 3 has neither"):
+        read(file, tokenizer)
+    with pytest.raises(CalibrationError, match=r"lines\.jsonl line 2 is not JSON"):
+        read(write(folder, '{"text": "a"}\noops', "lines.jsonl"), tokenizer)
+
+
+def test_files_that_cannot_be_read_are_refused(folder: Path, tokenizer: Tokenizer) -> None:
+    with pytest.raises(CalibrationError, match=r"none\.json cannot be read"):
+        read(folder / "none.json", tokenizer)
+    with pytest.raises(CalibrationError, match=r"ends in '\.csv'"):
+        read(write(folder, "a", "data.csv"), tokenizer)
+    (folder / "latin.txt").write_bytes(b"\xe9t\xe9")
+    with pytest.raises(CalibrationError, match="not UTF-8"):
+        read(folder / "latin.txt", tokenizer)
+
+
+def test_a_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
+    other = Checkpoint(write_small_checkpoint(tmp_path / "other", num_hidden_layers=1, vocab_size=640))
+    check_tokenizer(tokenizer, other.config)  # padding rows of the embedding are fine
+    section = json.loads((other.path / "config.json").read_text())
+    section["visual"]["image_start_id"] = 400
+    (other.path / "config.json").write_text(json.dumps(section))
+    with pytest.raises(ConfigError, match="<img> at 470.*image_start_id 400"):
+        check_tokenizer(tokenizer, Checkpoint(other.path).config)
