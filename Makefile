@@ -1,0 +1,43 @@
+# make demo   set up .venv and run the main job on the small model that ships
+# make test   set up .venv and run the tests
+# make check  lint and types          make test-interop  auto-gptq and optimum, in an environment of their own
+
+PYTHON ?= python3
+BIN := .venv/bin
+INTEROP := .venv-interop/bin
+
+.PHONY: demo test check fix test-interop clean
+
+demo: .venv/ready
+	$(BIN)/qvl-edge demo
+
+test: .venv/ready
+	$(BIN)/python -m pytest
+
+check: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: .venv/ready
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+test-interop: .venv-interop/ready
+	$(INTEROP)/python -m pytest -m interop tests/interop
+
+clean:
+	rm -rf .venv .venv-interop demo-output build dist *.egg-info
+
+# torch first and alone: it is the one package whose newest version must not be taken
+.venv/ready: setup.py constraints.txt
+	$(PYTHON) -m venv .venv || (echo "python3 needs its venv module: apt-get install python3-venv" && false)
+	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,quantize,export,dev]'
+	touch $@
+
+.venv-interop/ready: setup.py constraints-interop.txt
+	$(PYTHON) -m venv .venv-interop
+	$(INTEROP)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-interop.txt)" setuptools wheel
+	$(INTEROP)/pip install --quiet --disable-pip-version-check -c constraints-interop.txt -e '.[cpu,export,interop]' pytest
+	touch $@

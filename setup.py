@@ -1,0 +1,41 @@
+"""Packaging of qvl_edge; tool settings are in pyproject.toml, tested versions in constraints.txt."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+RUNTIME = ["torch>=2.6", "numpy>=1.26", "pillow>=11", "safetensors>=0.4.5", "tiktoken>=0.7"]
+EXPORT = ["onnx>=1.17"]
+
+setup(
+    name="qvl-edge",
+    version="0.1.0",
+    description="Qwen-VL and Qwen-VL-Chat (first generation) on the card people have: int4, ONNX ViT, light runtime",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["qvl_edge", "qvl_edge.*", "kernels", "quantize", "export"]),
+    package_data={
+        "qvl_edge.demo": ["checkpoint/*"],
+        "qvl_edge.text": ["fonts/*"],
+    },
+    install_requires=RUNTIME,
+    extras_require={
+        # one of the two runs the vision tower; installing both breaks either
+        "cpu": ["onnxruntime>=1.20"],
+        "cuda": ["onnxruntime-gpu>=1.20", "triton>=3.2; platform_system == 'Linux'"],
+        "quantize": [],  # the solver needs what the runtime needs
+        "export": EXPORT,
+        # partners whose files we share; their pins exclude current transformers: an environment of their own
+        "interop": [
+            "auto-gptq==0.7.1",
+            "optimum-onnx==0.1.0",
+            "transformers==4.44.2",
+            "datasets==2.21.0",
+            "peft==0.11.1",
+        ],
+        "dev": [*EXPORT, "pytest>=8", "ruff>=0.8", "mypy>=1.13", "matplotlib>=3.9"],
+    },
+    entry_points={"console_scripts": ["qvl-edge=qvl_edge.__main__:main"]},
+)
