@@ -2,5 +2,14 @@
 
 from kernels.dispatch import int4_gemm, rotary_attention
 from kernels.int4_layout import Int4Weight, dequantize_gptq, pack_levels, unpack_levels
+from kernels.int4_layout_cpu import pack_for_cpu
 
-__all__ = ["Int4Weight", "dequantize_gptq", "int4_gemm", "pack_levels", "rotary_attention", "unpack_levels"]
+__all__ = [
+    "Int4Weight",
+    "dequantize_gptq",
+    "int4_gemm",
+    "pack_for_cpu",
+    "pack_levels",
+    "rotary_attention",
+    "unpack_levels",
+]

@@ -15,5 +15,3 @@ def dequantize(weight: Int4Weight) -> Tensor:
 def int4_gemm_torch(x: Tensor, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
     """x (..., K) -> x @ W.T + bias (..., N) in x's dtype; sums in float32."""
     return F.linear(x.float(), dequantize(weight), None if bias is None else bias.float()).to(x.dtype)
-
-

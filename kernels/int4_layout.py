@@ -12,55 +12,94 @@ In memory (Int4Weight): the channels of one group are neighbours, so that a prog
 S = K / G levels, as S / 8 consecutive words:
     words  (G, N, S / 8) int32  level of channel perm[g * S + 8 * j + i] = words[g, n, j] >> 4 * i  &  15
     scales (G, N), zeros (G, N)
+What the CPU path adds to it is stated in int4_layout_cpu.py.
 """
 
+from __future__ import annotations
+
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+if TYPE_CHECKING:
+    from kernels.int4_layout_cpu import PackedCpu
+
+FORMATS = ("gptq", "gptq_v2")  # checkpoint_format of quantize_config.json
+
 
 def pack_levels(levels: Tensor, bits: int = 4) -> Tensor:
-    """levels (K, N) integers in [0, 2^bits) -> qweight (K * bits / 32, N) int32, lowest bits = lowest k."""
+    """levels (K, N) integers in [0, 2^bits) -> qweight (K * bits / 32, N) int32, lowest bits = lowest k.
+
+    ValueError if K does not fill whole words, or a level does not fit into `bits`.
+    """
     per_word = 32 // bits
     rows, columns = levels.shape
     if rows % per_word:
         raise ValueError(f"levels has {rows} rows, {bits}-bit packing needs a multiple of {per_word}")
     if levels.numel() and not 0 <= int(levels.min()) <= int(levels.max()) < 2**bits:
-        raise ValueError(f"levels lie in [{int(levels.min())}, {int(levels.max())}], {bits} bits hold [0, {2**bits - 1}]")
+        raise ValueError(
+            f"levels lie in [{int(levels.min())}, {int(levels.max())}], {bits} bits hold [0, {2**bits - 1}]"
+        )
     words = torch.zeros(rows // per_word, columns, dtype=torch.int32, device=levels.device)
-    parts = levels.to(torch.int32).view(rows // per_word, per_word, columns)
+    parts = levels.reshape(rows // per_word, per_word, columns)
     for i in range(per_word):  # the sign bit of int32 is the top bit of the last level
-        words |= parts[:, i] << (bits * i)
+        words |= parts[:, i].to(torch.int32) << (bits * i)
     return words
 
 
 def unpack_levels(words: Tensor, bits: int = 4) -> Tensor:
     """qweight (R, N) int32 -> levels (R * 32 / bits, N) uint8; the inverse of pack_levels."""
-    shifts = torch.arange(0, 32, bits, device=words.device, dtype=torch.int32).view(1, -1, 1)
-    levels = (words.unsqueeze(1) >> shifts) & (2**bits - 1)
-    return levels.flatten(0, 1).to(torch.uint8)
+    rows, columns = words.shape
+    levels = torch.empty(rows, 32 // bits, columns, dtype=torch.uint8, device=words.device)
+    for i in range(32 // bits):  # level by level: temporaries of one word's size a weight would be 8 times the words
+        levels[:, i] = (words >> (bits * i)) & (2**bits - 1)
+    return levels.flatten(0, 1)
 
 
 def pack_zeros(zeros: Tensor, bits: int = 4, checkpoint_format: str = "gptq") -> Tensor:
-    """zeros (G, N) integers -> qzeros (G, N * bits / 32) int32."""
-    stored = zeros - 1 if checkpoint_format == "gptq" else zeros
-    # v1 stores zero 0 as -1, which wraps around within the level's bits as auto-gptq's packing does
-    return pack_levels((stored.to(torch.int32) & (2**bits - 1)).T.contiguous(), bits).T.contiguous()
+    """zeros (G, N) integers -> qzeros (G, N * bits / 32) int32.
+
+    ValueError if a zero cannot be stored: "gptq" (v1) holds [1, 2^bits], "gptq_v2" holds [0, 2^bits - 1].
+    """
+    first = _stored_as_zero(checkpoint_format)
+    if zeros.numel() and not first <= int(zeros.min()) <= int(zeros.max()) < 2**bits + first:
+        raise ValueError(
+            f"zeros lie in [{int(zeros.min())}, {int(zeros.max())}], checkpoint_format {checkpoint_format!r} with "
+            f"{bits} bits holds [{first}, {2**bits + first - 1}]; the other of {FORMATS} may hold them"
+        )
+    return pack_levels((zeros.to(torch.int32) - first).T.contiguous(), bits).T.contiguous()
 
 
 def unpack_zeros(qzeros: Tensor, bits: int = 4, checkpoint_format: str = "gptq") -> Tensor:
-    """qzeros (G, N * bits / 32) int32 -> zeros (G, N) int16."""
-    stored = unpack_levels(qzeros.T.contiguous(), bits).T.to(torch.int16)
+    """qzeros (G, N * bits / 32) int32 -> zeros (G, N) int16; the inverse of pack_zeros."""
+    stored = unpack_levels(qzeros.T.contiguous(), bits).T.to(torch.int16).contiguous()
     # auto-gptq's kernels add one and keep no mask: a stored 15 is zero 16 (qlinear_cuda.py: zeros = zeros + 1)
-    return stored + 1 if checkpoint_format == "gptq" else stored
+    return stored + _stored_as_zero(checkpoint_format)
+
+
+def _stored_as_zero(checkpoint_format: str) -> int:
+    """The zero that a stored 0 stands for."""
+    if checkpoint_format not in FORMATS:
+        raise ValueError(f"checkpoint_format is {checkpoint_format!r}, expected one of {FORMATS}")
+    return 1 if checkpoint_format == "gptq" else 0
 
 
 def check_gptq(
     qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor, *, bits: int, group_size: int, name: str = "weight"
 ) -> None:
     """ValueError if the tensors of one layer contradict one another, with the shapes and the next step."""
+    if bits not in (4, 8):
+        raise ValueError(f"{name} is said to have {bits} bits, 4 and 8 can be read; check quantize_config.json")
+    if qweight.dim() != 2:
+        raise ValueError(f"{name}.qweight has shape {tuple(qweight.shape)}, expected (in_features * {bits} / 32, N)")
     in_features, out_features = qweight.shape[0] * 32 // bits, qweight.shape[1]
+    if group_size != -1 and (group_size < 1 or in_features % group_size):
+        raise ValueError(
+            f"{name} has {in_features} input features, which group_size {group_size} does not divide; "
+            "check quantize_config.json against the weights"
+        )
     groups = 1 if group_size == -1 else in_features // group_size
     expected = {
         "qweight": (qweight, (in_features * bits // 32, out_features), torch.int32),
@@ -76,6 +115,10 @@ def check_gptq(
             )
         if dtype is not None and tensor.dtype != dtype:
             raise ValueError(f"{name}.{part} is {tensor.dtype}, expected {dtype}")
+    if not scales.is_floating_point():
+        raise ValueError(f"{name}.scales is {scales.dtype}, expected a floating type")
+    if out_features * bits % 32:
+        raise ValueError(f"{name} has {out_features} outputs, whose zeros do not fill whole words of {32 // bits}")
     if in_features and not 0 <= int(g_idx.min()) <= int(g_idx.max()) < groups:
         raise ValueError(
             f"{name}.g_idx lies in [{int(g_idx.min())}, {int(g_idx.max())}], expected [0, {groups - 1}]; "
@@ -106,13 +149,14 @@ class Int4Weight:
     """One int4 projection in kernel order (module docstring); made by `from_gptq`, read by every backend.
 
     words (G, N, S / 8) int32, scales (G, N) floating, zeros (G, N) int16, perm (K,) int64 or None where the channels of
-    a group are neighbours already (no desc_act).
+    a group are neighbours already (no desc_act); packed_cpu is what `pack_for_cpu` adds, and None elsewhere.
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor
     perm: Tensor | None
+    packed_cpu: PackedCpu | None = None
 
     @property
     def out_features(self) -> int:
@@ -130,10 +174,16 @@ class Int4Weight:
         return self.words.shape[0] * self.group_size
 
     @property
+    def device(self) -> torch.device:
+        """Where the words are."""
+        return self.words.device
+
+    @property
     def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        tensors = [self.words, self.scales, self.zeros] + ([] if self.perm is None else [self.perm])
-        return sum(tensor.nbytes for tensor in tensors)
+        """Bytes of all tensors in memory, the CPU's second order included."""
+        # packed for the CPU, `words` is a view into packed_cpu.rows
+        parts = self.words.nbytes if self.packed_cpu is None else self.packed_cpu.nbytes
+        return parts + sum(t.nbytes for t in (self.scales, self.zeros, self.perm) if t is not None)
 
     @classmethod
     def from_gptq(
@@ -146,41 +196,53 @@ class Int4Weight:
         group_size: int,
         checkpoint_format: str = "gptq",
         name: str = "weight",
-    ) -> "Int4Weight":
+    ) -> Int4Weight:
         """The one turn from disk order into kernel order. ValueError names `name` and the rule that is broken."""
         check_gptq(qweight, qzeros, scales, g_idx, bits=4, group_size=group_size, name=name)
         in_features, out_features = qweight.shape[0] * 8, qweight.shape[1]
         groups = scales.shape[0]
         size = in_features // groups
+        if size % 8:
+            raise ValueError(f"{name} has groups of {size} channels, the int4 kernels need a multiple of 8")
         counts = torch.bincount(g_idx.long(), minlength=groups)
-        if groups and int(counts.min()) != size or int(counts.max()) != size:
+        if int(counts.min()) != size or int(counts.max()) != size:
             raise ValueError(
                 f"{name}.g_idx puts {int(counts.min())} to {int(counts.max())} channels into a group, expected {size} "
                 f"in each of {groups}"
             )
-        perm = torch.argsort(g_idx.long(), stable=True)
-        if torch.equal(perm, torch.arange(in_features, device=perm.device)):
-            words, perm = qweight, None
-        else:
-            words = pack_levels(unpack_levels(qweight)[perm])
+        order = torch.argsort(g_idx.long(), stable=True)
+        in_order = torch.equal(order, torch.arange(in_features, device=g_idx.device))
+        words = qweight if in_order else pack_levels(unpack_levels(qweight)[order])
         words = words.view(groups, size // 8, out_features).transpose(1, 2).contiguous()
-        return cls(words, scales, unpack_zeros(qzeros, 4, checkpoint_format), perm)
+        return cls(words, scales, unpack_zeros(qzeros, 4, checkpoint_format), None if in_order else order)
+
+    def to_gptq(self, checkpoint_format: str = "gptq") -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Back to the disk order: qweight, qzeros, scales and g_idx, bit for bit what `from_gptq` was given.
+
+        ValueError if a zero does not fit into `checkpoint_format` (a zero of 0 into v1, of 16 into v2).
+        """
+        return (
+            pack_levels(self.levels()),
+            pack_zeros(self.zeros, 4, checkpoint_format),
+            self.scales.clone(),
+            self.g_idx(),
+        )
+
+    def grouped_levels(self) -> Tensor:
+        """Levels (K, N) uint8 in kernel order: row k is channel perm[k]."""
+        return unpack_levels(self.words.transpose(1, 2).reshape(self.in_features // 8, self.out_features))
 
     def levels(self) -> Tensor:
         """Levels (K, N) uint8 in the channel order of the disk."""
-        words = self.words.transpose(1, 2).reshape(self.in_features // 8, self.out_features)
-        levels = unpack_levels(words)
-        if self.perm is None:
-            return levels
-        original = torch.empty_like(levels)
-        original[self.perm] = levels
-        return original
+        return self._ungroup(self.grouped_levels())
 
     def g_idx(self) -> Tensor:
         """Group of each input channel (K,) int32 in the channel order of the disk."""
-        groups = torch.arange(self.in_features, device=self.words.device, dtype=torch.int32) // self.group_size
+        return self._ungroup(torch.arange(self.in_features, device=self.device, dtype=torch.int32) // self.group_size)
+
+    def _ungroup(self, grouped: Tensor) -> Tensor:
         if self.perm is None:
-            return groups
-        original = torch.empty_like(groups)
-        original[self.perm] = groups
+            return grouped
+        original = torch.empty_like(grouped)
+        original[self.perm] = grouped
         return original

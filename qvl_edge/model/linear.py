@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qvl_edge.config import Config
 
 try:
-    from kernels import Int4Weight, int4_gemm
+    from kernels import Int4Weight, int4_gemm, pack_for_cpu
 except ImportError as error:  # the Hugging Face package `kernels` shadows ours when both are installed
     import kernels
 
@@ -51,7 +51,7 @@ class Int4Linear(nn.Module):
         bias = tensors["bias"]
         if tuple(bias.shape) != (self.out_features,):
             raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
-        self.weight = weight
+        self.weight = pack_for_cpu(weight) if weight.device.type == "cpu" else weight
         # auto-gptq writes a zero bias for layers that had none; adding it would only cost time
         self.bias = bias.to(dtype) if bool(bias.any()) else None
 

@@ -1,0 +1,142 @@
+"""int4_gemm: the definition is the written formula, and the CPU path equals the definition."""
+
+import threading
+
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import Int4Weight, int4_gemm, pack_for_cpu, pack_levels
+from kernels.int4_gemm_cpu import FEW_ROWS
+from kernels.int4_layout import pack_zeros
+
+# relative norm error against float64; float32: sums over up to 4,096 channels (F.linear itself: 3e-7, 7e-7 for few
+# outputs); the others: half a unit in the last place of the one rounding at the end, 2^-8 and 2^-11
+TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3.91e-3, torch.float16: 4.9e-4}
+
+# (K, N, group_size): odd outputs, less than one block, several blocks, padding, one group, groups that divide no vector
+SHAPES = [(64, 8, 32), (256, 40, 64), (384, 264, 128), (768, 520, -1), (4096, 24, -1), (144, 1000, 72), (1408, 16, 704)]
+ROWS = [1, 3, FEW_ROWS, FEW_ROWS + 1, 33]  # both ways of the CPU path, and the border between them
+
+
+def make_weight(k: int, n: int, group_size: int, *, sym: bool, desc_act: bool) -> tuple[Int4Weight, Tensor]:
+    """A random weight and W (N, K) float64 by the formula, from the numbers that went in."""
+    generator = torch.Generator().manual_seed(k * 31 + n)
+    size = k if group_size == -1 else group_size
+    levels = torch.randint(0, 16, (k, n), generator=generator)
+    zeros = torch.full((k // size, n), 8) if sym else torch.randint(1, 17, (k // size, n), generator=generator)
+    scales = (torch.rand(k // size, n, generator=generator) / 10).half()
+    g_idx = torch.arange(k, dtype=torch.int32) // size
+    if desc_act:
+        g_idx = g_idx[torch.randperm(k, generator=generator)]
+    weight = Int4Weight.from_gptq(pack_levels(levels), pack_zeros(zeros), scales, g_idx, group_size=group_size)
+    return weight, ((levels - zeros[g_idx]).double() * scales.double()[g_idx]).T
+
+
+def relative_error(y: Tensor, expected: Tensor) -> float:
+    assert y.shape == expected.shape
+    return float((y.double() - expected).norm() / expected.norm())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_every_backend_computes_the_written_formula(
+    backend: str, shape: tuple[int, int, int], desc_act: bool, sym: bool, dtype: torch.dtype
+) -> None:
+    weight, formula = make_weight(*shape, sym=sym, desc_act=desc_act)
+    weight = pack_for_cpu(weight) if backend == "cpu" else weight
+    generator = torch.Generator().manual_seed(1)
+    bias = torch.randn(shape[1], generator=generator)
+    for rows in ROWS:
+        x = torch.randn(rows, shape[0], generator=generator).to(dtype)
+        y = int4_gemm(x, weight, bias, backend=backend)
+        assert y.dtype == dtype
+        assert relative_error(y, x.double() @ formula.T + bias.double()) < TOLERANCE[dtype], rows
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("rows", [2, FEW_ROWS + 1])
+def test_pieces_side_by_side_are_put_together_in_order(threads: int, rows: int) -> None:
+    weight, formula = make_weight(1024, 3104, 128, sym=False, desc_act=False)  # enough work for three pieces
+    weight = pack_for_cpu(weight)
+    x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(2))
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        y = int4_gemm(x, weight)
+    finally:
+        torch.set_num_threads(before)
+    assert relative_error(y, x.double() @ formula.T) < TOLERANCE[torch.float32]
+
+
+def test_two_threads_may_call_at_once() -> None:
+    weight, formula = make_weight(256, 40, 64, sym=False, desc_act=True)
+    weight = pack_for_cpu(weight)
+    inputs = [torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)) for rows in (1, 2, 20, 30)]
+    results: dict[int, Tensor] = {}
+
+    def call(index: int) -> None:
+        results[index] = int4_gemm(inputs[index], weight)
+
+    threads = [threading.Thread(target=call, args=(index,)) for index in range(len(inputs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for index, x in enumerate(inputs):
+        assert relative_error(results[index], x.double() @ formula.T) < TOLERANCE[torch.float32]
+
+
+def test_leading_dimensions_strides_and_inference_mode_change_nothing() -> None:
+    weight, formula = make_weight(256, 40, 64, sym=True, desc_act=False)
+    weight = pack_for_cpu(weight)
+    wide = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(3))
+    x = wide[..., ::2]
+    with torch.inference_mode():
+        assert relative_error(int4_gemm(x + 0, weight), x.double() @ formula.T) < TOLERANCE[torch.float32]
+    assert relative_error(int4_gemm(x, weight), x.double() @ formula.T) < TOLERANCE[torch.float32]
+    assert relative_error(int4_gemm(x[0, 0], weight), x[0, 0].double() @ formula.T) < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_no_rows_in_give_no_rows_out(backend: str) -> None:
+    weight = pack_for_cpu(make_weight(64, 8, 32, sym=False, desc_act=True)[0])
+    assert int4_gemm(torch.empty(0, 64), weight, torch.ones(8), backend=backend).shape == (0, 8)
+
+
+def test_rows_that_are_not_finite_stay_alone() -> None:
+    weight = pack_for_cpu(make_weight(64, 8, 32, sym=True, desc_act=False)[0])
+    for rows in (2, FEW_ROWS + 2):
+        x = torch.ones(rows, 64)
+        clean = int4_gemm(x, weight)
+        x[1] = float("nan")
+        y = int4_gemm(x, weight)
+        assert torch.equal(y[0], clean[0])
+        assert bool(y[1].isnan().all())
+
+
+def test_a_weight_that_was_not_packed_takes_the_definition() -> None:
+    weight, _ = make_weight(256, 40, 64, sym=False, desc_act=False)
+    x = torch.randn(3, 256, generator=torch.Generator().manual_seed(4))
+    assert torch.equal(int4_gemm(x, weight), int4_gemm(x, weight, backend="torch"))
+    with pytest.raises(ValueError, match="weight = pack_for_cpu"):
+        int4_gemm(x, weight, backend="cpu")
+
+
+def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
+    weight = pack_for_cpu(make_weight(128, 24, 32, sym=True, desc_act=False)[0])
+    with pytest.raises(ValueError, match="x has K=64 .*but weight holds K=128"):
+        int4_gemm(torch.ones(2, 64), weight)
+    with pytest.raises(ValueError, match=r"bias has shape \(8,\), expected \(24,\)"):
+        int4_gemm(torch.ones(2, 128), weight, torch.ones(8))
+    with pytest.raises(ValueError, match="x is torch.float64, expected one of torch.float32"):
+        int4_gemm(torch.ones(2, 128, dtype=torch.float64), weight)
+    with pytest.raises(ValueError, match="x is on meta but weight is on cpu"):
+        int4_gemm(torch.ones(2, 128, device="meta"), weight)
+    with pytest.raises(ValueError, match='backend is \'cublas\', int4_gemm has "torch" and "cpu"'):
+        int4_gemm(torch.ones(2, 128), weight, backend="cublas")
+    with pytest.raises(ValueError, match="computes no gradient"):
+        int4_gemm(torch.ones(2, 128, requires_grad=True), weight)

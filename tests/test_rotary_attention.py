@@ -1,0 +1,143 @@
+"""rotary_attention: the definition against a float64 loop, and one cache filled in any number of steps."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from kernels import rotary_attention
+
+# largest difference of outputs of size 1: float32 sums over at most 40 keys; bfloat16 and float16 round q, k, v and the
+# output, each by half a unit in the last place (2^-9, 2^-12)
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+HEADS, DIM, CAPACITY = 3, 8, 40
+
+
+def tables(positions: Tensor) -> tuple[Tensor, Tensor]:
+    """cos and sin (B, T, DIM) float32 for positions (B, T)."""
+    angles = positions[..., None] * 10000.0 ** (-torch.arange(0, DIM, 2).double() / DIM)
+    angles = torch.cat((angles, angles), -1)
+    return angles.cos().float(), angles.sin().float()
+
+
+def make_inputs(batch: int, length: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(batch * 100 + length)
+    return tuple(torch.randn(3, batch, length, HEADS, DIM, generator=generator).to(dtype).unbind())  # type: ignore[return-value]
+
+
+def make_caches(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
+    """Caches full of a number that would show if an unfilled position were read."""
+    return tuple(torch.full((2, batch, HEADS, CAPACITY, DIM), 1e4, dtype=dtype).unbind())  # type: ignore[return-value]
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, caches: tuple[Tensor, Tensor], start: list[int], q_scale: Tensor | None = None
+) -> Tensor:
+    begin = torch.tensor(start)
+    cos, sin = tables(begin[:, None] + torch.arange(q.shape[1]))
+    return rotary_attention(q, k, v, cos, sin, *caches, begin, q_scale=q_scale)
+
+
+def loop_reference(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor | None = None) -> np.ndarray:
+    """(B, T, H, D) float64 from an empty cache, one query at a time; pairs rotated as complex numbers."""
+
+    def rotated(x: Tensor, position: int) -> np.ndarray:
+        half = DIM // 2
+        frequencies = 10000.0 ** (-np.arange(half) / half)
+        pairs = x[:half].double().numpy() + 1j * x[half:].double().numpy()
+        pairs = pairs * np.exp(1j * position * frequencies)
+        return np.concatenate((pairs.real, pairs.imag))
+
+    out = np.empty(q.shape)
+    for b, t, h in np.ndindex(*q.shape[:3]):
+        query = rotated(q[b, t, h], t) * (1.0 if q_scale is None else float(q_scale[b, t]))
+        logits = [query @ rotated(k[b, s, h], s) / math.sqrt(DIM) for s in range(t + 1)]
+        shares = np.exp(np.array(logits) - max(logits))
+        out[b, t, h] = shares / shares.sum() @ v[b, : t + 1, h].double().numpy()
+    return out
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("length", [1, 17])
+def test_the_definition_is_the_written_formula(length: int, dtype: torch.dtype) -> None:
+    q, k, v = make_inputs(2, length, dtype)
+    out = attend(q, k, v, make_caches(2, dtype), [0, 0])
+    assert out.dtype == dtype
+    assert np.abs(out.double().numpy() - loop_reference(q, k, v)).max() < TOLERANCE[dtype]
+
+
+def test_q_scale_multiplies_each_tokens_query() -> None:
+    q, k, v = make_inputs(2, 9)
+    q_scale = 1 + torch.rand(2, 9, generator=torch.Generator().manual_seed(5))
+    out = attend(q, k, v, make_caches(2), [0, 0], q_scale)
+    assert np.abs(out.numpy() - loop_reference(q, k, v, q_scale)).max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("steps", [[13, 1, 1, 1, 1, 1], [6, 12], [1] * 18])
+def test_a_cache_filled_in_steps_equals_one_full_call(steps: list[int]) -> None:
+    q, k, v = make_inputs(2, sum(steps))
+    expected = attend(q, k, v, make_caches(2), [0, 0])
+    caches, done = make_caches(2), 0
+    for step in steps:
+        part = slice(done, done + step)
+        out = attend(q[:, part], k[:, part], v[:, part], caches, [done, done])
+        assert (out - expected[:, part]).abs().max() < TOLERANCE[torch.float32]
+        done += step
+
+
+def test_rows_at_unequal_starts_equal_single_runs() -> None:
+    starts, step = [0, 7, 30], 3
+    caches = make_caches(3)
+    singles = []
+    for row, start in enumerate(starts):
+        q, k, v = (x[row : row + 1] for x in make_inputs(3, start + step))
+        singles.append(attend(q, k, v, make_caches(1), [0])[:, start:])
+        if start:
+            view = (caches[0][row : row + 1], caches[1][row : row + 1])
+            attend(q[:, :start], k[:, :start], v[:, :start], view, [0])
+    last = [tuple(x[row, start:] for x in make_inputs(3, start + step)) for row, start in enumerate(starts)]
+    q, k, v = (torch.stack(parts) for parts in zip(*last, strict=True))
+    out = attend(q, k, v, caches, starts)
+    assert (out - torch.cat(singles)).abs().max() < TOLERANCE[torch.float32]
+
+
+def test_the_caches_hold_rotated_keys_and_plain_values_at_their_positions_only() -> None:
+    q, k, v = make_inputs(1, 4)
+    k_cache, v_cache = make_caches(1)
+    attend(q, k, v, (k_cache, v_cache), [5])
+    assert torch.equal(v_cache[0, :, 5:9], v[0].transpose(0, 1))
+    # rotation turns each pair and keeps its length
+    pairs = k_cache[0, :, 5:9].unflatten(-1, (2, -1)).norm(dim=-2)
+    assert torch.allclose(pairs, k[0].transpose(0, 1).unflatten(-1, (2, -1)).norm(dim=-2), atol=1e-6)
+    for cache in (k_cache, v_cache):
+        assert bool((cache[:, :, :5] == 1e4).all()) and bool((cache[:, :, 9:] == 1e4).all())
+
+
+@pytest.mark.parametrize("start", [-1, CAPACITY - 2])
+def test_a_position_outside_the_cache_is_refused_and_nothing_is_written(start: int) -> None:
+    caches = make_caches(1)
+    with pytest.raises(ValueError, match=rf"\[{start}, {start}\] and 3 tokens.*0 to {CAPACITY - 1}"):
+        attend(*make_inputs(1, 3), caches, [start])
+    assert bool((caches[0] == 1e4).all())
+
+
+def test_what_does_not_fit_is_refused_with_both_shapes() -> None:
+    q, k, v = make_inputs(2, 3)
+    caches, start = make_caches(2), torch.zeros(2, dtype=torch.int64)
+    cos, sin = tables(torch.arange(3).expand(2, 3))
+    with pytest.raises(ValueError, match=r"k has shape \(2, 2, 3, 8\), expected \(2, 3, 3, 8\)"):
+        rotary_attention(q, k[:, :2], v, cos, sin, *caches, start)
+    with pytest.raises(ValueError, match=r"cos has shape \(1, 3, 8\), expected \(2, 3, 8\)"):
+        rotary_attention(q, k, v, cos[:1], sin, *caches, start)
+    with pytest.raises(ValueError, match=r"v_cache has shape \(1, 3, 40, 8\), expected \(2, 3, 40, 8\)"):
+        rotary_attention(q, k, v, cos, sin, caches[0], caches[1][:1], start)
+    with pytest.raises(ValueError, match="start is torch.int32, expected torch.int64"):
+        rotary_attention(q, k, v, cos, sin, *caches, start.int())
+    with pytest.raises(ValueError, match="sin is torch.float64, expected torch.float32"):
+        rotary_attention(q, k, v, cos, sin.double(), *caches, start)
+    with pytest.raises(ValueError, match="v is torch.float16, expected torch.float32"):
+        rotary_attention(q, k, v.half(), cos, sin, *caches, start)
+    with pytest.raises(ValueError, match="backend is 'triton', rotary_attention has \"torch\""):
+        rotary_attention(q, k, v, cos, sin, *caches, start, backend="triton")
