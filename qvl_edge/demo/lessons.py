@@ -13,8 +13,8 @@ from qvl_edge.text.tokenizer import IM_END, IM_START, IMG, IMG_END, IMG_PAD, Tok
 SYSTEM = "You are a helpful assistant."
 IGNORE = -100  # label of a token that is not part of an answer (torch's default ignore_index)
 COORDINATES = GRID + 1  # grid lines a box edge can lie on
-# of find, at, count, colour, read, describe: looking up one thing's colour is the lookup that is learned first
-SHARES = (0.25, 0.15, 0.08, 0.25, 0.17, 0.10)
+# of find, at, count, colour, read, describe; a number is on every second picture only, and on few of its cells
+SHARES = (0.36, 0.12, 0.15, 0.08, 0.12, 0.17)
 TWO_TURNS = 0.25  # share of branches that ask a second question after the first answer
 
 
@@ -25,26 +25,33 @@ class CellTargets:
     colour: Tensor
     shape: Tensor
     digit: Tensor
+    place: Tensor  # 1 on the first digit of a number, 2 on the second, …
     centre: Tensor  # 1 on the cell in the middle of a shape, so that shapes can be counted
     edges: Tensor  # (B, 256, 4): grid lines of the shape's box
+
+    @property
+    def subject(self) -> Tensor:
+        """The colour of a shape's cell, and one class more for every digit: what a question calls it by."""
+        return torch.where(self.digit > 0, len(COLOURS) + 1, self.colour)
 
 
 def cell_targets(scenes: list[Scene]) -> CellTargets:
     """Dense targets for the vision tower."""
     colours, kinds = list(COLOURS), list(SHAPES)
-    planes = np.zeros((4, len(scenes), GRID, GRID), dtype=np.int64)
+    planes = np.zeros((5, len(scenes), GRID, GRID), dtype=np.int64)
     edges = np.zeros((len(scenes), GRID, GRID, 4), dtype=np.int64)
     for index, scene in enumerate(scenes):
         for shape in scene.shapes:
             left, top, right, bottom = shape.cells
             planes[0, index, top:bottom, left:right] = colours.index(shape.colour) + 1
             planes[1, index, top:bottom, left:right] = kinds.index(shape.kind) + 1
-            planes[3, index, (top + bottom) // 2, (left + right) // 2] = 1
+            planes[4, index, (top + bottom) // 2, (left + right) // 2] = 1
             edges[index, top:bottom, left:right] = shape.cells
         for offset, digit in enumerate(scene.number or ""):
-            planes[2, index, scene.number_cell[1], scene.number_cell[0] + offset] = int(digit) + 1
-    colour, shape, digit, centre = torch.from_numpy(planes).flatten(2)
-    return CellTargets(colour, shape, digit, centre, torch.from_numpy(edges).flatten(1, 2))
+            row, column = scene.number_cell[1], scene.number_cell[0] + offset
+            planes[2:4, index, row, column] = int(digit) + 1, offset + 1
+    colour, shape, digit, place, centre = torch.from_numpy(planes).flatten(2)
+    return CellTargets(colour, shape, digit, place, centre, torch.from_numpy(edges).flatten(1, 2))
 
 
 def pixels_of(scenes: list[Scene], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
@@ -89,10 +96,14 @@ class Teacher:
         self.tokenizer = tokenizer
         special = tokenizer.specials
         self.start, self.end = special[IM_START], special[IM_END]
-        # the token of each colour and shape as it stands within an English question
+        # the last token of what things are called in an English question, and the digits
         self.words = {
-            names: torch.tensor([tokenizer.encode(f" {word}")[-1] for word in words])
-            for names, words in (("colours", COLOURS), ("shapes", SHAPES))
+            names: torch.tensor([tokenizer.encode(word)[-1] for word in words])
+            for names, words in (
+                ("subject", [*(f" {colour}" for colour in COLOURS), " number"]),
+                ("shape", [f" {shape}" for shape in SHAPES]),
+                ("digit", list("0123456789")),
+            )
         }
         self.image = [special[IMG], *[special[IMG_PAD]] * IMAGE_TOKENS, special[IMG_END]]
 

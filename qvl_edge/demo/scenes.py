@@ -40,6 +40,7 @@ DIGITS = (
     "01110 10001 10001 01110 10001 10001 01110",
     "01110 10001 10001 01111 00001 00010 01100",
 )
+MAX_DIGITS = 3
 DOT = 4  # pixels: a digit is 20 x 28
 
 
@@ -99,7 +100,7 @@ def make_scene(seed: int) -> Scene:
 
     number, number_cell = None, (0, 0)
     if rng.random() < 0.5:
-        number = str(rng.integers(10, 1000))
+        number = str(rng.integers(10, 10**MAX_DIGITS))
         number_cell = place(len(number), 1) or (0, 0)
     kinds = [(colour, kind) for colour in COLOURS for kind in SHAPES]
     shapes = []

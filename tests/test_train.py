@@ -1,0 +1,115 @@
+"""Training the small model: lessons say what the scenes show, and a stopped course goes on where it was."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import qvl_edge.demo
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.demo.lessons import IGNORE, Teacher, cell_targets, pixels_of
+from qvl_edge.demo.muon import orthogonalize
+from qvl_edge.demo.scenes import COLOURS, GRID, make_scene
+from qvl_edge.demo.train import Course, decode_lesson, sine_cosine_positions
+from qvl_edge.engine.image import MEAN, STD, to_pixels
+from qvl_edge.model.cache import KVCache
+from qvl_edge.model.loading import check_tensors, load_decoder, load_visual
+from qvl_edge.text.prompt import chat_prompt
+from qvl_edge.text.tokenizer import Tokenizer
+
+CHECKPOINT = Path(qvl_edge.demo.__file__).parent / "checkpoint"
+TOLERANCE = 1e-4  # float32, sums in another order
+
+
+@pytest.fixture(scope="module")
+def teacher() -> Teacher:
+    return Teacher(Tokenizer.from_file(CHECKPOINT / "qwen.tiktoken"))
+
+
+def test_training_pixels_are_the_runtimes() -> None:
+    scenes = [make_scene(seed) for seed in range(3)]
+    expected = to_pixels([scene.image for scene in scenes], 448)
+    torch.testing.assert_close(pixels_of(scenes, MEAN, STD), expected, atol=1e-5, rtol=0)
+
+
+def test_the_prefix_is_the_runtimes_prompt(teacher: Teacher) -> None:
+    for pictures in (1, 2):
+        ids, starts = teacher.prefix(pictures)
+        query = [*({"image": "x"} for _ in range(pictures)), {"text": "Find the red circle."}]
+        prompt = chat_prompt(
+            teacher.tokenizer, query, [], "You are a helpful assistant.", max_window_size=6144, markup_images=False
+        )
+        assert prompt.ids[: len(ids)] == ids and prompt.image_starts == starts
+
+
+def test_cell_targets_cover_each_shape_and_digit() -> None:
+    scenes = [make_scene(seed) for seed in range(20)]
+    targets = cell_targets(scenes)
+    for index, scene in enumerate(scenes):
+        cells = sum((s.cells[2] - s.cells[0]) * (s.cells[3] - s.cells[1]) for s in scene.shapes)
+        assert int((targets.colour[index] > 0).sum()) == cells
+        assert int(targets.centre[index].sum()) == len(scene.shapes)
+        for shape in scene.shapes:
+            cell = shape.cells[1] * GRID + shape.cells[0]
+            assert list(COLOURS)[int(targets.colour[index, cell]) - 1] == shape.colour
+            assert tuple(targets.edges[index, cell].tolist()) == shape.cells
+        digits = targets.digit[index][targets.digit[index] > 0] - 1
+        assert "".join(map(str, digits.tolist())) == (scene.number or "")
+        assert targets.place[index][targets.place[index] > 0].tolist() == [1, 2, 3][: len(scene.number or "")]
+
+
+@torch.inference_mode()
+def test_packed_branches_give_the_loss_of_separate_conversations(teacher: Teacher) -> None:
+    checkpoint = Checkpoint(CHECKPOINT)
+    model, visual = (load(checkpoint, dtype=torch.float32) for load in (load_decoder, load_visual))
+    lesson = teacher.lesson(5, batch=1, budget=160)
+    features = visual(pixels_of(lesson.scenes, MEAN, STD))
+    packed = decode_lesson(model, lesson, features)
+    prefix = lesson.image_starts[0] + 257
+    # a branch begins where the positions start again
+    edges = [i for i in range(prefix, lesson.ids.shape[1]) if lesson.positions[0, i] == prefix]
+    assert len(edges) > 1
+    total = weight = 0.0
+    for start, end in zip(edges, [*edges[1:], lesson.ids.shape[1]], strict=True):
+        ids = torch.cat((lesson.ids[:, :prefix], lesson.ids[:, start:end]), dim=1)
+        embeds = model.embed(ids)
+        embeds[:, lesson.image_starts[0] : lesson.image_starts[0] + 256] = features
+        cache = KVCache(model.config, 1, ids.shape[1], dtype=torch.float32)
+        chances = model(embeds, cache, all_logits=True)[0].log_softmax(-1)
+        for at in range(start, end):
+            label, share = int(lesson.labels[0, at]), float(lesson.weights[0, at])
+            if label != IGNORE:
+                total -= share * float(chances[prefix + at - start - 1, label])
+                weight += share
+    assert float(packed) == pytest.approx(total / weight, abs=TOLERANCE)
+
+
+def test_muons_update_is_nearly_orthogonal() -> None:
+    update = orthogonalize(torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0)))
+    values = torch.linalg.svdvals(update)
+    # the published coefficients trade exactness for speed and leave singular values around 1
+    assert 0.5 < float(values.min()) <= float(values.max()) < 1.5
+
+
+def test_the_position_table_is_the_written_formula() -> None:
+    table = sine_cosine_positions(16, 4)
+    row, column, k = 2, 3, 1
+    assert float(table[row * 4 + column, k]) == pytest.approx(torch.tensor(column / 10000 ** (k / 4)).sin().item())
+    assert float(table[row * 4 + column, 12 + k]) == pytest.approx(torch.tensor(row / 10000 ** (k / 4)).cos().item())
+
+
+def test_a_stopped_course_resumes_and_writes_a_checkpoint_in_the_published_layout(tmp_path: Path) -> None:
+    source = CHECKPOINT / "qwen.tiktoken"
+    Course(source, tmp_path, {"vision": 1, "joint": 0}).run()
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert (state["stage"], state["step"]) == (2, 0)
+    check_tensors(Checkpoint(tmp_path / "checkpoint"))
+    # as if stopped in the second stage
+    torch.save(state | {"stage": 1}, tmp_path / "state.pt")
+    resumed = Course(source, tmp_path, {"vision": 1, "joint": 1})
+    before = resumed.model.lm_head.weight.clone()
+    resumed.run()
+    assert not torch.equal(resumed.model.lm_head.weight, before)
+    assert (tmp_path / "loss.png").stat().st_size > 0
+    assert not list(tmp_path.glob("*.partial")) and json.loads((tmp_path / "checkpoint/config.json").read_text())
