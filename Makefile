@@ -29,7 +29,7 @@ test-interop: .venv-interop/ready
 clean:
 	rm -rf .venv .venv-interop demo-output build dist *.egg-info
 
-# torch first and alone: it is the one package whose newest version must not be taken
+# torch first and alone: it is the one package whose newest version must not be taken, not even to build another one
 .venv/ready: setup.py constraints.txt
 	$(PYTHON) -m venv .venv || (echo "python3 needs its venv module: apt-get install python3-venv" && false)
 	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
@@ -39,5 +39,6 @@ clean:
 .venv-interop/ready: setup.py constraints-interop.txt
 	$(PYTHON) -m venv .venv-interop
 	$(INTEROP)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-interop.txt)" setuptools wheel
-	$(INTEROP)/pip install --quiet --disable-pip-version-check -c constraints-interop.txt -e '.[cpu,export,interop]' pytest
+	$(INTEROP)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints-interop.txt \
+		-e '.[cpu,export,interop]' pytest
 	touch $@

@@ -1,8 +1,8 @@
 """Synthetic scenes with exact answers: what the small model is trained on, and what the demo and the tests ask about.
 
-A scene is a 448-pixel picture of one to four coloured shapes and, in every second one, a printed number. Shapes and
-digits stand on the 28-pixel grid of the small model's patches, which lets 7 million parameters learn them on two CPU
-cores. Everything follows from the seed, whatever the machine: digits are drawn from a bitmap, not a font.
+A scene is a 448-pixel picture of one to four shapes, no two of one kind or colour, and in every second scene a printed
+number. Shapes and digits stand on the 28-pixel grid of the small model's patches, which lets 7 million parameters learn
+them on two CPU cores. Everything follows from the seed, whatever the machine: digits are drawn from a bitmap.
 """
 
 from dataclasses import dataclass
@@ -102,13 +102,13 @@ def make_scene(seed: int) -> Scene:
     if rng.random() < 0.5:
         number = str(rng.integers(10, 10**MAX_DIGITS))
         number_cell = place(len(number), 1) or (0, 0)
-    kinds = [(colour, kind) for colour in COLOURS for kind in SHAPES]
     shapes = []
-    for index in rng.permutation(len(kinds))[: int(rng.integers(1, 5))]:
+    colours = rng.permutation(list(COLOURS))[: len(SHAPES)]
+    pairs = list(zip(colours, rng.permutation(list(SHAPES)), strict=True))
+    for colour, kind in pairs[: int(rng.integers(1, len(SHAPES) + 1))]:
         size = int(rng.integers(3, 6))
         if (cell := place(size, size)) is not None:
-            colour, kind = kinds[index]
-            shapes.append(Shape(colour, kind, (*cell, cell[0] + size, cell[1] + size)))
+            shapes.append(Shape(str(colour), str(kind), (*cell, cell[0] + size, cell[1] + size)))
     shapes.sort(key=lambda shape: shape.cells)
     background = tuple(int(level) for level in rng.integers(90, 190, 3))
     image = _draw(background, shapes, number, number_cell)
