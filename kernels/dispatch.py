@@ -20,7 +20,7 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, back
     weight that `pack_for_cpu` made ready and agrees with the definition to float32 rounding. None takes "cpu" for such
     a weight and "torch" for another one on the CPU.
 
-    ValueError for shapes, dtypes or devices that do not fit, naming both; NotImplementedError for CUDA tensors with
+    ValueError for shapes, dtypes or devices that do not fit, naming both; RuntimeError for CUDA tensors with
     backend None, since this version has no kernel for them.
     """
     _check_float("x", x)
@@ -65,7 +65,7 @@ def rotary_attention(
     Logits are scaled by 1 / sqrt(D). Returns (B, T, H, D) in q's dtype. backend None or "torch": the definition.
 
     ValueError for shapes, dtypes or devices that do not fit and for positions beyond the capacity, naming both numbers;
-    NotImplementedError for CUDA tensors with backend None, since this version has no kernel for them.
+    RuntimeError for CUDA tensors with backend None, since this version has no kernel for them.
     """
     _check_float("q", q)
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] % 2:
@@ -124,7 +124,7 @@ def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -
 
 def _check_not_cuda(function: str, tensor: Tensor) -> None:
     if tensor.is_cuda:
-        raise NotImplementedError(
+        raise RuntimeError(
             f"{function} has no triton kernel for CUDA tensors in this version; move the model to the CPU, or pass "
             'backend="torch" for the slow definition'
         )
