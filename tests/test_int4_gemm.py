@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kernels import Int4Weight, int4_gemm, pack_for_cpu, pack_levels
-from kernels.int4_gemm_cpu import FEW_ROWS
+from kernels.int4_gemm_cpu import FEW_ROWS, TILE_CHANNELS
 from kernels.int4_layout import pack_zeros
 
 # relative norm error against float64; float32: sums over up to 4,096 channels (F.linear itself: 3e-7, 7e-7 for few
@@ -46,8 +46,8 @@ def relative_error(y: Tensor, expected: Tensor) -> float:
 def test_every_backend_computes_the_written_formula(
     backend: str, shape: tuple[int, int, int], desc_act: bool, sym: bool, dtype: torch.dtype
 ) -> None:
-    weight, formula = make_weight(*shape, sym=sym, desc_act=desc_act)
-    weight = pack_for_cpu(weight) if backend == "cpu" else weight
+    unpacked, formula = make_weight(*shape, sym=sym, desc_act=desc_act)
+    weight = pack_for_cpu(unpacked) if backend == "cpu" else unpacked
     generator = torch.Generator().manual_seed(1)
     bias = torch.randn(shape[1], generator=generator)
     for rows in ROWS:
@@ -57,24 +57,18 @@ def test_every_backend_computes_the_written_formula(
         assert relative_error(y, x.double() @ formula.T + bias.double()) < TOLERANCE[dtype], rows
 
 
-@pytest.mark.parametrize("threads", [1, 3])
 @pytest.mark.parametrize("rows", [2, FEW_ROWS + 1])
-def test_pieces_side_by_side_are_put_together_in_order(threads: int, rows: int) -> None:
-    weight, formula = make_weight(1024, 3104, 128, sym=False, desc_act=False)  # enough work for three pieces
-    weight = pack_for_cpu(weight)
-    x = torch.randn(rows, 1024, generator=torch.Generator().manual_seed(2))
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        y = int4_gemm(x, weight)
-    finally:
-        torch.set_num_threads(before)
-    assert relative_error(y, x.double() @ formula.T) < TOLERANCE[torch.float32]
+@pytest.mark.parametrize("n", [1032, 2504])
+def test_blocks_and_tiles_are_put_together_in_order(n: int, rows: int) -> None:
+    k = 2 * TILE_CHANNELS + 128  # tiles of two groups, and one that is left over
+    weight, formula = make_weight(k, n, 128, sym=False, desc_act=False)
+    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(2))
+    assert relative_error(int4_gemm(x, pack_for_cpu(weight)), x.double() @ formula.T) < TOLERANCE[torch.float32]
 
 
 def test_two_threads_may_call_at_once() -> None:
-    weight, formula = make_weight(256, 40, 64, sym=False, desc_act=True)
-    weight = pack_for_cpu(weight)
+    unpacked, formula = make_weight(256, 40, 64, sym=False, desc_act=True)
+    weight = pack_for_cpu(unpacked)
     inputs = [torch.randn(rows, 256, generator=torch.Generator().manual_seed(rows)) for rows in (1, 2, 20, 30)]
     results: dict[int, Tensor] = {}
 
@@ -91,8 +85,8 @@ def test_two_threads_may_call_at_once() -> None:
 
 
 def test_leading_dimensions_strides_and_inference_mode_change_nothing() -> None:
-    weight, formula = make_weight(256, 40, 64, sym=True, desc_act=False)
-    weight = pack_for_cpu(weight)
+    unpacked, formula = make_weight(256, 40, 64, sym=True, desc_act=False)
+    weight = pack_for_cpu(unpacked)
     wide = torch.randn(2, 3, 512, generator=torch.Generator().manual_seed(3))
     x = wide[..., ::2]
     with torch.inference_mode():
@@ -124,6 +118,8 @@ def test_a_weight_that_was_not_packed_takes_the_definition() -> None:
     assert torch.equal(int4_gemm(x, weight), int4_gemm(x, weight, backend="torch"))
     with pytest.raises(ValueError, match="weight = pack_for_cpu"):
         int4_gemm(x, weight, backend="cpu")
+    packed = pack_for_cpu(weight)
+    assert torch.equal(int4_gemm(x, packed, backend="torch"), int4_gemm(x, weight, backend="torch"))
 
 
 def test_what_does_not_fit_is_refused_with_both_numbers() -> None:

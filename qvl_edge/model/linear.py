@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qvl_edge.config import Config
 
 try:
-    from kernels import Int4Weight, int4_gemm, pack_for_cpu
+    from kernels import CpuInt4Weight, Int4Weight, int4_gemm, pack_for_cpu
 except ImportError as error:  # the Hugging Face package `kernels` shadows ours when both are installed
     import kernels
 
@@ -29,7 +29,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.checkpoint_format = group_size, checkpoint_format
-        self.weight: Int4Weight | None = None
+        self.weight: Int4Weight | CpuInt4Weight | None = None
         self.register_buffer("bias", None)
 
     def load_gptq(self, tensors: dict[str, Tensor], *, name: str, dtype: torch.dtype) -> None:
