@@ -134,8 +134,12 @@ def measure(name: str, runtime: Runtime, items: list[Item]) -> dict[str, Any]:
             print(f"{name}: {index} of {len(items)} questions", file=sys.stderr, flush=True)
     row: dict[str, Any] = {"model": name}
     for kind, found in right.items():
-        share = sum(found) / len(found)
-        row[kind] = {"share": share, "standard_error": math.sqrt(share * (1 - share) / len(found)), "n": len(found)}
+        share = sum(found) / len(found) if found else math.nan  # few scenes may show no number
+        row[kind] = {
+            "share": share,
+            "standard_error": math.sqrt(share * (1 - share) / max(len(found), 1)),
+            "n": len(found),
+        }
     return row | {"perplexity": math.exp(-sum(scores) / len(scores)), "scored_tokens": len(scores)}
 
 

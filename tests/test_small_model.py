@@ -68,7 +68,7 @@ def test_float_and_int4_answer_most_questions_about_unseen_scenes(output: Path, 
 
 
 def test_a_row_of_the_benchmark_counts_what_was_asked(output: Path) -> None:
-    items = make_items(2)
+    items = make_items(1)
     row = measure("int4", Runtime.from_pretrained(output / "bundle"), items)
     assert sum(row[kind]["n"] for kind in ("find", "at", "count", "colour", "read", "describe", "which")) == len(items)
     assert 1.0 <= row["perplexity"] < 3.0

@@ -63,7 +63,7 @@ def test_cell_targets_cover_each_shape_and_digit() -> None:
 def test_packed_branches_give_the_loss_of_separate_conversations(teacher: Teacher) -> None:
     checkpoint = Checkpoint(CHECKPOINT)
     model, visual = (load(checkpoint, dtype=torch.float32) for load in (load_decoder, load_visual))
-    lesson = teacher.lesson(5, batch=1, budget=160)
+    lesson = teacher.lesson(5, batch=1, budget=400)
     features = visual(pixels_of(lesson.scenes, MEAN, STD))
     packed = decode_lesson(model, lesson, features)
     prefix = lesson.image_starts[0] + 257
