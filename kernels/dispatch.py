@@ -6,21 +6,24 @@ from torch import Tensor
 from kernels.int4_gemm_cpu import int4_gemm_cpu
 from kernels.int4_gemm_torch import int4_gemm_torch
 from kernels.int4_layout import Int4Weight
+from kernels.int4_layout_cpu import CpuInt4Weight
 from kernels.rotary_attention_torch import rotary_attention_torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, backend: str | None = None) -> Tensor:
+def int4_gemm(
+    x: Tensor, weight: Int4Weight | CpuInt4Weight, bias: Tensor | None = None, *, backend: str | None = None
+) -> Tensor:
     """x @ W.T + bias with W in int4: x (..., K) float32, bfloat16 or float16 -> (..., N) in x's dtype.
 
     bias (N,) in any float dtype, or None. Sums are in float32 in every backend.
 
     backend "torch" is the definition, on any device: it builds the whole float32 weight at each call. "cpu" reads a
-    weight that `pack_for_cpu` made ready and agrees with the definition to float32 rounding. None takes "cpu" for such
-    a weight and "torch" for another one on the CPU.
+    weight that `pack_for_cpu` put into the CPU's order, and agrees with the definition to float32 rounding. None takes
+    "cpu" for such a weight, and "torch" for another one on the CPU.
 
-    ValueError for shapes, dtypes or devices that do not fit, naming both; RuntimeError for CUDA tensors with
+    ValueError for shapes, dtypes or devices that do not fit, naming both; NotImplementedError for CUDA tensors with
     backend None, since this version has no kernel for them.
     """
     _check_float("x", x)
@@ -35,10 +38,12 @@ def int4_gemm(x: Tensor, weight: Int4Weight, bias: Tensor | None = None, *, back
             raise ValueError(f"bias is {bias.dtype}, expected a floating type")
     if backend is None:
         _check_not_cuda("int4_gemm", x)
-        backend = "cpu" if weight.packed_cpu is not None else "torch"
+        backend = "cpu" if isinstance(weight, CpuInt4Weight) else "torch"
     if backend == "torch":
-        return int4_gemm_torch(x, weight, bias)
+        return int4_gemm_torch(x, weight.unpack() if isinstance(weight, CpuInt4Weight) else weight, bias)
     if backend == "cpu":
+        if not isinstance(weight, CpuInt4Weight):
+            raise ValueError('backend "cpu" reads a weight that was packed once: weight = pack_for_cpu(weight)')
         return int4_gemm_cpu(x, weight, bias)
     raise ValueError(f'backend is {backend!r}, int4_gemm has "torch" and "cpu"')
 
@@ -65,7 +70,7 @@ def rotary_attention(
     Logits are scaled by 1 / sqrt(D). Returns (B, T, H, D) in q's dtype. backend None or "torch": the definition.
 
     ValueError for shapes, dtypes or devices that do not fit and for positions beyond the capacity, naming both numbers;
-    RuntimeError for CUDA tensors with backend None, since this version has no kernel for them.
+    NotImplementedError for CUDA tensors with backend None, since this version has no kernel for them.
     """
     _check_float("q", q)
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] % 2:
@@ -124,7 +129,7 @@ def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -
 
 def _check_not_cuda(function: str, tensor: Tensor) -> None:
     if tensor.is_cuda:
-        raise RuntimeError(
+        raise NotImplementedError(
             f"{function} has no triton kernel for CUDA tensors in this version; move the model to the CPU, or pass "
             'backend="torch" for the slow definition'
         )

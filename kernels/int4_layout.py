@@ -12,19 +12,15 @@ In memory (Int4Weight): the channels of one group are neighbours, so that a prog
 S = K / G levels, as S / 8 consecutive words:
     words  (G, N, S / 8) int32  level of channel perm[g * S + 8 * j + i] = words[g, n, j] >> 4 * i  &  15
     scales (G, N), zeros (G, N)
-What the CPU path adds to it is stated in int4_layout_cpu.py.
+The CPU has an order of its own, stated in int4_layout_cpu.py.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-
-if TYPE_CHECKING:
-    from kernels.int4_layout_cpu import PackedCpu
 
 FORMATS = ("gptq", "gptq_v2")  # checkpoint_format of quantize_config.json
 
@@ -149,14 +145,13 @@ class Int4Weight:
     """One int4 projection in kernel order (module docstring); made by `from_gptq`, read by every backend.
 
     words (G, N, S / 8) int32, scales (G, N) floating, zeros (G, N) int16, perm (K,) int64 or None where the channels of
-    a group are neighbours already (no desc_act); packed_cpu is what `pack_for_cpu` adds, and None elsewhere.
+    a group are neighbours already (no desc_act).
     """
 
     words: Tensor
     scales: Tensor
     zeros: Tensor
     perm: Tensor | None
-    packed_cpu: PackedCpu | None = None
 
     @property
     def out_features(self) -> int:
@@ -180,10 +175,8 @@ class Int4Weight:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all tensors in memory, the CPU's second order included."""
-        # packed for the CPU, `words` is a view into packed_cpu.rows
-        parts = self.words.nbytes if self.packed_cpu is None else self.packed_cpu.nbytes
-        return parts + sum(t.nbytes for t in (self.scales, self.zeros, self.perm) if t is not None)
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.words, self.scales, self.zeros, self.perm) if t is not None)
 
     @classmethod
     def from_gptq(
