@@ -11,7 +11,7 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.demo.lessons import IGNORE, Teacher, cell_targets, pixels_of
 from qvl_edge.demo.muon import orthogonalize
 from qvl_edge.demo.scenes import COLOURS, GRID, make_scene
-from qvl_edge.demo.train import Course, decode_lesson, sine_cosine_positions
+from qvl_edge.demo.train import Course, decode_lesson, learning_rate, sine_cosine_positions
 from qvl_edge.engine.image import MEAN, STD, to_pixels
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.loading import check_tensors, load_decoder, load_visual
@@ -113,3 +113,14 @@ def test_a_stopped_course_resumes_and_writes_a_checkpoint_in_the_published_layou
     assert not torch.equal(resumed.model.lm_head.weight, before)
     assert (tmp_path / "loss.png").stat().st_size > 0
     assert not list(tmp_path.glob("*.partial")) and json.loads((tmp_path / "checkpoint/config.json").read_text())
+
+
+def test_a_course_can_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    course = Course(CHECKPOINT / "qwen.tiktoken", tmp_path, {"vision": 1, "joint": 4}, start=(CHECKPOINT, 3))
+    assert (course.STAGES[course.stage], course.step) == ("joint", 3)
+    source = Checkpoint(CHECKPOINT)
+    assert torch.equal(course.model.lm_head.weight, source["lm_head.weight"].float())
+    assert torch.equal(course.visual.proj, source["transformer.visual.proj"].float())
+    # the warm-up starts where the optimizers do
+    rates = [learning_rate(step, 100, peak=1.0, warmup=2, decay=0.5, fresh=course.fresh) for step in (3, 4, 75)]
+    assert rates == [0.5, 1.0, 0.5]

@@ -14,7 +14,7 @@ SYSTEM = "You are a helpful assistant."
 IGNORE = -100  # label of a token that is not part of an answer (torch's default ignore_index)
 COORDINATES = GRID + 1  # grid lines a box edge can lie on
 # of find, at, count, colour, read, describe; while numbers were not read yet, 0.3 of the questions asked for one
-SHARES = (0.50, 0.10, 0.14, 0.06, 0.05, 0.15)
+SHARES = (0.45, 0.10, 0.12, 0.13, 0.05, 0.15)
 CHINESE = 0.7  # share of questions: at half, all wrong shapes were found in Chinese, which has a token for each byte
 TWO_TURNS = 0.25  # share of branches that ask a second question after the first answer
 
@@ -97,15 +97,17 @@ class Teacher:
         self.tokenizer = tokenizer
         special = tokenizer.specials
         self.start, self.end = special[IM_START], special[IM_END]
-        # the last token of what things are called in an English question, and the digits
-        self.words = {
-            names: torch.tensor([tokenizer.encode(word)[-1] for word in words])
-            for names, words in (
+        # the last token of what things are called, by the name of the target: English, Chinese and digits
+        self.words = [
+            (target, torch.tensor([tokenizer.encode(word)[-1] for word in words]))
+            for target, words in (
                 ("subject", [*(f" {colour}" for colour in COLOURS), " number"]),
+                ("colour", [chinese for _, chinese in COLOURS.values()]),
                 ("shape", [f" {shape}" for shape in SHAPES]),
+                ("shape", [chinese[0] for chinese in SHAPES.values()]),
                 ("digit", list("0123456789")),
             )
-        }
+        ]
         self.image = [special[IMG], *[special[IMG_PAD]] * IMAGE_TOKENS, special[IMG_END]]
 
     def prefix(self, pictures: int) -> tuple[list[int], list[int]]:

@@ -22,12 +22,14 @@ from torch import Tensor, nn
 
 from kernels.rotary_attention_torch import rotate
 from qvl_edge.bundle import write_tensors
+from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.demo.lessons import COORDINATES, IGNORE, CellTargets, Lesson, Teacher, cell_targets, pixels_of
 from qvl_edge.demo.muon import Muon
 from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, make_scene
 from qvl_edge.engine.image import MEAN, STD
 from qvl_edge.model.decoder import QWenLMHeadModel, rotary_tables
+from qvl_edge.model.loading import load_decoder, load_visual
 from qvl_edge.model.vit import VisionTransformer
 from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer
 
@@ -192,14 +194,14 @@ def decode_lesson(model: QWenLMHeadModel, lesson: Lesson, features: Tensor) -> T
     return (each * weights).sum() / weights.sum()
 
 
-def alignment(features: Tensor, targets: CellTargets, words: dict[str, Tensor]) -> Tensor:
+def alignment(features: Tensor, targets: CellTargets, words: list[tuple[str, Tensor]]) -> Tensor:
     """Cross-entropy of naming a cell's subject, shape and digit by the nearest word embedding.
 
-    words: embeddings (classes, hidden) by the name of the target. Attention finds "red" among features sooner when a
-    red cell and the word lie in one direction: before this, questions for a colour stayed at chance for 800 steps.
+    words: name of the target, and embeddings (classes, hidden). Attention finds "red" among features sooner when a red
+    cell and the word lie in one direction: before this, questions for a colour stayed at chance for 800 steps.
     """
     loss = features.new_zeros(())
-    for name, names in words.items():
+    for name, names in words:
         target = getattr(targets, name)
         shown = target > 0
         if bool(shown.any()):
@@ -220,7 +222,7 @@ def joint_step(
     answers = decode_lesson(model, lesson, features)
     targets = cell_targets(lesson.scenes)
     cells, exact = reader(features, targets)
-    aligned = alignment(features, targets, {name: model.embed(ids) for name, ids in teacher.words.items()})
+    aligned = alignment(features, targets, [(name, model.embed(ids)) for name, ids in teacher.words])
     (answers + 0.1 * cells + 0.1 * aligned).backward()
     figures = {"two" if two else "answers": answers.item(), "cells": cells.item(), "exact": exact}
     return figures | {"aligned": aligned.item()}
@@ -258,9 +260,9 @@ def draw_loss(folder: Path) -> None:
     figure.savefig(folder / "loss.png", dpi=110)
 
 
-def learning_rate(step: int, steps: int, *, peak: float, warmup: int, decay: float) -> float:
-    """Linear warm-up, then `peak`, then linearly down to zero over the last share `decay` of the steps."""
-    return peak * min(1.0, (step + 1) / warmup, (1 - step / steps) / decay)
+def learning_rate(step: int, steps: int, *, peak: float, warmup: int, decay: float, fresh: int = 0) -> float:
+    """Linear warm-up from step `fresh` on, then `peak`, then linearly down to zero over the last share `decay`."""
+    return peak * min(1.0, (step - fresh + 1) / warmup, (1 - step / steps) / decay)
 
 
 class Course:
@@ -268,7 +270,10 @@ class Course:
 
     STAGES = ("vision", "joint")
 
-    def __init__(self, tiktoken_file: Path, folder: Path, steps: dict[str, int]):
+    def __init__(
+        self, tiktoken_file: Path, folder: Path, steps: dict[str, int], *, start: tuple[Path, int] | None = None
+    ):
+        """Resume `folder`, or begin: at random, or with `start`, a checkpoint and a step of the joint stage."""
         torch.manual_seed(0)
         torch.set_flush_denormal(True)  # optimizer moments fade into denormals, which are slow on x86
         self.folder, self.steps = folder, steps
@@ -281,12 +286,18 @@ class Course:
         self.model, self.visual, self.reader = QWenLMHeadModel(config), VisionTransformer(config.visual), CellReader()
         initialize(self.model, self.visual)
         self.modules = nn.ModuleDict({"model": self.model, "visual": self.visual, "reader": self.reader})
-        self.stage, self.step = 0, 0
-        self.optimizers = self._new_optimizers()
+        self.stage, self.step, self.fresh = 0, 0, 0  # fresh: the step at which the optimizers were new
         state = folder / "state.pt"
+        if not state.exists() and start is not None:
+            weights, step = start
+            source = Checkpoint(weights)
+            self.model.load_state_dict(load_decoder(source, dtype=torch.float32).state_dict())
+            self.visual.load_state_dict(load_visual(source, dtype=torch.float32).state_dict())
+            self.stage, self.step, self.fresh = self.STAGES.index("joint"), step, step
+        self.optimizers = self._new_optimizers()
         if state.exists():
             saved = torch.load(state, weights_only=True)
-            self.stage, self.step = saved["stage"], saved["step"]
+            self.stage, self.step, self.fresh = saved["stage"], saved["step"], saved["fresh"]
             self.modules.load_state_dict(saved["modules"])
             self.optimizers = self._new_optimizers()
             for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
@@ -316,7 +327,7 @@ class Course:
 
     def _train_step(self) -> dict[str, Any]:
         name = self.STAGES[self.stage]
-        rate = learning_rate(self.step, self.steps[name], **RATES[name])
+        rate = learning_rate(self.step, self.steps[name], fresh=self.fresh, **RATES[name])
         groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
         for group in groups:
             group["lr"] = rate * group["scale"]
@@ -333,7 +344,7 @@ class Course:
     def save(self) -> None:
         """state.pt, written beside and renamed; checkpoint/ and loss.png as they stand."""
         partial = self.folder / "state.pt.partial"
-        state = {"stage": self.stage, "step": self.step, "modules": self.modules.state_dict()}
+        state = {"stage": self.stage, "step": self.step, "fresh": self.fresh, "modules": self.modules.state_dict()}
         torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, partial)
         partial.replace(self.folder / "state.pt")
         write_checkpoint(self.folder / "checkpoint", self.model, self.visual)
@@ -360,7 +371,7 @@ class Course:
                     recent = {}
                 if self.step % SAVE_EVERY == 0:
                     self.save()
-            self.stage, self.step = self.stage + 1, 0
+            self.stage, self.step, self.fresh = self.stage + 1, 0, 0
             if self.stage < len(self.STAGES):
                 self.optimizers = self._new_optimizers()
             self.save()
@@ -372,9 +383,12 @@ def main() -> None:
     parser.add_argument("tiktoken", type=Path, metavar="QWEN_TIKTOKEN")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vision-steps", type=int, default=1200)
-    parser.add_argument("--joint-steps", type=int, default=4500)
+    parser.add_argument("--joint-steps", type=int, default=7500)
+    parser.add_argument("--weights", type=Path, metavar="CHECKPOINT", help="begin with these at --from-step of stage 2")
+    parser.add_argument("--from-step", type=int, default=0, help="of the joint stage, with --weights (default: 0)")
     args = parser.parse_args()
-    Course(args.tiktoken, args.folder, {"vision": args.vision_steps, "joint": args.joint_steps}).run()
+    start = None if args.weights is None else (args.weights, args.from_step)
+    Course(args.tiktoken, args.folder, {"vision": args.vision_steps, "joint": args.joint_steps}, start=start).run()
 
 
 if __name__ == "__main__":
