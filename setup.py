@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 RUNTIME = ["torch>=2.6", "numpy>=1.26", "pillow>=11", "safetensors>=0.4.5", "tiktoken>=0.7"]
 EXPORT = ["onnx>=1.17"]
+TRITON = "triton>=3.6; platform_system == 'Linux'"
 
 setup(
     name="qvl-edge",
@@ -17,6 +18,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["qvl_edge", "qvl_edge.*", "kernels", "quantize", "export"]),
     package_data={
+        "kernels": ["tiles/*.json"],
         "qvl_edge.demo": ["checkpoint/*"],
         "qvl_edge.text": ["fonts/*"],
     },
@@ -24,7 +26,7 @@ setup(
     extras_require={
         # one of the two runs the vision tower; installing both breaks either
         "cpu": ["onnxruntime>=1.20"],
-        "cuda": ["onnxruntime-gpu>=1.20", "triton>=3.2; platform_system == 'Linux'"],
+        "cuda": ["onnxruntime-gpu>=1.20", TRITON],
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         # partners whose files we share; their pins exclude current transformers: an environment of their own
@@ -35,7 +37,7 @@ setup(
             "datasets==2.21.0",
             "peft==0.11.1",
         ],
-        "dev": [*EXPORT, "pytest>=8", "ruff>=0.8", "mypy>=1.13", "matplotlib>=3.9"],
+        "dev": [*EXPORT, TRITON, "pytest>=8", "ruff>=0.8", "mypy>=1.13", "matplotlib>=3.9"],
     },
     entry_points={"console_scripts": ["qvl-edge=qvl_edge.__main__:main"]},
 )

@@ -1,51 +1,183 @@
-"""int4_gemm and rotary_attention: check shapes once, choose a backend, call it."""
+"""int4_gemm, its fused forms, int8_gemm and rotary_attention: check shapes once, choose a backend, call it."""
+
+import importlib
+import os
+from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor
 
 from kernels.int4_gemm_cpu import int4_gemm_cpu
-from kernels.int4_gemm_torch import int4_gemm_torch
+from kernels.int4_gemm_torch import (
+    int4_gemm_residual_torch,
+    int4_gemm_swiglu_torch,
+    int4_gemm_torch,
+    int8_gemm_torch,
+)
 from kernels.int4_layout import Int4Weight
 from kernels.int4_layout_cpu import CpuInt4Weight
+from kernels.int8_layout import Int8Weight
+from kernels.layout_triton import TritonWeight
 from kernels.rotary_attention_torch import rotary_attention_torch
+from kernels.rows import MOST_SUMMED, SPAN, Rows, rms_rows_torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+AnyInt4Weight: TypeAlias = Int4Weight | CpuInt4Weight | TritonWeight
 
 
 def int4_gemm(
-    x: Tensor, weight: Int4Weight | CpuInt4Weight, bias: Tensor | None = None, *, backend: str | None = None
+    x: Tensor | Rows, weight: AnyInt4Weight, bias: Tensor | None = None, *, backend: str | None = None
 ) -> Tensor:
     """x @ W.T + bias with W in int4: x (..., K) float32, bfloat16 or float16 -> (..., N) in x's dtype.
 
-    bias (N,) in any float dtype, or None. Sums are in float32 in every backend.
+    bias (N,) in any float dtype, or None. Sums are in float32 in every backend. x may be Rows, whose row factor is
+    multiplied in before the bias.
 
     backend "torch" is the definition, on any device: it builds the whole float32 weight at each call. "cpu" reads a
-    weight that `pack_for_cpu` put into the CPU's order, and agrees with the definition to float32 rounding. None takes
-    "cpu" for such a weight, and "torch" for another one on the CPU.
+    weight that `pack_for_cpu` put into the CPU's order, and agrees with the definition to float32 rounding. "triton"
+    reads one by `pack_for_triton`, float16 or bfloat16 x. None takes "triton" on CUDA and, on the CPU, "cpu" for a
+    weight in the CPU's order and "torch" for an Int4Weight.
 
-    ValueError for shapes, dtypes or devices that do not fit, naming both; NotImplementedError for CUDA tensors with
-    backend None, since this version has no kernel for them.
+    ValueError for shapes, dtypes or devices that do not fit, naming both, and for a weight in another backend's order.
     """
-    _check_float("x", x)
-    if x.dim() == 0 or x.shape[-1] != weight.in_features:
-        size = x.shape[-1] if x.dim() else "no"
-        raise ValueError(f"x has K={size} (shape {tuple(x.shape)}) but weight holds K={weight.in_features}")
-    _check_device("x", x, "weight", weight.device)
-    if bias is not None:
-        _check_shape("bias", bias, (weight.out_features,), f"weight holds N={weight.out_features}")
-        _check_device("bias", bias, "weight", weight.device)
-        if not bias.is_floating_point():
-            raise ValueError(f"bias is {bias.dtype}, expected a floating type")
+    rows = x if isinstance(x, Rows) else Rows(x)
+    _check_int4("int4_gemm", rows, weight, bias)
+    backend = _backend("int4_gemm", rows.x, weight, backend)
+    if backend == "triton":
+        gemm = _gemm_triton(rows.x)
+        flat = Rows(rows.x.reshape(-1, weight.in_features), rows.sums, rows.squares, rows.eps)
+        y: Tensor = gemm.gemm_triton(flat, weight, bias).x if len(flat.x) else flat.x.new_empty(0, weight.out_features)
+        return y.view(*rows.x.shape[:-1], weight.out_features)
+    if backend == "cpu" and rows.squares is None:
+        assert isinstance(weight, CpuInt4Weight)  # as _backend made sure
+        return int4_gemm_cpu(rows.x, weight, bias)
+    return int4_gemm_torch(rows, _unpacked(weight), bias)
+
+
+def int4_gemm_swiglu(
+    rows: Rows, weight: AnyInt4Weight, bias: Tensor | None = None, *, backend: str | None = None
+) -> Rows:
+    """w1(x) * silu(w2(x)) in one product: rows (M, K), weight = interleave(w1, w2) of 2 N outputs -> Rows (M, N).
+
+    bias (2 N,) is interleaved likewise. Triton: N a multiple of 32. Errors and `backend` as in int4_gemm.
+    """
+    _check_int4("int4_gemm_swiglu", rows, weight, bias)
+    backend = _backend("int4_gemm_swiglu", rows.x, weight, backend)
+    if backend != "triton":
+        return int4_gemm_swiglu_torch(rows, _unpacked(weight), bias)
+    _check_spans("int4_gemm_swiglu", weight.out_features // 2)
+    gemm = _gemm_triton(rows.x)
+    return gemm.gemm_triton(rows, weight, bias, epilogue=gemm.SWIGLU)
+
+
+def int4_gemm_residual(
+    rows: Rows,
+    weight: AnyInt4Weight,
+    bias: Tensor | None,
+    residual: Tensor,
+    norm_weight: Tensor,
+    eps: float,
+    *,
+    backend: str | None = None,
+) -> Rows:
+    """residual (M, N) float32 += x @ W.T + bias, in place; returns the new residual's Rows for the next projection.
+
+    Their x is residual * norm_weight (N,) in rows.x's dtype, with the row factor of RMSNorm (`eps`) left to the next
+    kernel: x has to stay below 65,504 in float16. Triton: N a multiple of 32. Errors and `backend` as in int4_gemm.
+    """
+    _check_int4("int4_gemm_residual", rows, weight, bias)
+    _check_residual(residual, norm_weight, (len(rows.x), weight.out_features))
+    backend = _backend("int4_gemm_residual", rows.x, weight, backend)
+    if backend != "triton":
+        return int4_gemm_residual_torch(rows, _unpacked(weight), bias, residual, norm_weight, eps)
+    _check_spans("int4_gemm_residual", weight.out_features)
+    gemm = _gemm_triton(rows.x)
+    return gemm.gemm_triton(
+        rows, weight, bias, epilogue=gemm.RESIDUAL, residual=residual, norm_weight=norm_weight, eps=eps
+    )
+
+
+def rms_rows(
+    residual: Tensor, norm_weight: Tensor, eps: float, dtype: torch.dtype, *, backend: str | None = None
+) -> Rows:
+    """The Rows of a residual (M, K) float32 that no kernel has made yet: x = residual * norm_weight in `dtype`."""
+    _check_residual(residual, norm_weight, tuple(residual.shape))
+    if backend == "triton" or (backend is None and residual.is_cuda):
+        _check_spans("rms_rows", residual.shape[1])
+        return _gemm_triton(residual).rms_rows_triton(residual, norm_weight, eps, dtype)
+    if backend not in (None, "torch"):
+        raise ValueError(f'backend is {backend!r}, rms_rows has "torch" and "triton"')
+    return rms_rows_torch(residual, norm_weight, eps, dtype)
+
+
+def int8_gemm(x: Tensor, weight: Int8Weight | TritonWeight, *, backend: str | None = None) -> Tensor:
+    """x @ W.T with W in int8, one scale a row: x (M, K) float16 -> (M, N) float32; sums in float32.
+
+    "triton" computes 16 rows at a time, as it is for the last position of a few sequences. Errors and `backend` as in
+    int4_gemm; the "torch" definition takes any float dtype.
+    """
+    _check_x(x, weight)
     if backend is None:
-        _check_not_cuda("int4_gemm", x)
-        backend = "cpu" if isinstance(weight, CpuInt4Weight) else "torch"
+        backend = "triton" if x.is_cuda else "torch"
+    if isinstance(weight, TritonWeight) and weight.bits != 8:
+        raise ValueError(f"weight has {weight.bits} bits, int8_gemm takes 8; use int4_gemm")
     if backend == "torch":
-        return int4_gemm_torch(x, weight.unpack() if isinstance(weight, CpuInt4Weight) else weight, bias)
-    if backend == "cpu":
-        if not isinstance(weight, CpuInt4Weight):
-            raise ValueError('backend "cpu" reads a weight that was packed once: weight = pack_for_cpu(weight)')
-        return int4_gemm_cpu(x, weight, bias)
-    raise ValueError(f'backend is {backend!r}, int4_gemm has "torch" and "cpu"')
+        return int8_gemm_torch(x, weight.unpack() if isinstance(weight, TritonWeight) else weight)  # type: ignore[arg-type]
+    if backend != "triton":
+        raise ValueError(f'backend is {backend!r}, int8_gemm has "torch" and "triton"')
+    if not isinstance(weight, TritonWeight):
+        raise ValueError('backend "triton" reads a weight that was packed once: weight = pack_for_triton(weight)')
+    if x.dtype != torch.float16:
+        raise ValueError(f"x is {x.dtype}, the int8 kernel takes torch.float16: bfloat16 holds no 8-bit level exactly")
+    if len(x) == 0:
+        return x.new_empty(0, weight.out_features, dtype=torch.float32)
+    gemm = _gemm_triton(x)
+    parts = [gemm.gemm_triton(Rows(part), weight, out_dtype=torch.float32).x for part in x.split(MOST_SUMMED)]
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _gemm_triton(x: Tensor) -> Any:
+    """The module with the GPU kernels, loaded at first use."""
+    return _load_triton("kernels.int4_gemm_triton", x)
+
+
+def _load_triton(module: str, tensor: Tensor) -> Any:
+    """Import a *_triton module; ValueError where its kernels cannot run on `tensor`'s device."""
+    if not tensor.is_cuda and os.environ.get("TRITON_INTERPRET") != "1":
+        raise ValueError(
+            f'backend "triton" runs on CUDA, x is on {tensor.device}; move it there, or set TRITON_INTERPRET=1 before '
+            "triton is loaded to run the kernels in its (very slow) interpreter"
+        )
+    return importlib.import_module(module)
+
+
+def _backend(function: str, x: Tensor, weight: AnyInt4Weight, backend: str | None) -> str:
+    """The backend to use: chosen by device and by the order that the weight is in, never by what might work."""
+    orders = {Int4Weight: "torch", CpuInt4Weight: "cpu", TritonWeight: "triton"}
+    if backend is None:
+        backend = "triton" if x.is_cuda else orders[type(weight)]
+        if backend == "triton" and not x.is_cuda:
+            raise ValueError(
+                f"{function} got a weight in Triton's order on the {x.device}; use pack_for_cpu for the CPU, or say "
+                'backend="triton" (interpreter) or backend="torch" (slow definition)'
+            )
+    if backend not in orders.values():
+        raise ValueError(f'backend is {backend!r}, {function} has "torch", "cpu" and "triton"')
+    if backend != "torch" and orders[type(weight)] != backend:
+        raise ValueError(
+            f'backend "{backend}" reads a weight that was packed once: weight = pack_for_{backend}(weight)'
+        )
+    if backend == "triton" and x.dtype not in (torch.float16, torch.bfloat16):
+        raise ValueError(f"x is {x.dtype}, the Triton kernels take torch.float16 and torch.bfloat16")
+    return backend
+
+
+def _unpacked(weight: AnyInt4Weight) -> Int4Weight:
+    if isinstance(weight, Int4Weight):
+        return weight
+    unpacked = weight.unpack()
+    assert isinstance(unpacked, Int4Weight)  # 4 bits, as _check_int4 made sure
+    return unpacked
 
 
 def rotary_attention(
@@ -110,6 +242,41 @@ def rotary_attention(
     elif backend != "torch":
         raise ValueError(f'backend is {backend!r}, rotary_attention has "torch"')
     return rotary_attention_torch(q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale)
+
+
+def _check_int4(function: str, rows: Rows, weight: AnyInt4Weight, bias: Tensor | None) -> None:
+    if isinstance(weight, TritonWeight) and weight.bits != 4:
+        raise ValueError(f"weight has {weight.bits} bits, {function} takes 4; use int8_gemm")
+    _check_x(rows.x, weight)
+    if bias is not None:
+        _check_shape("bias", bias, (weight.out_features,), f"weight holds N={weight.out_features}")
+        _check_device("bias", bias, "weight", weight.device)
+        if not bias.is_floating_point():
+            raise ValueError(f"bias is {bias.dtype}, expected a floating type")
+
+
+def _check_x(x: Tensor, weight: AnyInt4Weight | Int8Weight) -> None:
+    _check_float("x", x)
+    if x.dim() == 0 or x.shape[-1] != weight.in_features:
+        size = x.shape[-1] if x.dim() else "no"
+        raise ValueError(f"x has K={size} (shape {tuple(x.shape)}) but weight holds K={weight.in_features}")
+    _check_device("x", x, "weight", weight.device)
+
+
+def _check_residual(residual: Tensor, norm_weight: Tensor, shape: tuple[int, ...]) -> None:
+    _check_shape("residual", residual, shape, "the rows of x by the outputs of weight")
+    if residual.dim() != 2 or residual.dtype != torch.float32 or not residual.is_contiguous():
+        raise ValueError(
+            f"residual is {residual.dtype} of shape {tuple(residual.shape)} and strides {residual.stride()}, expected "
+            "a contiguous matrix of torch.float32"
+        )
+    _check_shape("norm_weight", norm_weight, shape[1:], f"residual has shape {shape}")
+    _check_device("norm_weight", norm_weight, "residual", residual.device)
+
+
+def _check_spans(function: str, outputs: int) -> None:
+    if outputs % SPAN:
+        raise ValueError(f"{function} in Triton makes sums over {SPAN} channels, which do not divide {outputs}")
 
 
 def _check_float(name: str, tensor: Tensor) -> None:

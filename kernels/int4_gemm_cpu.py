@@ -24,7 +24,7 @@ def int4_gemm_cpu(x: Tensor, weight: CpuInt4Weight, bias: Tensor | None = None) 
     rows = x.reshape(-1, weight.in_features).float()
     if weight.perm is not None:
         rows = rows[:, weight.perm]
-    y = _sums(rows, weight) if len(rows) <= FEW_ROWS else _tiles(rows, weight)
+    y = _sums(rows, weight) if len(rows) <= FEW_ROWS else _floats(rows, weight)
     if bias is not None:
         y += bias.float()
     return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
@@ -54,23 +54,25 @@ def _bags(rows: int, group_size: int) -> tuple[Tensor, Tensor]:
         return torch.arange(rows, dtype=torch.int32), torch.arange(0, rows + 1, size, dtype=torch.int32)
 
 
-def _tiles(x: Tensor, weight: CpuInt4Weight) -> Tensor:
-    """x (M, K) float32 in kernel order -> (M, N): exact float32 weights, tile by tile, multiplied while in cache."""
+def _floats(x: Tensor, weight: CpuInt4Weight) -> Tensor:
+    """x (M, K) float32 in kernel order -> (M, N): exact float32 weights, one block of outputs after another.
+
+    Each block is multiplied over all K at once: adding up tiles of 256 channels in y took a third longer at 256 rows.
+    """
     (_, groups, block), size, outputs = weight.scales.shape, weight.group_size, weight.out_features
     step = max(1, TILE_CHANNELS // size)  # groups of a tile
     minus_zeros = weight.scales * -MIDDLE
     if weight.offsets is not None:
         minus_zeros -= weight.offsets
     y = x.new_empty(len(x), outputs)
-    buffer = x.new_empty(min(step, groups), size, block)
+    floats = x.new_empty(groups, size, block)
     for index, levels in enumerate(weight.blocks()):
-        out = y[:, index * block : (index + 1) * block]
         for g in range(0, groups, step):
-            part, channels = slice(g, g + step), slice(g * size, (g + step) * size)
-            tile = buffer[: min(step, groups - g)]
-            tile.view(-1, block).copy_(levels[channels])
+            part = slice(g, g + step)
+            tile = floats[part]
+            tile.view(-1, block).copy_(levels[g * size : (g + step) * size])
             # level * scale - zero * scale: both products and their difference are exact for float16 scales
-            scales, shift = weight.scales[index, part, None], minus_zeros[index, part, None]
-            torch.addcmul(shift, tile, scales, out=tile)
-            out.addmm_(x[:, channels], tile.view(-1, block)[:, : out.shape[1]], beta=1 if g else 0)
+            torch.addcmul(minus_zeros[index, part, None], tile, weight.scales[index, part, None], out=tile)
+        out = y[:, index * block : (index + 1) * block]
+        torch.mm(x, floats.view(-1, block)[:, : out.shape[1]], out=out)
     return y

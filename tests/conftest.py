@@ -2,6 +2,7 @@
 
 import base64
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,9 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+
+if not torch.cuda.is_available():  # before triton is loaded: its kernels then run in its interpreter, on CPU tensors
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from qvl_edge.config import Config
 from qvl_edge.model.loading import expected_tensors

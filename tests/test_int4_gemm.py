@@ -1,5 +1,6 @@
 """int4_gemm: the definition is the written formula, and the CPU path equals the definition."""
 
+import math
 import threading
 
 import pytest
@@ -10,9 +11,18 @@ from kernels import Int4Weight, int4_gemm, pack_for_cpu, pack_levels
 from kernels.int4_gemm_cpu import FEW_ROWS, TILE_CHANNELS
 from kernels.int4_layout import pack_zeros
 
-# relative norm error against float64; float32: sums over up to 4,096 channels (F.linear itself: 3e-7, 7e-7 for few
-# outputs); the others: half a unit in the last place of the one rounding at the end, 2^-8 and 2^-11
+# relative norm error against float64; float32: sums over up to 4,096 channels; the others: half a unit in the last
+# place of the one rounding at the end, 2^-8 and 2^-11
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3.91e-3, torch.float16: 4.9e-4}
+# the definition sums as torch's BLAS does, which may add K products one after another: u / sqrt(6) * sqrt(K) is then to
+# be expected (u = 2^-24; 1.6e-6 at K = 4,096, of which 1.3e-6 was seen), and twice that is allowed
+
+
+def tolerance(backend: str, dtype: torch.dtype, k: int) -> float:
+    """The relative norm error that is allowed."""
+    one_by_one = 2 * 2**-24 * math.sqrt(k / 6) if backend == "torch" and dtype == torch.float32 else 0.0
+    return max(TOLERANCE[dtype], one_by_one)
+
 
 # (K, N, group_size): odd outputs, less than one block, several blocks, padding, one group, groups that divide no vector
 SHAPES = [(64, 8, 32), (256, 40, 64), (384, 264, 128), (768, 520, -1), (4096, 24, -1), (144, 1000, 72), (1408, 16, 704)]
@@ -54,7 +64,8 @@ def test_every_backend_computes_the_written_formula(
         x = torch.randn(rows, shape[0], generator=generator).to(dtype)
         y = int4_gemm(x, weight, bias, backend=backend)
         assert y.dtype == dtype
-        assert relative_error(y, x.double() @ formula.T + bias.double()) < TOLERANCE[dtype], rows
+        expected = x.double() @ formula.T + bias.double()
+        assert relative_error(y, expected) < tolerance(backend, dtype, shape[0]), rows
 
 
 @pytest.mark.parametrize("rows", [2, FEW_ROWS + 1])
@@ -132,7 +143,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
         int4_gemm(torch.ones(2, 128, dtype=torch.float64), weight)
     with pytest.raises(ValueError, match="x is on meta but weight is on cpu"):
         int4_gemm(torch.ones(2, 128, device="meta"), weight)
-    with pytest.raises(ValueError, match='backend is \'cublas\', int4_gemm has "torch" and "cpu"'):
+    with pytest.raises(ValueError, match='backend is \'cublas\', int4_gemm has "torch", "cpu" and "triton"'):
         int4_gemm(torch.ones(2, 128), weight, backend="cublas")
     with pytest.raises(ValueError, match="computes no gradient"):
         int4_gemm(torch.ones(2, 128, requires_grad=True), weight)

@@ -1,0 +1,503 @@
+"""int4_gemm, its fused forms and the int8 head on the GPU: one kernel for 1 to 16 rows of x, one for more.
+
+Both compute the product transposed: the weight is the left operand of the tensor cores and reaches them through
+registers only, the few rows of x are the right operand, padded to 8 or 16; layout_triton.py has the words' order.
+`_decode_kernel` multiplies by 1024 + level, a float16 number that costs no conversion, and starts each sum at minus
+what the 1024 adds, which it knows from the sums of x (rows.py). `_prefill_kernel`, where one weight serves many rows,
+subtracts and scales the levels in 16 bits first, so that it needs one sum only.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from kernels.layout_triton import CHUNK, TritonWeight
+from kernels.rows import MOST_SUMMED, SPAN, Rows
+from kernels.tiles import Tile, device_key, tile_for
+
+PLAIN, SWIGLU, RESIDUAL = 0, 1, 2  # what is done with x W^T: stored, w1(x) * silu(w2(x)), added to a residual
+
+
+@triton.jit
+def _halves(words, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, BFLOAT16: tl.constexpr):
+    """words (BLOCK_N, WORDS) int32 -> (BLOCK_N, 2 WORDS): its halves as 16-bit floats, the low one first."""
+    low = (words & 0xFFFF).to(tl.int16)
+    high = (words >> 16).to(tl.int16)
+    if BFLOAT16:
+        pair = tl.join(low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True))
+    else:
+        pair = tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
+    return tl.reshape(pair, (BLOCK_N, 2 * WORDS))
+
+
+@triton.jit
+def _plane(words, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, BFLOAT16: tl.constexpr, BITS: tl.constexpr):
+    """The lowest plane of the words as floats: 1024 + level (float16), 128 + level (bfloat16)."""
+    if BITS == 8:
+        return _halves((words & 0x00FF00FF) | 0x64006400, BLOCK_N, WORDS, False)
+    elif BFLOAT16:
+        return _halves((words & 0x000F000F) | 0x43004300, BLOCK_N, WORDS, True)
+    else:
+        return _halves((words & 0x000F000F) | 0x64006400, BLOCK_N, WORDS, False)
+
+
+@triton.jit
+def _dot(plane, x, acc, WIDEN: tl.constexpr):
+    """acc + plane x; WIDEN is for the interpreter, which takes bfloat16 for integers (triton 3.7.1)."""
+    if WIDEN:
+        return tl.dot(plane.to(tl.float32), x.to(tl.float32), acc)
+    else:
+        return tl.dot(plane, x, acc)
+
+
+@triton.jit
+def _finish(
+    acc,  # (BLOCK_N, BLOCK_M) float32
+    n,
+    m,
+    tile_n,
+    bias_ptr,
+    squares_ptr,
+    residual_ptr,
+    norm_ptr,
+    y_ptr,
+    y_sums_ptr,
+    y_squares_ptr,
+    M,
+    N,
+    K,
+    SQUARES,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SQUARES: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    SUMS: tl.constexpr,
+):
+    """What follows the product of a tile: row factor, bias, activation or residual, and what the next kernel needs."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    HALF: tl.constexpr = BLOCK_N // 2 if EPILOGUE == 1 else BLOCK_N  # outputs that are stored
+    outputs = N
+    kept = (n < N)[:, None] & (m < M)[None, :]
+    if HAS_NORM:
+        part = tl.arange(0, BLOCK_SQUARES)
+        squares = tl.load(
+            squares_ptr + m[:, None] * SQUARES + part[None, :],
+            mask=(m < M)[:, None] & (part < SQUARES)[None, :],
+            other=0.0,
+        )
+        acc *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
+    if HAS_BIAS:
+        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    if EPILOGUE == 1:
+        # rows 2 i and 2 i + 1 are w1's and w2's: (BLOCK_N, BLOCK_M) -> two of (BLOCK_N / 2, BLOCK_M)
+        pair = tl.permute(tl.reshape(acc, (HALF, 2, BLOCK_M)), (0, 2, 1))
+        up, gate = tl.split(pair)
+        y = up * gate / (1.0 + tl.exp(-gate))
+        outputs = N // 2
+        n = tile_n * HALF + tl.arange(0, HALF)
+        kept = (n < outputs)[:, None] & (m < M)[None, :]
+    else:
+        y = acc
+    if EPILOGUE == 2:
+        place = m.to(tl.int64)[None, :] * N + n[:, None]
+        y += tl.load(residual_ptr + place, mask=kept, other=0.0)
+        tl.store(residual_ptr + place, y, mask=kept)
+        tl.store(y_squares_ptr + m * tiles_n + tile_n, tl.sum(y * y, 0), mask=m < M)
+        y *= tl.load(norm_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
+    y = y.to(y_ptr.dtype.element_ty)
+    tl.store(y_ptr + m.to(tl.int64)[None, :] * outputs + n[:, None], y, mask=kept)
+    if SUMS:
+        sums = tl.sum(tl.reshape(y.to(tl.float32), (HALF // 32, 32, BLOCK_M)), 1)
+        span = tile_n * (HALF // 32) + tl.arange(0, HALF // 32)
+        tl.store(y_sums_ptr + span[:, None] * 16 + m[None, :], sums, mask=(span * 32 < outputs)[:, None])
+
+
+@triton.jit
+def _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """Leave this program's part for the last one of its tile, which adds all up, always in the same order.
+
+    Returns the sum and whether this program is the last.
+    """
+    splits = tl.num_programs(1)
+    offsets = (n - tile_n * BLOCK_N)[:, None] * BLOCK_M + m[None, :]
+    part = partials_ptr + (tile_n * splits).to(tl.int64) * (BLOCK_N * BLOCK_M)
+    tl.store(part + tl.program_id(1) * (BLOCK_N * BLOCK_M) + offsets, acc)
+    tl.debug_barrier()  # the count below releases what every thread of this program stored
+    last = tl.atomic_add(locks_ptr + tile_n, 1, sem="acq_rel") == splits - 1
+    if last:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+        for split in range(splits):
+            acc += tl.load(part + split * (BLOCK_N * BLOCK_M) + offsets, cache_modifier=".cg")
+        tl.store(locks_ptr + tile_n, 0)
+    return acc, last
+
+
+@triton.jit
+def _decode_kernel(
+    x_ptr,
+    sums_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    squares_ptr,
+    residual_ptr,
+    norm_ptr,
+    y_ptr,
+    y_sums_ptr,
+    y_squares_ptr,
+    partials_ptr,
+    locks_ptr,
+    M,
+    N,
+    K,
+    NP,
+    CHUNKS,
+    WIDTH,
+    SQUARES,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SQUARES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BITS: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    WIDEN: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+    SUMS: tl.constexpr,
+    SPLIT_K: tl.constexpr,
+):
+    """One program computes BLOCK_N outputs of all M <= BLOCK_M rows over its share of the chunks of 128 channels.
+
+    x (M, K), K padded to whole chunks; WIDTH is K without the padding, by which the norm divides.
+    """
+    PLANES: tl.constexpr = 16 // BITS
+    DEPTH: tl.constexpr = 128 // PLANES
+    WORDS: tl.constexpr = DEPTH // 2
+    SUBGROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1  # scales a chunk
+    EACH: tl.constexpr = PLANES // SUBGROUPS  # planes a scale
+    CHUNKS_A_GROUP: tl.constexpr = 1 if GROUP < 128 else (GROUP + 127) // 128
+    SPANS: tl.constexpr = DEPTH // 32  # sums a plane
+    # what or-ing the exponent adds to a level, and the middle level that stands for zero
+    EVEN: tl.constexpr = 1024.0 + 128.0 if BITS == 8 else (128.0 + 8.0 if BFLOAT16 else 1024.0 + 8.0)
+    ODD: tl.constexpr = 1024.0 / 16.0 + 8.0  # of a plane that is left at 16 times its level (float16, 4 bits)
+    SHIFTED: tl.constexpr = BFLOAT16 or BITS == 8  # every plane is shifted down, none is left at 16 times its level
+
+    tile_n, split = tl.program_id(0), tl.program_id(1)
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tl.arange(0, BLOCK_M)
+    row = tl.minimum(m, M - 1)  # rows past the last compute it again and store nothing
+    r = tl.arange(0, WORDS)
+    k = tl.arange(0, DEPTH)
+    share = (CHUNKS + SPLIT_K - 1) // SPLIT_K
+    first = split * share
+    # offsets fit into 32 bits: the largest weight, an int8 head of 151,936 x 4,096, has 156 million words
+    tile = n[:, None] * WORDS + r[None, :]
+    x_tile = row[None, :] * K + k[:, None]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    words_ptr += first * NP * WORDS
+    x_ptr += first * 128
+    sums_ptr += first * 64
+    if GROUP < 128:
+        scales_ptr += first * SUBGROUPS * NP
+        if HAS_ZEROS:
+            zeros_ptr += first * SUBGROUPS * NP
+    for c in range(0, tl.minimum(share, CHUNKS - first)):
+        words = tl.load(words_ptr + c * (NP * WORDS) + tile, eviction_policy="evict_first")
+        x_c = x_ptr + c * 128 + x_tile
+        sums_c = sums_ptr + c * 64 + m
+        for q in tl.static_range(SUBGROUPS):
+            group = c * SUBGROUPS + q if GROUP < 128 else (first + c) // CHUNKS_A_GROUP
+            scale = tl.load(scales_ptr + group * NP + n).to(tl.float32)
+            start = tl.zeros((BLOCK_M,), tl.float32)
+            total = tl.zeros((BLOCK_M,), tl.float32)
+            for j in tl.static_range(q * EACH, q * EACH + EACH):
+                for i in tl.static_range(SPANS):
+                    s = tl.load(sums_c + (j * SPANS + i) * 16)
+                    if SHIFTED or j % 2 == 0:
+                        start -= EVEN * s
+                    else:
+                        start -= ODD * s
+                    total += s
+            if SHIFTED:
+                p = tl.broadcast_to(start[None, :], (BLOCK_N, BLOCK_M))
+                for j in tl.static_range(q * EACH, q * EACH + EACH):
+                    plane = _plane(words >> (BITS * j), BLOCK_N, WORDS, BFLOAT16, BITS)
+                    p = _dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
+            else:
+                # planes 1 and 3 at 16 times their level, in sums of their own: one shift a word instead of three
+                p = tl.broadcast_to(start[None, :], (BLOCK_N, BLOCK_M))
+                if EACH > 1 or q % 2 == 1:
+                    p *= 16.0
+                    for j in tl.static_range(q * EACH, q * EACH + EACH):
+                        if j % 2 == 1:
+                            shifted = words >> 8 if j > 1 else words
+                            plane = _halves((shifted & 0x00F000F0) | 0x64006400, BLOCK_N, WORDS, False)
+                            p = _dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
+                    p *= 0.0625
+                for j in tl.static_range(q * EACH, q * EACH + EACH):
+                    if j % 2 == 0:
+                        shifted = words >> 8 if j > 1 else words
+                        plane = _plane(shifted, BLOCK_N, WORDS, False, 4)
+                        p = _dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
+            if HAS_ZEROS:
+                p -= tl.load(zeros_ptr + group * NP + n).to(tl.float32)[:, None] * total[None, :]
+            acc += p * scale[:, None]
+    last = True
+    if SPLIT_K > 1:
+        acc, last = _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M, BLOCK_N)
+    if last:
+        _finish(
+            acc,
+            n,
+            m,
+            tile_n,
+            bias_ptr,
+            squares_ptr,
+            residual_ptr,
+            norm_ptr,
+            y_ptr,
+            y_sums_ptr,
+            y_squares_ptr,
+            M,
+            N,
+            WIDTH,
+            SQUARES,
+            eps,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_SQUARES,
+            EPILOGUE,
+            HAS_BIAS,
+            HAS_NORM,
+            SUMS,
+        )
+
+
+@triton.jit
+def _prefill_kernel(
+    x_ptr,
+    words_ptr,
+    scales_ptr,
+    zeros_ptr,
+    bias_ptr,
+    squares_ptr,
+    residual_ptr,
+    norm_ptr,
+    y_ptr,
+    y_squares_ptr,
+    M,
+    N,
+    K,
+    NP,
+    CHUNKS,
+    WIDTH,
+    SQUARES,
+    eps,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SQUARES: tl.constexpr,
+    GROUP: tl.constexpr,
+    BFLOAT16: tl.constexpr,
+    WIDEN: tl.constexpr,
+    HAS_ZEROS: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
+    EPILOGUE: tl.constexpr,
+):
+    """One program computes BLOCK_N outputs of BLOCK_M rows.
+
+    Programs that follow one another share 4 blocks of rows. A block of 128 rows is 1 MiB at K = 4,096, a tile of the
+    weight a quarter of it: what runs at once reads least with sqrt(SMs / 4) blocks, 2.6 for 28 SMs and 5.7 for 132.
+    """
+    PLANES: tl.constexpr = 4
+    DEPTH: tl.constexpr = 32
+    WORDS: tl.constexpr = 16
+    SUBGROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
+    EACH: tl.constexpr = PLANES // SUBGROUPS
+    CHUNKS_A_GROUP: tl.constexpr = 1 if GROUP < 128 else (GROUP + 127) // 128
+    MIDDLE: tl.constexpr = 128 + 8 if BFLOAT16 else 1024 + 8
+
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first_m = tl.program_id(0) // (4 * tiles_n) * 4
+    blocks = tl.minimum(tiles_m - first_m, 4)
+    place = tl.program_id(0) % (4 * tiles_n)
+    tile_m, tile_n = first_m + place % blocks, place // blocks
+    n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    m = tile_m * BLOCK_M + tl.arange(0, BLOCK_M)
+    row = tl.minimum(m, M - 1)
+    r = tl.arange(0, WORDS)
+    k = tl.arange(0, DEPTH)
+    dtype = tl.float32 if WIDEN else x_ptr.dtype.element_ty
+    x_m = x_ptr + row.to(tl.int64)[None, :] * K + k[:, None]
+    tile = n[:, None] * WORDS + r[None, :]
+    acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+    for c in range(0, CHUNKS):
+        words = tl.load(words_ptr + c * (NP * WORDS) + tile)
+        for q in tl.static_range(SUBGROUPS):
+            group = c * SUBGROUPS + q if GROUP < 128 else c // CHUNKS_A_GROUP
+            scale = tl.load(scales_ptr + group * NP + n).to(dtype)[:, None]
+            middle = tl.full((BLOCK_N, 1), MIDDLE, tl.float32).to(dtype)
+            if HAS_ZEROS:
+                middle += tl.load(zeros_ptr + group * NP + n).to(dtype)[:, None]
+            for j in tl.static_range(q * EACH, q * EACH + EACH):
+                # the difference is exact; its product with the scale is rounded to 16 bits, as a 16-bit weight is
+                plane = (_plane(words >> (4 * j), BLOCK_N, WORDS, BFLOAT16, 4).to(dtype) - middle) * scale
+                acc = _dot(plane, tl.load(x_m + c * 128 + DEPTH * j), acc, WIDEN)
+    _finish(
+        acc,
+        n,
+        m,
+        tile_n,
+        bias_ptr,
+        squares_ptr,
+        residual_ptr,
+        norm_ptr,
+        y_ptr,
+        None,
+        y_squares_ptr,
+        M,
+        N,
+        WIDTH,
+        SQUARES,
+        eps,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_SQUARES,
+        EPILOGUE,
+        HAS_BIAS,
+        HAS_NORM,
+        False,
+    )
+
+
+def gemm_triton(
+    rows: Rows,
+    weight: TritonWeight,
+    bias: Tensor | None = None,
+    *,
+    epilogue: int = PLAIN,
+    residual: Tensor | None = None,
+    norm_weight: Tensor | None = None,
+    eps: float = 0.0,
+    out_dtype: torch.dtype | None = None,
+    tile: Tile | None = None,
+) -> Rows:
+    """Launch for rows.x (M, K) and W (N, K); shapes and dtypes were checked by the dispatcher.
+
+    Returns Rows of (M, N): x in `out_dtype` (default: that of rows.x), sums where the epilogue is not PLAIN and M is 16
+    or less, squares and `eps` where it is RESIDUAL, which adds to `residual` (M, N) float32 in place; (M, N / 2) for
+    SWIGLU. `tile` overrides the table's.
+    """
+    x, sums = rows.x, rows.sums
+    count, width = x.shape
+    outputs = weight.out_features
+    if weight.perm is not None:
+        x, sums = x[:, weight.perm], None
+    if width % CHUNK:
+        x, sums = torch.nn.functional.pad(x, (0, -width % CHUNK)), None
+    x = x.contiguous()
+    chunks, padded, _ = weight.words.shape
+    if tile is None:
+        tile = tile_for(count, outputs, width, weight.group_size, bits=weight.bits, device=device_key(x.device))
+    y_width = outputs // 2 if epilogue == SWIGLU else outputs
+    y = torch.empty(count, y_width, dtype=out_dtype or x.dtype, device=x.device)
+    tiles_n = -(-outputs // tile.block_n)
+    few = count <= MOST_SUMMED
+    y_sums = y_squares = None
+    if few and epilogue != PLAIN:
+        y_sums = torch.empty(y_width // SPAN, MOST_SUMMED, dtype=torch.float32, device=x.device)
+    if epilogue == RESIDUAL:
+        y_squares = torch.empty(count, tiles_n, dtype=torch.float32, device=x.device)
+    squares = rows.squares
+    flags = {
+        "BLOCK_SQUARES": 1 if squares is None else triton.next_power_of_2(squares.shape[1]),
+        "GROUP": weight.group_size,
+        "BFLOAT16": x.dtype == torch.bfloat16,
+        "WIDEN": x.dtype == torch.bfloat16 and not x.is_cuda,
+        "HAS_ZEROS": weight.zeros is not None,
+        "HAS_BIAS": bias is not None,
+        "HAS_NORM": squares is not None,
+        "EPILOGUE": epilogue,
+        "BLOCK_M": tile.block_m,
+        "BLOCK_N": tile.block_n,
+        "num_warps": tile.num_warps,
+        "num_stages": tile.num_stages,
+    }
+    parts = 0 if squares is None else squares.shape[1]
+    sizes = (count, outputs, chunks * CHUNK, padded, chunks, width, parts, rows.eps)
+    before = (weight.words, weight.scales, weight.zeros, bias, squares, residual, norm_weight, y)
+    if few:
+        if sums is None:
+            sums = sum_rows(x)
+        splits = min(tile.split_k, chunks)
+        partials = None
+        if splits > 1:
+            size = tiles_n * splits * tile.block_n * tile.block_m
+            partials = torch.empty(size, dtype=torch.float32, device=x.device)
+        _decode_kernel[tiles_n, splits](
+            x, sums, *before, y_sums, y_squares, partials, weight.locks, *sizes,
+            BITS=weight.bits, SUMS=y_sums is not None, SPLIT_K=splits, **flags,
+        )  # fmt: skip
+    else:
+        _prefill_kernel[-(-count // tile.block_m) * tiles_n,](x, *before, y_squares, *sizes, **flags)
+    return Rows(y, y_sums, y_squares, eps)
+
+
+@triton.jit
+def _rows_kernel(
+    x_ptr, norm_ptr, y_ptr, sums_ptr, squares_ptr, M, K, BLOCK_K: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr
+):
+    """One program reads one row (K a multiple of 32): its sums over 32 channels, and with NORM what rms_rows makes."""
+    m = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        kept = first + k < K
+        x = tl.load(x_ptr + m.to(tl.int64) * K + first + k, mask=kept, other=0.0).to(tl.float32)
+        if NORM:
+            total += x * x
+            y = (x * tl.load(norm_ptr + first + k, mask=kept, other=0.0).to(tl.float32)).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + m.to(tl.int64) * K + first + k, y, mask=kept)
+            x = y.to(tl.float32)
+        if SUMS:
+            sums = tl.sum(tl.reshape(x, (BLOCK_K // 32, 32)), 1)
+            span = first // 32 + tl.arange(0, BLOCK_K // 32)
+            tl.store(sums_ptr + span * 16 + m, sums, mask=span * 32 < K)
+    if NORM:
+        tl.store(squares_ptr + m, tl.sum(total, 0))
+
+
+def sum_rows(x: Tensor) -> Tensor:
+    """Rows.sums of x (M, K), contiguous, M of 16 or less, K a multiple of 32."""
+    count, width = x.shape
+    sums = torch.empty(width // SPAN, MOST_SUMMED, dtype=torch.float32, device=x.device)
+    _rows_kernel[count,](
+        x, None, None, sums, None, count, width, BLOCK_K=_row_block(width), NORM=False, SUMS=True, num_warps=4
+    )
+    return sums
+
+
+def rms_rows_triton(residual: Tensor, norm_weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:
+    """residual (M, K) float32, contiguous -> Rows whose row factor is left to the consumer (rows.py)."""
+    count, width = residual.shape
+    few = count <= MOST_SUMMED
+    x = torch.empty(count, width, dtype=dtype, device=residual.device)
+    squares = torch.empty(count, 1, dtype=torch.float32, device=residual.device)
+    sums = torch.empty(width // SPAN, MOST_SUMMED, dtype=torch.float32, device=residual.device) if few else None
+    _rows_kernel[count,](
+        residual, norm_weight, x, sums, squares, count, width,
+        BLOCK_K=_row_block(width), NORM=True, SUMS=few, num_warps=4,
+    )  # fmt: skip
+    return Rows(x, sums, squares, eps)
+
+
+def _row_block(width: int) -> int:
+    return max(SPAN, min(1024, triton.next_power_of_2(width)))
