@@ -23,6 +23,8 @@ from kernels.rows import MOST_SUMMED, SPAN, Rows, rms_rows_torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 AnyInt4Weight: TypeAlias = Int4Weight | CpuInt4Weight | TritonWeight
+ORDERS = {"torch": Int4Weight, "cpu": CpuInt4Weight, "triton": TritonWeight}  # the weight that each backend reads
+FUSED = ("torch", "triton")  # backends of the fused forms
 
 
 def int4_gemm(
@@ -48,10 +50,12 @@ def int4_gemm(
         flat = Rows(rows.x.reshape(-1, weight.in_features), rows.sums, rows.squares, rows.eps)
         y: Tensor = gemm.gemm_triton(flat, weight, bias).x if len(flat.x) else flat.x.new_empty(0, weight.out_features)
         return y.view(*rows.x.shape[:-1], weight.out_features)
-    if backend == "cpu" and rows.squares is None:
-        assert isinstance(weight, CpuInt4Weight)  # as _backend made sure
-        return int4_gemm_cpu(rows.x, weight, bias)
-    return int4_gemm_torch(rows, _unpacked(weight), bias)
+    if backend == "torch":
+        return int4_gemm_torch(rows, _unpacked(weight), bias)
+    if rows.squares is not None:
+        raise ValueError('backend "cpu" takes a tensor or Rows without squares; multiply by rows.rsqrt() yourself')
+    assert isinstance(weight, CpuInt4Weight)  # as _backend made sure
+    return int4_gemm_cpu(rows.x, weight, bias)
 
 
 def int4_gemm_swiglu(
@@ -59,10 +63,11 @@ def int4_gemm_swiglu(
 ) -> Rows:
     """w1(x) * silu(w2(x)) in one product: rows (M, K), weight = interleave(w1, w2) of 2 N outputs -> Rows (M, N).
 
-    bias (2 N,) is interleaved likewise. Triton: N a multiple of 32. Errors and `backend` as in int4_gemm.
+    bias (2 N,) is interleaved likewise. Triton: N a multiple of 32. Errors and `backend` as in int4_gemm, without
+    "cpu".
     """
     _check_int4("int4_gemm_swiglu", rows, weight, bias)
-    backend = _backend("int4_gemm_swiglu", rows.x, weight, backend)
+    backend = _backend("int4_gemm_swiglu", rows.x, weight, backend, FUSED)
     if backend != "triton":
         return int4_gemm_swiglu_torch(rows, _unpacked(weight), bias)
     _check_spans("int4_gemm_swiglu", weight.out_features // 2)
@@ -83,11 +88,12 @@ def int4_gemm_residual(
     """residual (M, N) float32 += x @ W.T + bias, in place; returns the new residual's Rows for the next projection.
 
     Their x is residual * norm_weight (N,) in rows.x's dtype, with the row factor of RMSNorm (`eps`) left to the next
-    kernel: x has to stay below 65,504 in float16. Triton: N a multiple of 32. Errors and `backend` as in int4_gemm.
+    kernel: x has to stay below 65,504 in float16. Triton: N a multiple of 32. Errors and `backend` as in int4_gemm,
+    without "cpu".
     """
     _check_int4("int4_gemm_residual", rows, weight, bias)
     _check_residual(residual, norm_weight, (len(rows.x), weight.out_features))
-    backend = _backend("int4_gemm_residual", rows.x, weight, backend)
+    backend = _backend("int4_gemm_residual", rows.x, weight, backend, FUSED)
     if backend != "triton":
         return int4_gemm_residual_torch(rows, _unpacked(weight), bias, residual, norm_weight, eps)
     _check_spans("int4_gemm_residual", weight.out_features)
@@ -151,19 +157,21 @@ def _load_triton(module: str, tensor: Tensor) -> Any:
     return importlib.import_module(module)
 
 
-def _backend(function: str, x: Tensor, weight: AnyInt4Weight, backend: str | None) -> str:
+def _backend(
+    function: str, x: Tensor, weight: AnyInt4Weight, backend: str | None, known: tuple[str, ...] = tuple(ORDERS)
+) -> str:
     """The backend to use: chosen by device and by the order that the weight is in, never by what might work."""
-    orders = {Int4Weight: "torch", CpuInt4Weight: "cpu", TritonWeight: "triton"}
+    order = next(name for name, kind in ORDERS.items() if isinstance(weight, kind))
     if backend is None:
-        backend = "triton" if x.is_cuda else orders[type(weight)]
+        backend = "triton" if x.is_cuda else order
         if backend == "triton" and not x.is_cuda:
             raise ValueError(
                 f"{function} got a weight in Triton's order on the {x.device}; use pack_for_cpu for the CPU, or say "
                 'backend="triton" (interpreter) or backend="torch" (slow definition)'
             )
-    if backend not in orders.values():
-        raise ValueError(f'backend is {backend!r}, {function} has "torch", "cpu" and "triton"')
-    if backend != "torch" and orders[type(weight)] != backend:
+    if backend not in known:
+        raise ValueError(f"backend is {backend!r}, {function} has {' and '.join(map(repr, known))}")
+    if backend not in ("torch", order):
         raise ValueError(
             f'backend "{backend}" reads a weight that was packed once: weight = pack_for_{backend}(weight)'
         )

@@ -143,7 +143,7 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
         int4_gemm(torch.ones(2, 128, dtype=torch.float64), weight)
     with pytest.raises(ValueError, match="x is on meta but weight is on cpu"):
         int4_gemm(torch.ones(2, 128, device="meta"), weight)
-    with pytest.raises(ValueError, match='backend is \'cublas\', int4_gemm has "torch", "cpu" and "triton"'):
+    with pytest.raises(ValueError, match="backend is 'cublas', int4_gemm has 'torch' and 'cpu' and 'triton'"):
         int4_gemm(torch.ones(2, 128), weight, backend="cublas")
     with pytest.raises(ValueError, match="computes no gradient"):
         int4_gemm(torch.ones(2, 128, requires_grad=True), weight)
