@@ -7,6 +7,7 @@ from kernels.dispatch import (
     int8_gemm,
     rms_rows,
     rotary_attention,
+    rotary_attention_rows,
 )
 from kernels.int4_layout import Int4Weight, dequantize_gptq, pack_levels, unpack_levels
 from kernels.int4_layout_cpu import CpuInt4Weight, pack_for_cpu
@@ -32,5 +33,6 @@ __all__ = [
     "quantize_int8",
     "rms_rows",
     "rotary_attention",
+    "rotary_attention_rows",
     "unpack_levels",
 ]

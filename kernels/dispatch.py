@@ -19,7 +19,7 @@ from kernels.int4_layout_cpu import CpuInt4Weight
 from kernels.int8_layout import Int8Weight
 from kernels.layout_triton import TritonWeight
 from kernels.rotary_attention_torch import rotary_attention_torch
-from kernels.rows import MOST_SUMMED, SPAN, Rows, rms_rows_torch
+from kernels.rows import MOST_SUMMED, SPAN, Rows, rms_rows_torch, sum_rows_torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 AnyInt4Weight: TypeAlias = Int4Weight | CpuInt4Weight | TritonWeight
@@ -199,19 +199,101 @@ def rotary_attention(
     start: Tensor,
     *,
     q_scale: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    locks: Tensor | None = None,
     backend: str | None = None,
+    splits: int | None = None,
 ) -> Tensor:
     """Rotate q and k, append k and v to the caches, attend causally to all that each sequence has cached.
 
-    q, k, v (B, T, H, D) in one float dtype, unrotated; cos, sin (B, T, D) float32, both halves of a head filled (the
-    angles of pair i stand at i and i + D / 2); k_cache, v_cache (B, H, capacity, D), rotated keys, written in place;
-    start (B,) int64 on the device: tokens already in each sequence's cache, so token t of sequence b gets position
-    start[b] + t and sees positions up to its own; q_scale (B, T) float32 multiplies each token's query (log-n scaling).
-    Logits are scaled by 1 / sqrt(D). Returns (B, T, H, D) in q's dtype. backend None or "torch": the definition.
+    q, k, v (B, T, H, D) in one float dtype, unrotated, views of one (B, T, 3, H, D) or not; cos, sin (B, T, D) float32,
+    both halves of a head filled (the angles of pair i stand at i and i + D / 2); k_cache, v_cache (B, H, capacity, D),
+    rotated keys, written in place, in a float dtype, or int8 with k_scales, v_scales (B, H, capacity) float16
+    (cache_rows.py); start (B,) int64 on the device: tokens already in each sequence's cache, so token t of sequence b
+    gets position start[b] + t and sees positions up to its own; q_scale (B, T) float32 multiplies each token's query
+    (log-n scaling). Logits are scaled by 1 / sqrt(D). Returns (B, T, H, D) in q's dtype.
 
-    ValueError for shapes, dtypes or devices that do not fit and for positions beyond the capacity, naming both numbers;
-    NotImplementedError for CUDA tensors with backend None, since this version has no kernel for them.
+    backend "torch" is the definition, on any device; "triton" takes float16 and bfloat16; None: "triton" on CUDA, else
+    "torch". Triton never waits for the device, so whether the positions fit is for the caller to check: a sequence
+    that does not fit gets NaN and writes nothing. One token is one launch, which splits each head's cache into
+    `splits` shares (None: by capacity and device) and counts them in `locks` (B * H,) int32, zeros before and after
+    and used by one call at a time (None: allocated).
+
+    ValueError for shapes, dtypes or devices that do not fit and, from "torch", for positions beyond the capacity,
+    naming both numbers.
     """
+    scales = _check_attention(q, k, v, cos, sin, k_cache, v_cache, start, q_scale, k_scales, v_scales, locks)
+    if _attention_backend("rotary_attention", q, backend) == "torch":
+        _check_positions(q, k_cache, start)
+        return rotary_attention_torch(q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales)
+    attention: Tensor = _load_triton("kernels.rotary_attention_triton", q).rotary_attention_triton(
+        q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales, locks=locks, splits=splits
+    )
+    return attention
+
+
+def rotary_attention_rows(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    *,
+    q_scale: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
+    locks: Tensor | None = None,
+    backend: str | None = None,
+    splits: int | None = None,
+) -> Rows:
+    """rotary_attention of one token of up to 16 sequences, as Rows (B, H * D) with the sums that int4_gemm needs.
+
+    ValueError as there, and for more tokens, more sequences or a head size that 32 does not divide.
+    """
+    scales = _check_attention(q, k, v, cos, sin, k_cache, v_cache, start, q_scale, k_scales, v_scales, locks)
+    batch, length, heads, dim = q.shape
+    if length != 1 or batch > MOST_SUMMED or dim % SPAN:
+        raise ValueError(
+            f"q has shape {tuple(q.shape)}, rotary_attention_rows takes (B, 1, H, D) with B of {MOST_SUMMED} or less "
+            f"and D a multiple of {SPAN}; use rotary_attention"
+        )
+    if _attention_backend("rotary_attention_rows", q, backend) == "torch":
+        _check_positions(q, k_cache, start)
+        x = rotary_attention_torch(q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales)
+        x = x.reshape(batch, heads * dim)
+        return Rows(x, sum_rows_torch(x))
+    sums = torch.empty(heads * dim // SPAN, MOST_SUMMED, dtype=torch.float32, device=q.device)
+    x = _load_triton("kernels.rotary_attention_triton", q).rotary_attention_triton(
+        q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales, locks=locks, splits=splits, sums=sums
+    )
+    return Rows(x.view(batch, heads * dim), sums)
+
+
+def _attention_backend(function: str, q: Tensor, backend: str | None) -> str:
+    if backend not in (None, "torch", "triton"):
+        raise ValueError(f'backend is {backend!r}, {function} has "torch" and "triton"')
+    return backend or ("triton" if q.is_cuda else "torch")
+
+
+def _check_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    start: Tensor,
+    q_scale: Tensor | None,
+    k_scales: Tensor | None,
+    v_scales: Tensor | None,
+    locks: Tensor | None,
+) -> dict[str, Tensor | None]:
+    """Everything but where the sequences stand; returns the two scales by name."""
     _check_float("q", q)
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] % 2:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected (B, T, H, D) with T of 1 or more and D even")
@@ -228,28 +310,42 @@ def rotary_attention(
         "v_cache": (v_cache, cache),
         "start": (start, (batch,)),
     }
-    if q_scale is not None:
-        expected["q_scale"] = (q_scale, (batch, length))
+    wanted = {"k": q.dtype, "v": q.dtype, "cos": torch.float32, "sin": torch.float32, "start": torch.int64}
+    optional = {
+        "q_scale": (q_scale, (batch, length), torch.float32),
+        "k_scales": (k_scales, cache[:3], torch.float16),
+        "v_scales": (v_scales, cache[:3], torch.float16),
+        "locks": (locks, (batch * heads,), torch.int32),
+    }
+    for name, (tensor, shape, dtype) in optional.items():
+        if tensor is not None:
+            expected[name], wanted[name] = (tensor, shape), dtype
     for name, (tensor, shape) in expected.items():
         _check_shape(name, tensor, shape, like_q)
         _check_device(name, tensor, "q", q.device)
-    for name, wanted in {"k": q.dtype, "v": q.dtype, "cos": torch.float32, "sin": torch.float32}.items():
-        if expected[name][0].dtype != wanted:
-            raise ValueError(f"{name} is {expected[name][0].dtype}, expected {wanted}")
+    for name, dtype in wanted.items():
+        if expected[name][0].dtype != dtype:
+            raise ValueError(f"{name} is {expected[name][0].dtype}, expected {dtype}")
     for name in ("k_cache", "v_cache"):
-        _check_float(name, expected[name][0])
-    if start.dtype != torch.int64:
-        raise ValueError(f"start is {start.dtype}, expected torch.int64")
-    if batch and not 0 <= int(start.min()) <= int(start.max()) <= capacity - length:
+        scales = f"{name[0]}_scales"
+        if expected[name][0].dtype != torch.int8:
+            _check_float(name, expected[name][0])
+        if (expected[name][0].dtype == torch.int8) != (scales in expected):
+            given = "given" if scales in expected else "missing"
+            raise ValueError(f"{name} is {expected[name][0].dtype} but {scales} is {given}; an int8 cache has scales")
+    if k_cache.dtype != v_cache.dtype and torch.int8 in (k_cache.dtype, v_cache.dtype):
+        raise ValueError(f"k_cache is {k_cache.dtype} but v_cache is {v_cache.dtype}; both are int8 or none")
+    return {"k_scales": k_scales, "v_scales": v_scales}
+
+
+def _check_positions(q: Tensor, k_cache: Tensor, start: Tensor) -> None:
+    """Waits for the device."""
+    length, capacity = q.shape[1], k_cache.shape[2]
+    if len(start) and not 0 <= int(start.min()) <= int(start.max()) <= capacity - length:
         raise ValueError(
             f"start lies in [{int(start.min())}, {int(start.max())}] and {length} tokens are appended, but the cache "
             f"holds positions 0 to {capacity - 1}; shorten the prompt or make the cache larger"
         )
-    if backend is None:
-        _check_not_cuda("rotary_attention", q)
-    elif backend != "torch":
-        raise ValueError(f'backend is {backend!r}, rotary_attention has "torch"')
-    return rotary_attention_torch(q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale)
 
 
 def _check_int4(function: str, rows: Rows, weight: AnyInt4Weight, bias: Tensor | None) -> None:
@@ -300,11 +396,3 @@ def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], because: str
 def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
     if tensor.device != device:
         raise ValueError(f"{name} is on {tensor.device} but {other} is on {device}; move one of them")
-
-
-def _check_not_cuda(function: str, tensor: Tensor) -> None:
-    if tensor.is_cuda:
-        raise NotImplementedError(
-            f"{function} has no triton kernel for CUDA tensors in this version; move the model to the CPU, or pass "
-            'backend="torch" for the slow definition'
-        )

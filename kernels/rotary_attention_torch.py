@@ -4,6 +4,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.cache_rows import dequantize_rows, quantize_rows
+
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x (B, T, H, D) by cos and sin (B, T, D) float32, in float32: x cos + [-x2, x1] sin.
@@ -26,18 +28,27 @@ def rotary_attention_torch(
     start: Tensor,
     *,
     q_scale: Tensor | None = None,
+    k_scales: Tensor | None = None,
+    v_scales: Tensor | None = None,
 ) -> Tensor:
-    """See kernels.rotary_attention; writes into k_cache and v_cache."""
+    """See kernels.rotary_attention; writes into k_cache and v_cache, and into their scales."""
     batch, length, _, _ = q.shape
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if q_scale is not None:
         q = (q.float() * q_scale[:, :, None, None]).to(q.dtype)
     positions = start[:, None] + torch.arange(length, device=q.device)  # (B, T)
     rows = torch.arange(batch, device=q.device)[:, None]
-    k_cache[rows, :, positions] = k.to(k_cache.dtype)
-    v_cache[rows, :, positions] = v.to(v_cache.dtype)
+    for x, cache, scales in ((k, k_cache, k_scales), (v, v_cache, v_scales)):
+        if scales is None:
+            cache[rows, :, positions] = x.to(cache.dtype)
+        else:
+            cache[rows, :, positions], scales[rows, :, positions] = quantize_rows(x)
     end = int(positions.max()) + 1
     visible = torch.arange(end, device=q.device) <= positions[:, :, None]  # (B, T, end)
-    keys, values = k_cache[:, :, :end].to(q.dtype), v_cache[:, :, :end].to(q.dtype)
+    keys, values = _cached(k_cache, k_scales, end).to(q.dtype), _cached(v_cache, v_scales, end).to(q.dtype)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible.unsqueeze(1))
     return out.transpose(1, 2)
+
+
+def _cached(cache: Tensor, scales: Tensor | None, end: int) -> Tensor:
+    return cache[:, :, :end] if scales is None else dequantize_rows(cache[:, :, :end], scales[:, :, :end])

@@ -7,7 +7,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import rotary_attention
+from kernels.cache_rows import dequantize_rows, quantize_rows
+from kernels.dispatch import rotary_attention, rotary_attention_rows
+from kernels.rotary_attention_torch import rotate
 
 # largest difference of outputs of size 1: float32 sums over at most 40 keys; bfloat16 and float16 round q, k, v and the
 # output, each by half a unit in the last place (2^-9, 2^-12)
@@ -139,5 +141,61 @@ def test_what_does_not_fit_is_refused_with_both_shapes() -> None:
         rotary_attention(q, k, v, cos, sin.double(), *caches, start)
     with pytest.raises(ValueError, match="v is torch.float16, expected torch.float32"):
         rotary_attention(q, k, v.half(), cos, sin, *caches, start)
-    with pytest.raises(ValueError, match="backend is 'triton', rotary_attention has \"torch\""):
-        rotary_attention(q, k, v, cos, sin, *caches, start, backend="triton")
+    with pytest.raises(ValueError, match='backend is \'cuda\', rotary_attention has "torch" and "triton"'):
+        rotary_attention(q, k, v, cos, sin, *caches, start, backend="cuda")
+    levels, scales = torch.zeros(2, HEADS, CAPACITY, DIM, dtype=torch.int8), torch.zeros(2, HEADS, CAPACITY).half()
+    with pytest.raises(ValueError, match="k_cache is torch.int8 but k_scales is missing"):
+        rotary_attention(q, k, v, cos, sin, levels, levels, start)
+    with pytest.raises(ValueError, match="k_cache is torch.float32 but k_scales is given"):
+        rotary_attention(q, k, v, cos, sin, *caches, start, k_scales=scales, v_scales=scales)
+    with pytest.raises(ValueError, match=r"k_scales has shape \(2, 3, 40, 1\), expected \(2, 3, 40\)"):
+        rotary_attention(q, k, v, cos, sin, levels, levels, start, k_scales=scales[..., None], v_scales=scales)
+    with pytest.raises(ValueError, match=r"q has shape \(2, 3, 3, 8\), rotary_attention_rows takes \(B, 1, H, D\)"):
+        rotary_attention_rows(q, k, v, cos, sin, *caches, start)
+
+
+def test_a_row_in_int8_is_off_by_half_its_scale_at_most() -> None:
+    x = torch.randn(64, 16, generator=torch.Generator().manual_seed(3)) * 10.0 ** torch.arange(-8, 8).repeat(4)[:, None]
+    x[:, 0] = x.abs().amax(1) * 1.1  # the largest, which gets the largest level
+    x = x.clamp(-65504, 65504)
+    levels, scales = quantize_rows(x)
+    assert levels.dtype == torch.int8 and scales.dtype == torch.float16
+    # half a scale, and the float32 rounding of the quotient
+    assert bool(((x - dequantize_rows(levels, scales)).abs() <= scales.float()[:, None] * 0.50001).all())
+    # where the scale is at its floor, 2^-17, a quarter of the levels would be enough
+    assert bool((levels[:, 0] == 127)[x[:, 0] > 127 * 2**-17].all())
+    assert bool((dequantize_rows(*quantize_rows(torch.zeros(2, 16))) == 0).all())
+
+
+@pytest.mark.parametrize("steps", [[9], [5, 1, 3]])
+def test_an_int8_cache_gives_what_its_numbers_give_in_float(steps: list[int]) -> None:
+    q, k, v = make_inputs(2, 9)
+    shape = (2, 2, HEADS, CAPACITY)
+    k_cache, v_cache = torch.full((*shape, DIM), 99, dtype=torch.int8).unbind()
+    k_scales, v_scales = torch.full(shape, math.nan, dtype=torch.float16).unbind()
+    scales = {"k_scales": k_scales, "v_scales": v_scales}
+    cos, sin = tables(torch.arange(9).expand(2, 9))
+    outs, done = [], 0
+    for step in steps:
+        part = slice(done, done + step)
+        inputs = (x[:, part] for x in (q, k, v, cos, sin))
+        outs.append(rotary_attention(*inputs, k_cache, v_cache, torch.tensor([done, done]), **scales))
+        done += step
+    caches = dequantize_rows(k_cache, k_scales), dequantize_rows(v_cache, v_scales)
+    for cache, x in zip(caches, (rotate(k, cos, sin), v), strict=True):
+        assert bool(((cache[:, :, :9] - x.transpose(1, 2)).abs() <= x.abs().amax() / 254 * 1.001).all())
+        assert bool(cache[:, :, 9:].isnan().all())
+    seen = torch.ones(9, 9).tril().bool()
+    logits = rotate(q, cos, sin).transpose(1, 2) @ caches[0][:, :, :9].mT / math.sqrt(DIM)
+    expected = logits.masked_fill(~seen, -math.inf).softmax(-1) @ caches[1][:, :, :9]
+    assert (torch.cat(outs, 1) - expected.transpose(1, 2)).abs().max() < TOLERANCE[torch.float32]
+
+
+def test_rows_are_the_heads_side_by_side_with_their_sums() -> None:
+    generator = torch.Generator().manual_seed(7)
+    q, k, v = torch.randn(3, 2, 1, 2, 64, generator=generator).unbind()
+    cos, sin = torch.ones(2, 1, 64), torch.zeros(2, 1, 64)
+    caches, start = torch.zeros(2, 2, 2, 4, 64), torch.tensor([0, 0])
+    rows = rotary_attention_rows(q, k, v, cos, sin, *caches, start)
+    assert torch.equal(rows.x, rotary_attention(q, k, v, cos, sin, *caches, start).flatten(1))
+    assert rows.sums is not None and torch.allclose(rows.sums[:, :2].T, rows.x.unflatten(1, (4, 32)).sum(-1), atol=1e-5)
