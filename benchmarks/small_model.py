@@ -97,7 +97,7 @@ def answers(runtime: Runtime, items: list[Item]) -> Iterator[str]:
         samplers = [Sampler(greedy, []) for _ in prompts]
         limits = [limit] * len(prompts)
         for step in generate(
-            runtime.decoder, prompts, samplers, stop_ids=stops, max_new_tokens=limits, capacity=capacity
+            runtime.decoding, prompts, samplers, stop_ids=stops, max_new_tokens=limits, capacity=capacity
         ):
             for row, token in zip(rows, step, strict=True):
                 if token is not None:

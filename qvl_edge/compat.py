@@ -4,7 +4,7 @@
 
 Here token ids hold an image's path as upstream writes them: its bytes inside the 256 slots. The caller of this module
 is the app, so `<img>path</img>` in a string opens that file, as upstream's README uses it. What differs from upstream:
-`trust_remote_code` and `device_map="cpu"|"auto"` are accepted and need nothing; logits are not returned.
+`trust_remote_code` and `device_map="cpu"|"cuda"|"auto"` are accepted and need nothing; logits are not returned.
 """
 
 from collections.abc import Iterable, Iterator
@@ -149,7 +149,7 @@ class QWenLMHeadModel:
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
         self.generation_config = GenerationConfig(**runtime.generation_config)
-        self.device = runtime.decoder.lm_head.weight.device
+        self.device = runtime.decoder.device
 
     def eval(self) -> "QWenLMHeadModel":
         """Nothing to do; snippets call it."""

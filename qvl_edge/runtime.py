@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from PIL import Image
@@ -17,6 +17,7 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.engine.features import FeatureCache
 from qvl_edge.engine.generate import embed_prompt, generate
+from qvl_edge.engine.graph import Decoding
 from qvl_edge.engine.image import ImageLike, load_image
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
@@ -25,7 +26,8 @@ from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
-from qvl_edge.model.loading import load_decoder
+from qvl_edge.model.fused import FusedDecoder, Head
+from qvl_edge.model.loading import load_decoder, load_fused
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
 from qvl_edge.text.list_format import from_list_format, to_list_format
@@ -34,6 +36,8 @@ from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
 from qvl_edge.vit_cache import Progress, exported_vit
 
 SYSTEM = "You are a helpful assistant."
+KVType = Literal["float16", "int8"]
+KV_TYPES = ("float16", "int8")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -58,14 +62,16 @@ class Runtime:
 
     def __init__(
         self,
-        decoder: QWenLMHeadModel,
+        decoder: QWenLMHeadModel | FusedDecoder,
         vision: FeatureCache,
         tokenizer: Tokenizer,
         generation_config: dict[str, Any],
         *,
         max_context: int | None = None,
+        kv_cache: KVType = "float16",
     ):
         self.config = decoder.config
+        self.decoding = Decoding(decoder, kv_cache=torch.int8 if kv_cache == "int8" else None)
         self.decoder, self.vision, self.tokenizer = decoder, vision, tokenizer
         self.generation_config = generation_config
         self.options = GenerationOptions.from_config(generation_config)
@@ -81,23 +87,32 @@ class Runtime:
         device: str = "auto",
         dtype: str | None = None,
         max_context: int | None = None,
+        kv_cache: KVType = "float16",
+        head: Head = "float16",
+        vision_device: str | None = None,
         verify: bool = False,
         cache_dir: str | PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> "Runtime":
         """Load a bundle, or an untouched checkpoint (float or Int4).
 
-        dtype is that of the arithmetic and of the layers that are not int4: "float32" (the default on a CPU),
-        "bfloat16" or "float16"; int4 stays int4 and float stays float. max_context is in positions (default: the
-        model's). verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`, with lines
+        device is "cpu", "cuda" (or "cuda:1", …), or "auto": CUDA where torch sees it. dtype is that of the arithmetic
+        and of the layers that are not int4: "float32" (the default on a CPU), "float16" (the default on CUDA) or
+        "bfloat16"; int4 stays int4 and float stays float. max_context is in positions (default: the model's). kv_cache
+        "float16" keeps keys and values in `dtype`, "int8" in a byte and one scale a token and head. head "int8" (int4
+        models on CUDA) halves lm_head. vision_device is where onnxruntime encodes images (default: as `device`).
+        verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`, with lines
         for `progress`. BundleError, CheckpointError and ConfigError name what is missing and the command that makes it.
         """
         path = Path(path)
-        if device not in ("auto", "cpu"):
-            raise ConfigError(f"device is {device!r}; this version runs on the CPU, use device='cpu' or 'auto'")
+        place = _device(device)
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
-        name = dtype or "float32"
+        name = dtype or ("float32" if place.type == "cpu" else "float16")
+        if name == "float32" and place.type == "cuda":
+            raise ConfigError("dtype is 'float32', the kernels for CUDA compute in 'float16' or 'bfloat16'; pass one")
+        if kv_cache not in KV_TYPES:
+            raise ConfigError(f"kv_cache is {kv_cache!r}, known are {', '.join(KV_TYPES)}")
         if is_bundle(path):
             bundle = Bundle.open(path, verify=verify)
             checkpoint, vit = bundle.checkpoint, bundle.vit
@@ -118,9 +133,17 @@ class Runtime:
                 f"{tokenizer.specials['<img>']}, config.json has vocab_size {config.vocab_size} and image_start_id "
                 f"{config.visual.image_start_id}; copy the {VOCAB_FILE} of this model"
             )
-        vision = FeatureCache(VisionEncoder(vit, config.visual), config.visual.image_size)
-        decoder = load_decoder(checkpoint, dtype=DTYPES[name])
-        return cls(decoder, vision, tokenizer, checkpoint.generation, max_context=max_context)
+        fused = place.type == "cuda" and config.quantization is not None and config.quantization.bits == 4
+        if head != "float16" and not fused:
+            raise ConfigError(f"head is {head!r}, which needs an int4 model on CUDA; this one runs on {place}")
+        encoder = VisionEncoder(vit, config.visual, device=vision_device or place.type)
+        vision = FeatureCache(encoder, config.visual.image_size)
+        decoder: QWenLMHeadModel | FusedDecoder
+        if fused:
+            decoder = load_fused(checkpoint, dtype=DTYPES[name], device=place, head=head)
+        else:
+            decoder = load_decoder(checkpoint, dtype=DTYPES[name], device=place)
+        return cls(decoder, vision, tokenizer, checkpoint.generation, max_context=max_context, kv_cache=kv_cache)
 
     def answer(
         self,
@@ -205,7 +228,7 @@ class Runtime:
         total = prompt.shape[1] + len(ids)
         self._check_context(total, "the prompt and the continuation have")
         more = self.decoder.embed(torch.tensor([ids], device=prompt.device))
-        cache = KVCache(self.config, 1, total, dtype=prompt.dtype, device=prompt.device)
+        cache = KVCache(self.config, 1, total, dtype=self.decoding.kv_cache, device=prompt.device)
         first = self.decoder(prompt, cache)
         rest = self.decoder(more[:, :-1], cache, all_logits=True)[0] if len(ids) > 1 else first[:0]
         chances = torch.cat((first, rest)).log_softmax(-1)
@@ -274,7 +297,7 @@ class Runtime:
         stream = TextStream(self.tokenizer, run.options.stop)
         began = time.perf_counter()
         steps = generate(
-            self.decoder,
+            self.decoding,
             [embeds],
             [sampler],
             stop_ids=stop_ids,
@@ -324,3 +347,21 @@ class Runtime:
         text = run.text.strip()  # upstream strips the response (qwen_generation_utils.py: _decode_chatml)
         boxes = parse_boxes(text, image_sizes=[image.size for image in run.images])
         return Answer(text, boxes, run.token_ids, run.finish_reason, usage, timing)
+
+
+def _device(name: str) -> torch.device:
+    """ConfigError for a device that is not known or not there."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ConfigError(f"device is {name!r}, known are 'auto', 'cpu', 'cuda' and 'cuda:N'")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ConfigError(
+            f"device is {name!r}, but torch {torch.__version__} sees no CUDA device; install a torch built for CUDA "
+            "and its driver, or use device='cpu'"
+        )
+    return device

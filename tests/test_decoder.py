@@ -12,6 +12,7 @@ from torch import Tensor
 
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.engine.generate import embed_prompt, generate
+from qvl_edge.engine.graph import Decoding
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.errors import PromptError
@@ -95,7 +96,7 @@ def tokens_of(
     samplers = [Sampler(GenerationOptions(do_sample=False), []) for _ in prompts]
     room = max(prompt.shape[1] + limit for prompt, limit in zip(prompts, limits, strict=True))
     rows: list[list[int]] = [[] for _ in prompts]
-    for step in generate(model, prompts, samplers, stop_ids=stops, max_new_tokens=limits, capacity=room):
+    for step in generate(Decoding(model), prompts, samplers, stop_ids=stops, max_new_tokens=limits, capacity=room):
         for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from qvl_edge.engine.options import GenerationOptions
-from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.sampling import NOT_FINITE, Sampler, Samplers, check_tokens
 from qvl_edge.errors import ConfigError
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
@@ -14,9 +14,19 @@ DRAWS = 4000
 TOLERANCE = 0.03  # four standard deviations of a share over DRAWS draws, sqrt(0.25 / 4000) = 0.008
 
 
+def choose(samplers: Samplers, *logits: torch.Tensor) -> list[int]:
+    """One choice of every sequence."""
+    samplers.draw()
+    return samplers.choose(torch.stack(logits)).tolist()
+
+
+def alone(options: GenerationOptions, vocab: int, prompt_ids: tuple[int, ...] = ()) -> Samplers:
+    return Samplers([Sampler(options, prompt_ids)], vocab)
+
+
 def shares(**options) -> list[float]:
-    sampler = Sampler(GenerationOptions(seed=1, **options), [])
-    counts = Counter(sampler.choose(LOGITS) for _ in range(DRAWS))
+    samplers = alone(GenerationOptions(seed=1, **options), len(LOGITS))
+    counts = Counter(choose(samplers, LOGITS)[0] for _ in range(DRAWS))
     return [counts[token] / DRAWS for token in range(len(LOGITS))]
 
 
@@ -50,22 +60,45 @@ def test_a_seed_repeats_and_no_seed_does_not() -> None:
     flat = torch.zeros(1000)
 
     def draw(seed: int | None) -> list[int]:
-        sampler = Sampler(GenerationOptions(seed=seed), [])
-        return [sampler.choose(flat) for _ in range(8)]
+        samplers = alone(GenerationOptions(seed=seed), len(flat))
+        return [choose(samplers, flat)[0] for _ in range(8)]
 
     assert draw(5) == draw(5) != draw(6)
     assert draw(None) != draw(None)
 
 
+def test_a_sequence_draws_the_same_alone_and_in_a_batch() -> None:
+    options = [
+        GenerationOptions(seed=3, temperature=1.5),
+        GenerationOptions(do_sample=False, repetition_penalty=1.3),
+        GenerationOptions(seed=4, top_k=20, top_p=0.9, repetition_penalty=1.2),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    steps = torch.randn(12, len(options), 50, generator=generator)
+    batch = Samplers([Sampler(option, [1, 2]) for option in options], 50)
+    together = [choose(batch, *logits) for logits in steps]
+    for index, option in enumerate(options):
+        single = alone(option, 50, (1, 2))
+        assert [choose(single, logits[index])[0] for logits in steps] == [tokens[index] for tokens in together]
+
+
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
     logits = torch.tensor([1.0, 0.9, -0.1, -0.15])
     greedy = GenerationOptions(do_sample=False, repetition_penalty=2.0)
-    sampler = Sampler(greedy, [0])
-    assert sampler.choose(logits) == 1  # 1.0 / 2 < 0.9
-    assert sampler.choose(logits) == 0  # 0.9 / 2 < 1.0 / 2
-    negative = torch.tensor([-0.1, -0.15])
-    assert Sampler(greedy, [0]).choose(negative) == 1  # -0.1 * 2 < -0.15
+    samplers = alone(greedy, 4, (0,))
+    assert choose(samplers, logits) == [1]  # 1.0 / 2 < 0.9
+    assert choose(samplers, logits) == [0]  # 0.9 / 2 < 1.0 / 2
+    assert choose(alone(greedy, 2, (0,)), torch.tensor([-0.1, -0.15])) == [1]  # -0.1 * 2 < -0.15
     assert logits.tolist() == pytest.approx([1.0, 0.9, -0.1, -0.15])
+
+
+@pytest.mark.parametrize("sampled", [False, True])
+def test_logits_that_are_no_numbers_are_told_apart_and_lead_to_a_way_out(sampled: bool) -> None:
+    samplers = Samplers([Sampler(GenerationOptions(do_sample=sampled, seed=0), []) for _ in range(2)], 3)
+    tokens = choose(samplers, torch.tensor([0.0, 9.0, 0.0]), torch.tensor([0.0, float("nan"), 1.0]))
+    assert tokens[1] == NOT_FINITE and tokens[0] >= 0
+    with pytest.raises(ConfigError, match="sequence 1 are not finite.*torch.bfloat16"):
+        check_tokens(tokens)
 
 
 @pytest.mark.parametrize(
@@ -87,3 +120,31 @@ def test_published_generation_configs_are_read_and_foreign_keys_passed_over() ->
     )
     assert (options.top_p, options.max_new_tokens, options.do_sample) == (0.3, 512, True)
     assert GenerationOptions.from_config({"temperature": 0}).do_sample is False
+
+
+def test_a_draw_stays_when_logits_are_rounded_otherwise() -> None:
+    # float16 logits of a large vocabulary are full of ties, and a batch rounds some to their neighbours: a token's
+    # noise must not depend on how many stand before it
+    generator = torch.Generator().manual_seed(0)
+    logits = (2 * torch.randn(20_000, generator=generator)).half()
+    neighbours = torch.where(torch.rand(len(logits), generator=generator) < 0.01, logits * (1 + 2**-10), logits)
+    for options in (GenerationOptions(seed=1), GenerationOptions(seed=1, top_p=0.9, top_k=15_000)):
+        drawn = [alone(options, len(logits)) for _ in range(2)]
+        tokens = [(choose(drawn[0], logits.float()), choose(drawn[1], neighbours.float())) for _ in range(DRAWS // 100)]
+        assert sum(one == other for one, other in tokens) >= len(tokens) - 1
+
+
+def test_a_sequence_draws_the_same_where_another_one_cuts() -> None:
+    logits = torch.randn(30, generator=torch.Generator().manual_seed(0))
+    single, pair = (
+        Samplers([Sampler(GenerationOptions(seed=3), []), Sampler(GenerationOptions(seed=4, **cut), [])], 30)
+        for cut in ({}, {"top_k": 3})
+    )
+    for _ in range(50):
+        assert choose(single, logits, logits)[0] == choose(pair, logits, logits)[0]
+
+
+def test_tokens_as_likely_as_the_last_of_top_k_stay_as_in_transformers() -> None:
+    samplers = alone(GenerationOptions(seed=1, top_k=2), 4)
+    logits = torch.tensor([3.0, 2.0, 2.0, 1.0])
+    assert {choose(samplers, logits)[0] for _ in range(200)} == {0, 1, 2}

@@ -12,7 +12,17 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The model, how it is loaded, and how it generates."""
     parser.add_argument("path", metavar="BUNDLE", help="a bundle, or an untouched checkpoint")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16", "float16"), help="of the arithmetic (float32)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA where there is one)")
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16", "float16"), help="of the arithmetic (float32, on CUDA float16)"
+    )
+    parser.add_argument(
+        "--kv-cache", choices=("float16", "int8"), default="float16", help="keys and values: as --dtype, or int8"
+    )
+    parser.add_argument(
+        "--head", choices=("float16", "int8"), default="float16", help="lm_head: as --dtype, or int8 (CUDA)"
+    )
+    parser.add_argument("--vision-device", choices=("cpu", "cuda"), help="where images are encoded (as --device)")
     parser.add_argument("--max-context", type=int, metavar="N", help="positions to allow (the model's)")
     parser.add_argument("--verify", action="store_true", help="check the hash of every file of the bundle first")
     group = parser.add_argument_group("generation (defaults are the model's)")
@@ -40,7 +50,15 @@ def load(args: argparse.Namespace) -> "Runtime":
 
     began = time.perf_counter()
     runtime = Runtime.from_pretrained(
-        args.path, dtype=args.dtype, max_context=args.max_context, verify=args.verify, progress=say
+        args.path,
+        device=args.device,
+        dtype=args.dtype,
+        max_context=args.max_context,
+        kv_cache=args.kv_cache,
+        head=args.head,
+        vision_device=args.vision_device,
+        verify=args.verify,
+        progress=say,
     )
     say(f"loaded {args.path} in {time.perf_counter() - began:.1f} s")
     return runtime

@@ -1,18 +1,18 @@
 """Prefill and decode: prompts as embeddings in, token ids out, a batch of sequences each at its own position."""
 
+import itertools
 from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 
+from qvl_edge.engine.graph import Decoder, Decoding
 from qvl_edge.engine.sampling import Sampler
-from qvl_edge.model.cache import KVCache
-from qvl_edge.model.decoder import QWenLMHeadModel
 
 
-def embed_prompt(model: QWenLMHeadModel, ids: list[int], image_starts: list[int], features: list[Tensor]) -> Tensor:
+def embed_prompt(model: Decoder, ids: list[int], image_starts: list[int], features: list[Tensor]) -> Tensor:
     """Embeddings (1, T, hidden) of a prompt with each image's features (256, hidden) written at its slots."""
-    embeds = model.embed(torch.tensor([ids], device=model.lm_head.weight.device))
+    embeds = model.embed(torch.tensor([ids], device=model.device))
     for start, feature in zip(image_starts, features, strict=True):
         embeds[0, start : start + len(feature)] = feature.to(embeds)
     return embeds
@@ -20,7 +20,7 @@ def embed_prompt(model: QWenLMHeadModel, ids: list[int], image_starts: list[int]
 
 @torch.inference_mode()
 def generate(
-    model: QWenLMHeadModel,
+    decoding: Decoding,
     prompts: Sequence[Tensor],
     samplers: Sequence[Sampler],
     *,
@@ -32,24 +32,19 @@ def generate(
 
     prompts: embeddings (1, T_b, hidden), prefilled one after another, then decoded together, each at its own position.
     A sequence ends after a token in stop_ids (which is yielded) or after its max_new_tokens. PromptError if a prompt
-    and its new tokens do not fit into `capacity` positions.
+    and its new tokens do not fit into `capacity` positions; ConfigError if logits are not finite.
     """
-    weight = model.lm_head.weight
-    cache = KVCache(model.config, len(prompts), capacity, dtype=weight.dtype, device=weight.device)
-    logits = torch.cat([model(prompt, cache.sequence(b)) for b, prompt in enumerate(prompts)])
-    running = [True] * len(prompts)
-    step = 0
-    while True:
-        tokens: list[int | None] = [
-            sampler.choose(logits[b]) if running[b] else None for b, sampler in enumerate(samplers)
-        ]
-        yield tokens
-        step += 1
-        running = [t is not None and t not in stop_ids and step < max_new_tokens[b] for b, t in enumerate(tokens)]
-        if not any(running):
-            return
-        ended = torch.tensor([not r for r in running], device=weight.device)
-        # an ended sequence goes along at a place that it has already; its cache does not grow
-        cache.lengths -= ended.to(cache.lengths.dtype)
-        ids = torch.tensor([[t if t is not None else 0] for t in tokens], device=weight.device)
-        logits = model(model.embed(ids), cache)
+    step = decoding.take(samplers, capacity)
+    try:
+        prefilled = [decoding.model(prompt, step.cache.sequence(b)) for b, prompt in enumerate(prompts)]
+        chosen = step.first(torch.cat(prefilled))
+        running = [True] * len(prompts)
+        for count in itertools.count(1):
+            tokens = [token if runs else None for token, runs in zip(chosen, running, strict=True)]
+            yield tokens
+            running = [t is not None and t not in stop_ids and count < max_new_tokens[b] for b, t in enumerate(tokens)]
+            if not any(running):
+                return
+            chosen = step.next([not runs for runs in running])
+    finally:  # also where the caller stops early
+        decoding.give_back(step)

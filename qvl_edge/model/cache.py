@@ -1,6 +1,7 @@
 """The key-value cache: allocated once, a batch of sequences each at its own position."""
 
 import torch
+from torch import Tensor
 
 from qvl_edge.config import Config
 from qvl_edge.errors import PromptError
@@ -9,7 +10,9 @@ from qvl_edge.errors import PromptError
 class KVCache:
     """Keys and values of every layer, and how much of each sequence is filled.
 
-    k, v (layers, B, H, capacity, D) in `dtype`, a head's positions one after another; lengths (B,) int64 on the device.
+    k, v (layers, B, H, capacity, D) in `dtype`, a head's positions one after another; for torch.int8 also k_scales,
+    v_scales (layers, B, H, capacity) float16, otherwise None. lengths (B,) int64 on the device, filled (B,) int64 the
+    same on the host, so that nobody has to wait for the device to know. locks (B * H,) int32: what attention counts in.
     """
 
     def __init__(
@@ -18,8 +21,16 @@ class KVCache:
         shape = (config.num_hidden_layers, batch, config.num_attention_heads, capacity, config.kv_channels)
         self.k = torch.zeros(shape, dtype=dtype, device=device)
         self.v = torch.zeros(shape, dtype=dtype, device=device)
+        self.k_scales: Tensor | None = None
+        self.v_scales: Tensor | None = None
+        if dtype == torch.int8:
+            self.k_scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device)
+            self.v_scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
-        self.ntk_alpha = torch.ones(batch, dtype=torch.float32, device=device)  # chosen at prefill and kept
+        self.filled = torch.zeros(batch, dtype=torch.int64)
+        # radians a position (B, D), of the NTK alpha that is chosen at prefill and kept
+        self.frequencies = torch.zeros(batch, config.kv_channels, dtype=torch.float32, device=device)
+        self.locks = torch.zeros(batch * config.num_attention_heads, dtype=torch.int32, device=device)
 
     @property
     def capacity(self) -> int:
@@ -28,19 +39,48 @@ class KVCache:
 
     @property
     def nbytes(self) -> int:
-        """Bytes of the keys and values."""
-        return self.k.nbytes + self.v.nbytes
+        """Bytes of the keys and values, scales included."""
+        return sum(t.nbytes for t in (self.k, self.v, self.k_scales, self.v_scales) if t is not None)
 
     def sequence(self, index: int) -> "KVCache":
         """A view on one sequence of the batch, to prefill it alone."""
+        heads = self.k.shape[2]
+        return self._view(slice(index, index + 1), self.capacity, slice(index * heads, (index + 1) * heads))
+
+    def window(self, capacity: int) -> "KVCache":
+        """A view on the first `capacity` positions of every sequence: attention splits its work by what it may meet."""
+        return self._view(slice(None), min(capacity, self.capacity), slice(None))
+
+    def _view(self, rows: slice, capacity: int, locks: slice) -> "KVCache":
         view = object.__new__(KVCache)
-        view.k, view.v = self.k[:, index : index + 1], self.v[:, index : index + 1]
-        view.lengths, view.ntk_alpha = self.lengths[index : index + 1], self.ntk_alpha[index : index + 1]
+        view.k, view.v = self.k[:, rows, :, :capacity], self.v[:, rows, :, :capacity]
+        view.k_scales = None if self.k_scales is None else self.k_scales[:, rows, :, :capacity]
+        view.v_scales = None if self.v_scales is None else self.v_scales[:, rows, :, :capacity]
+        view.lengths, view.filled, view.frequencies = self.lengths[rows], self.filled[rows], self.frequencies[rows]
+        view.locks = self.locks[locks]
         return view
+
+    def layer(self, index: int) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor | None]]:
+        """One layer's caches, and its scales by the names that kernels.rotary_attention has for them."""
+        scales = {
+            "k_scales": None if self.k_scales is None else self.k_scales[index],
+            "v_scales": None if self.v_scales is None else self.v_scales[index],
+        }
+        return (self.k[index], self.v[index]), scales
+
+    def advance(self, tokens: int) -> None:
+        """Count `tokens` more in every sequence."""
+        self.lengths += tokens
+        self.filled += tokens
+
+    def clear(self) -> None:
+        """Forget all sequences; what they left in k and v is never looked at."""
+        self.lengths.zero_()
+        self.filled.zero_()
 
     def check_room(self, tokens: int) -> None:
         """PromptError if `tokens` more do not fit into every sequence."""
-        longest = int(self.lengths.max())
+        longest = int(self.filled.max())
         if longest + tokens > self.capacity:
             raise PromptError(
                 f"the cache holds {self.capacity} positions, {longest} are filled and {tokens} more were asked for; "

@@ -6,6 +6,7 @@ tensors is `kernels.rotary_attention` and `kernels.int4_gemm`.
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,12 +89,20 @@ def ntk_alpha(prompt_length: int, seq_length: int) -> float:
 
 def rotary_tables(config: Config, positions: Tensor, alpha: Tensor) -> tuple[Tensor, Tensor]:
     """cos and sin (B, T, head size) float32 for `positions` (B, T) and each sequence's NTK `alpha` (B,)."""
+    return _tables(positions, rotary_frequencies(config, alpha))
+
+
+def rotary_frequencies(config: Config, alpha: Tensor) -> Tensor:
+    """Radians a position (B, head size) float32 for NTK `alpha` (B,): that of pair i stands at i and i + D / 2."""
     dim = config.kv_channels
     base = config.rotary_emb_base * alpha.to(torch.float64) ** (dim / (dim - 2))
-    exponents = torch.arange(0, dim, 2, device=positions.device, dtype=torch.float64) / dim
+    exponents = torch.arange(0, dim, 2, device=alpha.device, dtype=torch.float64) / dim
     inverse = (1.0 / base[:, None] ** exponents).float()
-    angles = positions.float()[:, :, None] * inverse[:, None, :]
-    angles = torch.cat((angles, angles), dim=-1)
+    return torch.cat((inverse, inverse), dim=-1)
+
+
+def _tables(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    angles = positions.float()[:, :, None] * frequencies[:, None, :]
     return angles.cos(), angles.sin()
 
 
@@ -101,6 +110,28 @@ def logn_scale(config: Config, positions: Tensor) -> Tensor:
     """log-n scaling of queries (B, T) float32: 1 up to seq_length, then log(position, base seq_length), from 1 on."""
     count = positions.to(torch.float64) + 1
     return (count.log() / math.log(config.seq_length)).clamp(min=1.0).float()
+
+
+def place_tokens(config: Config, tokens: int, cache: KVCache) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """Where `tokens` more stand in every sequence: start (B,), cos and sin (B, T, head size), q_scale (B, T) or None.
+
+    Chooses and keeps the NTK alpha of sequences that are empty. A decode step is four launches here: what stays the
+    same from one to the next was computed at prefill, and a cache that ends before seq_length needs no log-n. Nothing
+    waits for the device, so that a CUDA graph can hold this. PromptError if the cache has no room.
+    """
+    cache.check_room(tokens)
+    for index, filled in enumerate(cache.filled.tolist()):
+        if filled == 0:
+            alpha = ntk_alpha(tokens, config.seq_length) if config.use_dynamic_ntk else 1.0
+            alphas = torch.full((1,), alpha, dtype=torch.float32, device=cache.frequencies.device)
+            cache.frequencies[index] = rotary_frequencies(config, alphas)[0]
+    start = cache.lengths
+    positions = start[:, None]
+    if tokens > 1:
+        positions = positions + torch.arange(tokens, device=start.device)
+    cos, sin = _tables(positions, cache.frequencies)
+    scaled = config.use_logn_attn and cache.capacity > config.seq_length
+    return start, cos, sin, logn_scale(config, positions) if scaled else None
 
 
 class QWenModel(nn.Module):
@@ -122,6 +153,16 @@ class QWenLMHeadModel(nn.Module):
         self.transformer = QWenModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of activations, and of a cache that is not int8."""
+        return self.lm_head.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.lm_head.weight.device
+
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> embeddings (B, T, hidden)."""
         embeds: Tensor = self.transformer.wte(ids)
@@ -133,23 +174,17 @@ class QWenLMHeadModel(nn.Module):
         embeds (B, T, hidden) in the weights' dtype -> (B, vocab) for the last position, or (B, T, vocab) with
         `all_logits`. An empty cache is a prefill: the NTK alpha is chosen for T and kept. PromptError if it is full.
         """
-        batch, length, _ = embeds.shape
-        cache.check_room(length)
-        start = cache.lengths.clone()
-        if self.config.use_dynamic_ntk:
-            alpha = torch.full_like(cache.ntk_alpha, ntk_alpha(length, self.config.seq_length))
-            cache.ntk_alpha.copy_(torch.where(start == 0, alpha, cache.ntk_alpha))
-        positions = start[:, None] + torch.arange(length, device=embeds.device)
-        cos, sin = rotary_tables(self.config, positions, cache.ntk_alpha)
-        q_scale = logn_scale(self.config, positions) if self.config.use_logn_attn else None
+        start, cos, sin, q_scale = place_tokens(self.config, embeds.shape[1], cache)
         x = embeds
         for index, block in enumerate(self.transformer.h):
-            k_cache, v_cache = cache.k[index], cache.v[index]
+            caches, scales = cache.layer(index)
 
-            def attend(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor = k_cache, v_cache: Tensor = v_cache) -> Tensor:
-                return rotary_attention(q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale)
+            def attend(
+                q: Tensor, k: Tensor, v: Tensor, caches: tuple[Tensor, Tensor] = caches, scales: Any = scales
+            ) -> Tensor:
+                return rotary_attention(q, k, v, cos, sin, *caches, start, q_scale=q_scale, **scales, locks=cache.locks)
 
             x = block(x, attend)
-        cache.lengths += length
+        cache.advance(embeds.shape[1])
         x = self.transformer.ln_f(x)
         return self.lm_head(x if all_logits else x[:, -1]).float()

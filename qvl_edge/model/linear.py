@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from qvl_edge.config import Config
 
 try:
-    from kernels import CpuInt4Weight, Int4Weight, int4_gemm, pack_for_cpu
+    from kernels import CpuInt4Weight, Int4Weight, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton
 except ImportError as error:  # the Hugging Face package `kernels` shadows ours when both are installed
     import kernels
 
@@ -16,6 +16,28 @@ except ImportError as error:  # the Hugging Face package `kernels` shadows ours 
         f"the package `kernels` at {getattr(kernels, '__file__', None)} is not qvl_edge's; another package of that "
         "name is installed. Uninstall it (pip uninstall kernels) and reinstall qvl_edge, or use a separate environment."
     ) from error
+
+
+def read_gptq(
+    tensors: dict[str, Tensor], *, name: str, dtype: torch.dtype, group_size: int, checkpoint_format: str
+) -> tuple[Int4Weight, Tensor | None]:
+    """A layer's tensors as read from disk -> its weight, and its bias in `dtype` or None where that is zero.
+
+    auto-gptq writes a bias of zeros for layers that had none; adding it would only cost time. ValueError names `name`.
+    """
+    weight = Int4Weight.from_gptq(
+        tensors["qweight"],
+        tensors["qzeros"],
+        tensors["scales"],
+        tensors["g_idx"],
+        group_size=group_size,
+        checkpoint_format=checkpoint_format,
+        name=name,
+    )
+    bias = tensors["bias"]
+    if tuple(bias.shape) != (weight.out_features,):
+        raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}, expected ({weight.out_features},)")
+    return weight, bias.to(dtype) if bool(bias.any()) else None
 
 
 class Int4Linear(nn.Module):
@@ -29,31 +51,20 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.checkpoint_format = group_size, checkpoint_format
-        self.weight: Int4Weight | CpuInt4Weight | None = None
+        self.weight: CpuInt4Weight | TritonWeight | None = None
         self.register_buffer("bias", None)
 
     def load_gptq(self, tensors: dict[str, Tensor], *, name: str, dtype: torch.dtype) -> None:
         """Take qweight, qzeros, scales, g_idx and bias as read from disk; ValueError names `name` on a bad one."""
-        weight = Int4Weight.from_gptq(
-            tensors["qweight"],
-            tensors["qzeros"],
-            tensors["scales"],
-            tensors["g_idx"],
-            group_size=self.group_size,
-            checkpoint_format=self.checkpoint_format,
-            name=name,
+        weight, self.bias = read_gptq(
+            tensors, name=name, dtype=dtype, group_size=self.group_size, checkpoint_format=self.checkpoint_format
         )
         if (weight.in_features, weight.out_features) != (self.in_features, self.out_features):
             raise ValueError(
                 f"{name} is {weight.in_features} x {weight.out_features}, expected {self.in_features} x "
                 f"{self.out_features} from config.json"
             )
-        bias = tensors["bias"]
-        if tuple(bias.shape) != (self.out_features,):
-            raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}, expected ({self.out_features},)")
-        self.weight = pack_for_cpu(weight) if weight.device.type == "cpu" else weight
-        # auto-gptq writes a zero bias for layers that had none; adding it would only cost time
-        self.bias = bias.to(dtype) if bool(bias.any()) else None
+        self.weight = pack_for_cpu(weight) if weight.device.type == "cpu" else pack_for_triton(weight)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features) in x's dtype."""

@@ -6,9 +6,10 @@ from torch import Tensor, nn
 from kernels import dequantize_gptq
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
-from qvl_edge.errors import CheckpointError
+from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.model.decoder import QWenLMHeadModel
-from qvl_edge.model.linear import Int4Linear
+from qvl_edge.model.fused import FusedDecoder, Head, fuse_block
+from qvl_edge.model.linear import Int4Linear, read_gptq
 from qvl_edge.model.vit import VisionTransformer
 
 QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # of every block, in the order they run
@@ -92,6 +93,55 @@ def load_decoder(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.de
                 tensor = checkpoint[full]
             _set(module, parameter, tensor.to(device=device, dtype=dtype))
     return model.eval()
+
+
+def load_fused(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str,
+    head: Head = "float16",
+    backend: str = "triton",
+) -> FusedDecoder:
+    """The int4 decoder for the GPU's kernels, one tensor after another in their order on `device`.
+
+    ConfigError if the checkpoint is not GPTQ with 4 bits, or `dtype` is not one that the kernels compute in.
+    """
+    check_tensors(checkpoint, visual=False)
+    quant = checkpoint.config.quantization
+    if quant is None or quant.bits != 4:
+        raise ConfigError(
+            f"{checkpoint.path} is not GPTQ with 4 bits; make it so with:\n"
+            f"  python -m quantize.gptq {checkpoint.path} BUNDLE --calibration conversations.json"
+        )
+
+    def read(name: str) -> Tensor:
+        # cloned: a memory-mapped tensor that needed no conversion would read from disk while running
+        return checkpoint[name].to(device=device, dtype=dtype).contiguous().clone()
+
+    blocks = []
+    for index in range(checkpoint.config.num_hidden_layers):
+        block = f"transformer.h.{index}"
+        layers = {}
+        for layer in QUANTIZED:
+            tensors = {part: checkpoint[f"{block}.{layer}.{part}"].to(device) for part in GPTQ_TENSORS}
+            layers[layer] = read_gptq(
+                tensors,
+                name=f"{block}.{layer}",
+                dtype=dtype,
+                group_size=quant.group_size,
+                checkpoint_format=quant.checkpoint_format,
+            )
+        blocks.append(fuse_block(read(f"{block}.ln_1.weight"), read(f"{block}.ln_2.weight"), layers))
+    return FusedDecoder(
+        checkpoint.config,
+        wte=read("transformer.wte.weight"),
+        blocks=blocks,
+        ln_f=read("transformer.ln_f.weight"),
+        lm_head=read("lm_head.weight"),
+        head=head,
+        backend=backend,
+    )
 
 
 def load_visual(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> VisionTransformer:
