@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors.torch import save_file
 
 import qvl_edge.demo
@@ -27,13 +28,13 @@ def blocks(readme: str, language: str) -> list[str]:
     return [text for found, text in fenced if found == language]
 
 
-def commands() -> list[str]:
-    """The shell lines of the main job, in their order."""
+def commands(*, gpu: bool = False) -> list[str]:
+    """The shell lines of the main job, in their order; with `gpu` those that need one."""
     return [
         line.strip()
         for block in blocks(READMES[0], "")
         for line in block.splitlines()
-        if line.startswith(("python -m", "qvl-edge"))
+        if line.startswith(("python -m", "qvl-edge")) and gpu == ("cuda" in line or "gpu" in line)
     ]
 
 
@@ -83,6 +84,16 @@ def test_the_commands_run_and_leave_what_they_say(home: Path) -> None:
     assert len(answers) == 2 and all(answer.strip() for answer in answers)
     # one more export, for the Int4 checkpoint, and it is said
     assert "exporting the vision tower" in said[4][2] and "exporting" not in said[2][2]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here the commands would work")
+def test_without_a_gpu_the_commands_for_one_say_that_there_is_none(home: Path) -> None:
+    lines = commands(gpu=True)
+    assert len(lines) == 2
+    for line in lines:
+        done = type_in(line, home)
+        assert done.returncode != 0 and "CUDA" in done.stderr, line
+        assert "Traceback" not in done.stderr, line
 
 
 @pytest.mark.parametrize("readme", READMES)
