@@ -1,6 +1,8 @@
 """On what a figure was measured: written into every result."""
 
+import contextlib
 import datetime
+import importlib.metadata
 import os
 import platform
 import subprocess
@@ -30,9 +32,9 @@ def commit() -> str:
     return head.stdout.strip() + ("+changes" if dirty.stdout.strip() else "")
 
 
-def describe_machine() -> dict[str, Any]:
-    """Device, versions, commit and date."""
-    return {
+def describe_machine(device: str = "cpu") -> dict[str, Any]:
+    """Device, versions, commit and date; of a GPU also what its kernels depend on, driver and clocks."""
+    machine: dict[str, Any] = {
         "device": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
@@ -40,3 +42,27 @@ def describe_machine() -> dict[str, Any]:
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        machine["versions"]["triton"] = importlib.metadata.version("triton")
+    if device == "cuda":
+        properties = torch.cuda.get_device_properties(0)
+        machine |= {
+            "device": properties.name,
+            "capability": [properties.major, properties.minor],
+            "multiprocessors": properties.multi_processor_count,
+            "memory_bytes": properties.total_memory,
+            "host": cpu_name(),
+        }
+        machine["versions"]["cuda"] = torch.version.cuda
+        asked = ["driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit"]
+        machine["nvidia_smi"] = dict(zip(asked, _nvidia_smi(asked), strict=False))
+    return machine
+
+
+def _nvidia_smi(names: list[str]) -> list[str]:
+    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+    try:
+        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return [value.strip() for value in said.strip().split(",")]

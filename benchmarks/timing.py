@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 
@@ -74,7 +75,12 @@ def in_one_graph(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    return graph.replay
+    return partial(_replay, graph, calls)
+
+
+def _replay(graph: torch.cuda.CUDAGraph, calls: Sequence[Callable[[], object]]) -> None:
+    del calls  # kept as long as the graph, which reads the tensors that they hold
+    graph.replay()
 
 
 def measure_on_device(

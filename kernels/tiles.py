@@ -1,15 +1,15 @@
 """Which tile a GPU kernel of the int4 family uses: read from tables per GPU family, or by rule where no table knows.
 
-tiles/sm_XX.json holds {"device", "measured", "versions", "commit", "date", "entries": [{"block_m", "n", "k", "group",
-"bits", "block_n", "split_k", "num_warps", "num_stages"}, …]}; `measured` is false where nobody has run the tuner
-(python -m benchmarks.tune) on such a card. Nothing is ever tuned while a model runs.
+tiles/sm_XX.json holds {"cards": [{"device", "multiprocessors", "measured", "versions", "commit", "date", "entries":
+[{"block_m", "n", "k", "group", "bits", "block_n", "split_k", "num_warps", "num_stages"}, …]}, …]}; `measured` is false
+where nobody has run the tuner (python -m benchmarks.tune) on such a card. Nothing is ever tuned while a model runs.
 """
 
 import json
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -18,6 +18,7 @@ DECODE_ROWS = (8, 16)  # block_m of the decode kernel
 PREFILL_ROWS = (32, 64, 128)  # block_m of the prefill kernel
 CHUNK = 128  # input channels of one step of a kernel
 SHARED = 101_376  # bytes a program may use on consumer cards (sm_86, sm_89, sm_120)
+START = 2  # what starting a program costs, in steps: its pipeline fills, and its part of a split sum is stored
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,18 @@ class Tile:
     split_k: int
     num_warps: int
     num_stages: int
+
+
+Key: TypeAlias = tuple[int, int, int, int, int]  # block_m, n, k, group, bits
+
+
+@dataclass(frozen=True)
+class Card:
+    """The entries of one GPU of a family."""
+
+    multiprocessors: int
+    measured: bool
+    entries: dict[Key, Tile]
 
 
 @dataclass(frozen=True)
@@ -64,26 +77,58 @@ def block_m_for(rows: int) -> int:
 
 
 def tile_for(rows: int, n: int, k: int, group: int, *, bits: int = 4, device: DeviceKey) -> Tile:
-    """The tile for x (rows, k) and a weight (n, k): the family's table, or the rule for what it does not list."""
-    block_m = block_m_for(rows)
-    found = read_table(device.family).get((block_m, n, k, group, bits))
-    return found or default_tile(block_m, n, k, bits, device)
+    """The tile for x (rows, k) and a weight (n, k): the family's table, or the rule for what it does not list.
+
+    A card that is not in its family's table takes the tiles of the one with the nearest number of multiprocessors, but
+    not its split_k: that is what fills a card.
+    """
+    return _tile_for(block_m_for(rows), n, k, group, bits, device)
 
 
-def default_tile(block_m: int, n: int, k: int, bits: int, device: DeviceKey) -> Tile:
+@cache
+def _tile_for(block_m: int, n: int, k: int, group: int, bits: int, device: DeviceKey) -> Tile:
+    cards = read_table(device.family)
+    if cards:
+        card = min(cards, key=lambda card: abs(card.multiprocessors - device.multiprocessors))
+        tile = card.entries.get((block_m, n, k, group, bits))
+        if tile and pipeline_bytes(block_m, tile.block_n, tile.num_stages, bits) <= device.shared_memory:
+            if card.multiprocessors == device.multiprocessors or block_m in PREFILL_ROWS:
+                return tile
+            return replace(tile, split_k=split_k_for(n, k, tile.block_n, device.multiprocessors))
+    return default_tile(block_m, n, k, group, bits, device)
+
+
+def default_tile(block_m: int, n: int, k: int, group: int, bits: int, device: DeviceKey) -> Tile:
     """A safe tile for any card: enough programs to fill it about twice, pipelines that fit its shared memory.
 
     Two warps of a 128-output tile share each fragment of x among 64 rows of the weight: 1.9 instructions a weight for 8
-    rows where four warps take 2.4 (sm_86, compiled by triton 3.7.1).
+    rows where four warps take 2.4 (sm_86, compiled by triton 3.7.1). Scales of small groups need registers of their
+    own: with the tiles for groups of 128 a prefill spilled 16 bytes with groups of 64 (sm_87), decode 24 with groups of
+    32 and zeros (sm_89).
     """
     if block_m in PREFILL_ROWS:
-        stages = next((s for s in (3, 2) if pipeline_bytes(block_m, 128, s, bits) <= device.shared_memory), 1)
-        return Tile(block_m, 128, 1, 8 if block_m == 128 else 4, stages)
-    tiles, chunks = -(-n // 128), -(-k // CHUNK)
-    # four chunks at least for each program: with fewer its pipeline never fills
-    split_k = max(1, min(-(-2 * device.multiprocessors // tiles), chunks // 4))
+        block_n = 128 if group >= CHUNK else 64
+        stages = next((s for s in (3, 2) if pipeline_bytes(block_m, block_n, s, bits) <= device.shared_memory), 1)
+        return Tile(block_m, block_n, 1, 8 if block_m == 128 else 4, stages)
     stages = next((s for s in (4, 3, 2) if 2 * pipeline_bytes(block_m, 128, s, bits) <= device.shared_memory), 1)
-    return Tile(block_m, 128, split_k, 2, stages)
+    return Tile(block_m, 128, split_k_for(n, k, 128, device.multiprocessors), 2 if group >= 64 else 4, stages)
+
+
+def split_k_for(n: int, k: int, block_n: int, multiprocessors: int) -> int:
+    """Programs that share an output tile: two a multiprocessor where K allows it, and what is left over is small.
+
+    Four chunks at least for each program: with fewer its pipeline never fills. A multiprocessor's time is taken to be
+    the number of its programs times their chunks, START included.
+    """
+    tiles, chunks = -(-n // block_n), -(-k // CHUNK)
+    # the same chunks for each, so that no program comes away empty
+    splits = sorted({-(-chunks // -(-chunks // split)) for split in range(1, max(1, chunks // 4) + 1)})
+    filling = [split for split in splits if tiles * split >= 2 * multiprocessors] or splits[-1:]
+
+    def cost(split: int) -> int:
+        return -(-tiles * split // multiprocessors) * (-(-chunks // split) + START)
+
+    return min(filling, key=cost)
 
 
 def pipeline_bytes(block_m: int, block_n: int, num_stages: int, bits: int = 4) -> int:
@@ -92,19 +137,35 @@ def pipeline_bytes(block_m: int, block_n: int, num_stages: int, bits: int = 4) -
 
 
 @cache
-def read_table(family: str) -> dict[tuple[int, int, int, int, int], Tile]:
-    """Entries of a family's table by (block_m, n, k, group, bits); empty for a family without one."""
+def read_table(family: str) -> tuple[Card, ...]:
+    """The cards of a family's table; none for a family without one."""
     path = TABLES / f"{family}.json"
-    return parse_table(path) if path.exists() else {}
+    return parse_table(path) if path.exists() else ()
 
 
-def parse_table(path: Path) -> dict[tuple[int, int, int, int, int], Tile]:
+def parse_table(path: Path) -> tuple[Card, ...]:
     """Read one table. ValueError names the file, the entry and the field that is missing, unknown or out of range."""
     try:
-        entries = json.loads(path.read_text())["entries"]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        cards = json.loads(path.read_text())["cards"]
+        return tuple(_parse_card(path, card) for card in cards)
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is no tile table ({error!r}); make it again with python -m benchmarks.tune") from None
-    return dict(_parse_entry(path, index, entry) for index, entry in enumerate(entries))
+
+
+def _parse_card(path: Path, card: dict[str, Any]) -> Card:
+    count, measured = card["multiprocessors"], card["measured"]
+    if type(count) is not int or count < 1:
+        raise ValueError(f"{path}, {card.get('device')}: multiprocessors is {count!r}, expected a number from 1 on")
+    if type(measured) is not bool:
+        raise ValueError(f"{path}, {card.get('device')}: measured is {measured!r}, expected true or false")
+    entries: dict[Key, Tile] = {}
+    for index, entry in enumerate(card["entries"]):
+        where = f"{path}, {card.get('device')}, entry {index}"
+        key, tile = _parse_entry(where, entry)
+        if key in entries:
+            raise ValueError(f"{where}: {dict(zip(_KEY, key, strict=True))} is listed twice")
+        entries[key] = tile
+    return Card(count, measured, entries)
 
 
 _KEY = ("block_m", "n", "k", "group", "bits")
@@ -116,14 +177,15 @@ _CHOICES = {
 }
 
 
-def _parse_entry(path: Path, index: int, entry: dict[str, Any]) -> tuple[tuple[int, int, int, int, int], Tile]:
+def _parse_entry(where: str, entry: dict[str, Any]) -> tuple[Key, Tile]:
     known = {*_KEY, *(field.name for field in fields(Tile))}
     if set(entry) != known:
-        raise ValueError(f"{path}, entry {index}: fields {sorted(set(entry) ^ known)} are missing or unknown")
+        raise ValueError(f"{where}: fields {sorted(set(entry) ^ known)} are missing or unknown")
     for name, value in entry.items():
         choices = _CHOICES.get(name)
         if type(value) is not int or value < 1 or (choices and value not in choices):
-            raise ValueError(f"{path}, entry {index}: {name} is {value!r}, expected {choices or 'a number from 1 on'}")
+            raise ValueError(f"{where}: {name} is {value!r}, expected {choices or 'a number from 1 on'}")
     if entry["block_m"] in PREFILL_ROWS and entry["split_k"] != 1:
-        raise ValueError(f"{path}, entry {index}: split_k is {entry['split_k']}, the prefill kernel takes 1")
-    return tuple(entry[name] for name in _KEY), Tile(**{f.name: entry[f.name] for f in fields(Tile)})
+        raise ValueError(f"{where}: split_k is {entry['split_k']}, the prefill kernel takes 1")
+    block_m, n, k, group, bits = (entry[name] for name in _KEY)
+    return (block_m, n, k, group, bits), Tile(**{field.name: entry[field.name] for field in fields(Tile)})

@@ -1,0 +1,234 @@
+"""Whole decoding steps of a full-size decoder with random weights: python -m benchmarks.decode_step [--json FILE]
+
+The published shapes, made on the device; the runtime's own step (qvl_edge/engine/graph.py), from the last tokens to the
+next ones on the host, as a CUDA graph and eagerly. Both have to give the same tokens before either is timed.
+`--device cpu --tiny` runs a small shape in Triton's interpreter, to see that it all works.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks.machine import describe_machine
+from benchmarks.timing import copy_gb_per_s
+from qvl_edge.config import Config, VisualConfig
+from qvl_edge.engine.graph import DecodeStep
+from qvl_edge.engine.options import GenerationOptions
+from qvl_edge.engine.sampling import Sampler, Samplers
+from qvl_edge.model.cache import KVCache
+from qvl_edge.model.fused import FusedDecoder
+
+HEADS = ("float16", "int8")
+CACHES = {"float16": torch.float16, "int8": torch.int8}
+COMPARED = 4  # steps whose tokens are compared between graph and eager, before the timing
+GREEDY = GenerationOptions(do_sample=False)
+
+
+def decoder_config(tiny: bool) -> Config:
+    """Qwen-VL-Chat's config.json as published, or a small one."""
+    hidden, layers, heads, inner, vocab = (128, 2, 2, 512, 512) if tiny else (4096, 32, 32, 22016, 151936)
+    return Config(
+        hidden_size=hidden,
+        intermediate_size=inner,
+        kv_channels=hidden // heads,
+        num_attention_heads=heads,
+        num_hidden_layers=layers,
+        vocab_size=vocab,
+        visual=VisualConfig(
+            heads=16,
+            image_size=448,
+            image_start_id=vocab - 79,
+            layers=48,
+            mlp_ratio=4.9231,
+            output_dim=hidden,
+            patch_size=14,
+            width=1664,
+        ),
+    )
+
+
+@dataclass(frozen=True)
+class Case:
+    """One figure: what runs, and how long the cache is."""
+
+    context: int
+    batch: int = 1
+    head: str = "float16"
+    cache: str = "float16"
+    graph: bool = True
+
+
+def cases(tiny: bool, cuda: bool) -> list[Case]:
+    """What is measured, the most telling first."""
+    if tiny:
+        found = [Case(40), Case(40, batch=2, head="int8", cache="int8")]
+    else:
+        found = [Case(256), Case(256, graph=False), Case(2048), Case(8192), Case(256, head="int8")]
+        found += [Case(context, batch) for batch in (16, 4) for context in (256, 2048, 8192)]
+        found += [Case(context, head="int8", cache="int8") for context in (256, 2048, 8192)]
+        found += [Case(context, batch, "int8", "int8") for batch in (16, 4) for context in (2048, 8192)]
+        found += [Case(2048, graph=False), Case(256, 16, graph=False)]
+    return found if cuda else [Case(c.context, c.batch, c.head, c.cache, graph=False) for c in found]
+
+
+class Bench:
+    """The decoder with either head (the blocks are shared), and what it takes to time a step."""
+
+    def __init__(self, device: str, *, tiny: bool):
+        self.device = torch.device(device)
+        self.config = decoder_config(tiny)
+        self.decoders = {"float16": FusedDecoder.random(self.config, device=device)}
+
+    def decoder(self, head: str) -> FusedDecoder:
+        """With this head; an int8 one is made when it is first asked for."""
+        if head not in self.decoders:
+            exact = self.decoders["float16"]
+            assert isinstance(exact.lm_head, torch.Tensor)
+            self.decoders[head] = FusedDecoder(
+                self.config, wte=exact.wte, blocks=exact.blocks, ln_f=exact.ln_f, lm_head=exact.lm_head, head="int8"
+            )
+        return self.decoders[head]
+
+    def step(self, case: Case, steps: int, *, graph: bool) -> DecodeStep:
+        """A step whose last of `steps` tokens is at position context - 1 of a cache full of random numbers."""
+        cache = KVCache(self.config, case.batch, case.context, dtype=CACHES[case.cache], device=self.device)
+        generator = torch.Generator(self.device).manual_seed(1)
+        for tensor in (cache.k, cache.v):
+            for layer in tensor:  # layer by layer: no temporary of the whole cache's size
+                if tensor.dtype == torch.int8:
+                    layer.random_(-127, 128, generator=generator)
+                else:
+                    layer.normal_(generator=generator)
+        for scales in (cache.k_scales, cache.v_scales):
+            if scales is not None:
+                scales.fill_(1 / 74)  # of a level, so that the numbers are as large as in float16
+        cache.lengths += case.context - steps
+        cache.filled += case.context - steps
+        samplers = Samplers([Sampler(GREEDY, [])] * case.batch, self.config.vocab_size, device=self.device)
+        return DecodeStep(self.decoder(case.head), cache, samplers, graph=graph)
+
+    def bytes_a_step(self, case: Case) -> int:
+        """What one step has to read: weights, head and everything that is cached."""
+        decoder = self.decoder(case.head)
+        blocks = sum(
+            part.weight.words.nbytes + part.weight.scales.nbytes
+            for block in decoder.blocks
+            for part in (block.c_attn, block.attn_c_proj, block.w1_w2, block.mlp_c_proj)
+        )
+        return blocks + decoder.lm_head.nbytes + self.cache_bytes(case)
+
+    def cache_bytes(self, case: Case) -> int:
+        """Keys and values of all sequences."""
+        config, itemsize = self.config, CACHES[case.cache].itemsize
+        row = config.hidden_size * itemsize + (2 * config.num_attention_heads if itemsize == 1 else 0)
+        return 2 * config.num_hidden_layers * case.batch * case.context * row
+
+    def run(self, case: Case, *, rounds: int) -> dict[str, Any]:
+        """Milliseconds a step over `rounds` steps, and what follows from them. SystemExit if graph and eager differ."""
+        none_ended = [False] * case.batch
+        eager_tokens: list[list[int]] = []
+        total = rounds + COMPARED
+        if case.graph:
+            eager = self.step(case, total, graph=False)
+            eager_tokens = [eager.next(none_ended) for _ in range(COMPARED)]
+            del eager
+        step = self.step(case, total, graph=case.graph)
+        tokens = [step.next(none_ended) for _ in range(COMPARED)]
+        if case.graph and tokens != eager_tokens:
+            raise SystemExit(f"{case}: the graph gives {tokens}, eager steps give {eager_tokens}")
+        times = []
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            step.next(none_ended)  # ends with the tokens on the host
+            times.append(1000 * (time.perf_counter() - begin))
+        median = statistics.median(times)
+        low, _, high = statistics.quantiles(times, n=4) if rounds > 1 else (median,) * 3
+        return {
+            "median_ms": median,
+            "low_ms": low,
+            "high_ms": high,
+            "rounds": rounds,
+            "tokens_per_s": 1000 * case.batch / median,
+            "gb_per_s": self.bytes_a_step(case) / median / 1e6,
+        }
+
+
+def records(
+    device: str, *, tiny: bool = False, rounds: int = 50, copy_rate: float | None = None
+) -> Iterator[dict[str, Any]]:
+    """One record per case, each as soon as it is measured; what does not fit into memory says so under "skipped"."""
+    bench = Bench(device, tiny=tiny)
+    for case in cases(tiny, device == "cuda"):
+        record: dict[str, Any] = {**vars(case)}
+        needed = bench.cache_bytes(case)
+        try:
+            if device == "cuda":
+                torch.cuda.empty_cache()
+                free = torch.cuda.mem_get_info()[0]
+                if needed + 2**30 > free:
+                    yield record | {"skipped": f"the cache takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"}
+                    continue
+                torch.cuda.reset_peak_memory_stats()
+            record |= bench.run(case, rounds=rounds)
+        except torch.OutOfMemoryError as error:
+            yield record | {"skipped": f"does not fit into memory: {error}".split(". ")[0]}
+            continue
+        if device == "cuda":
+            record["peak_bytes"] = torch.cuda.max_memory_allocated()
+        if copy_rate is not None:
+            record["share_of_copy"] = record["gb_per_s"] / copy_rate
+        yield record
+
+
+def table(results: list[dict[str, Any]]) -> str:
+    """Markdown, one row a case."""
+    lines = ["| context | batch | head | cache | as | ms a step | tokens/s | GB/s | of copy |", "| --- " * 9 + "|"]
+    for record in results:
+        head = f"| {record['context']} | {record['batch']} | {record['head']} | {record['cache']} | "
+        head += "graph | " if record["graph"] else "eager | "
+        if "skipped" in record:
+            lines.append(head + f"{record['skipped']} | | | |")
+            continue
+        spread = f"{record['median_ms']:.2f} ({record['low_ms']:.2f} to {record['high_ms']:.2f})"
+        share = f"{record['share_of_copy']:.2f}" if "share_of_copy" in record else ""
+        lines.append(f"{head}{spread} | {record['tokens_per_s']:.0f} | {record['gb_per_s']:.0f} | {share} |")
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Parse, measure, print, save."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_step", description=__doc__)
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="a small shape, to see that it runs")
+    parser.add_argument("--rounds", type=int, help="steps that count (default: 50, with --tiny 2)")
+    parser.add_argument("--json", type=Path, help="save the figures, with machine, versions, commit and date")
+    args = parser.parse_args(arguments)
+    if args.device == "cpu":
+        if not args.tiny:
+            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
+    copy_rate = copy_gb_per_s() if args.device == "cuda" else None
+    results = []
+    rounds = args.rounds or (2 if args.tiny else 50)
+    for record in records(args.device, tiny=args.tiny, rounds=rounds, copy_rate=copy_rate):
+        print(f"context {record['context']}, batch {record['batch']}", file=sys.stderr)
+        results.append(record)
+    machine = describe_machine(args.device)
+    print(f"{machine['device']}, torch {torch.__version__}\n")
+    print(table(results))
+    if args.json:
+        result = {"benchmark": "decode_step", **machine, "copy_gb_per_s": copy_rate, "records": results}
+        args.json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

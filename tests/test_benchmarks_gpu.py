@@ -1,0 +1,85 @@
+"""The GPU benchmarks run end to end in Triton's interpreter, and a run that is cut off tells what it has found."""
+
+import json
+import subprocess
+import sys
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("triton", reason="needs the triton package, which Linux has")
+
+from benchmarks.gpu import Report  # noqa: E402
+from benchmarks.plot import picture  # noqa: E402
+
+ROOT = Path(__file__).parent.parent
+# a plain checkout has nothing but torch, triton and numpy
+FORBIDDEN = ("PIL", "safetensors", "tiktoken", "onnxruntime", "onnx", "transformers", "matplotlib", "pytest")
+RUN = f"""
+import runpy, sys
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in {FORBIDDEN!r}:
+            raise ImportError(name + " is not installed")
+sys.meta_path.insert(0, Finder())
+sys.argv = ["gpu", *sys.argv[1:]]
+runpy.run_module("benchmarks.gpu", run_name="__main__")
+"""
+
+
+def test_all_of_it_runs_with_torch_triton_and_numpy_only(tmp_path: Path) -> None:
+    command = [sys.executable, "-W", "ignore", "-c", RUN, "--tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr[-2000:]
+    result = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert result["finished"] and not result["failed"] and all(check["holds"] for check in result["checks"])
+    assert {"layer", "decode_step", "int4_gemm", "rotary_attention"} <= set(result)
+    assert {"device", "versions", "commit", "date"} <= set(result)
+    peers = result["int4_gemm"][0]["peers"]
+    assert {"float16", "int4"} <= set(peers) and all(peer["error"] < 1.5e-3 for peer in peers.values())
+    drawing = ElementTree.parse(tmp_path / "out/gpu.svg").getroot()
+    assert drawing.tag.endswith("svg") and len(list(drawing.iter())) > 50
+
+
+def report(path: Path, minutes: float) -> Report:
+    return Report(path, {"device": "a card", "versions": {}, "commit": "", "date": ""}, minutes)
+
+
+def test_each_result_is_on_disk_when_the_next_is_made(tmp_path: Path) -> None:
+    path = tmp_path / "gpu.json"
+    mine = report(path, 1.0)
+
+    def work() -> Iterator[dict[str, Any]]:
+        for number in range(3):
+            assert len(json.loads(path.read_text()).get("numbers", [])) == number
+            yield {"number": number}
+
+    mine.run("numbers", work)
+    assert [record["number"] for record in json.loads(path.read_text())["numbers"]] == [0, 1, 2]
+
+
+def test_a_task_that_fails_is_a_result_and_the_others_go_on(tmp_path: Path) -> None:
+    mine = report(tmp_path / "gpu.json", 1.0)
+
+    def broken() -> Iterator[dict[str, Any]]:
+        yield {"number": 1}
+        raise SystemExit("off by 1e-1, allowed is 5e-4")
+
+    mine.run("broken", broken)
+    mine.run("whole", lambda: iter([{"number": 2}]))
+    result = json.loads((tmp_path / "gpu.json").read_text())
+    assert result["failed"][0]["task"] == "broken" and "off by 1e-1" in result["failed"][0]["error"]
+    assert len(result["broken"]) == len(result["whole"]) == 1
+
+
+def test_time_that_is_used_up_is_said(tmp_path: Path) -> None:
+    mine = report(tmp_path / "gpu.json", 0.0)
+    mine.run("numbers", lambda: iter([{"number": 1}, {"number": 2}]))
+    assert mine.result["left_out"] == ["the rest of numbers, after 1 records"]
+
+
+def test_a_result_with_nothing_in_it_has_no_picture() -> None:
+    assert picture({"checks": []}) is None
