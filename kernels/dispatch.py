@@ -48,7 +48,7 @@ def int4_gemm(
     if backend == "triton":
         gemm = _gemm_triton(rows.x)
         flat = Rows(rows.x.reshape(-1, weight.in_features), rows.sums, rows.squares, rows.eps)
-        y: Tensor = gemm.gemm_triton(flat, weight, bias).x if len(flat.x) else flat.x.new_empty(0, weight.out_features)
+        y: Tensor = gemm.gemm_triton(flat, weight, bias).x
         return y.view(*rows.x.shape[:-1], weight.out_features)
     if backend == "torch":
         return int4_gemm_torch(rows, _unpacked(weight), bias)
@@ -135,8 +135,6 @@ def int8_gemm(x: Tensor, weight: Int8Weight | TritonWeight, *, backend: str | No
         raise ValueError('backend "triton" reads a weight that was packed once: weight = pack_for_triton(weight)')
     if x.dtype != torch.float16:
         raise ValueError(f"x is {x.dtype}, the int8 kernel takes torch.float16: bfloat16 holds no 8-bit level exactly")
-    if len(x) == 0:
-        return x.new_empty(0, weight.out_features, dtype=torch.float32)
     gemm = _gemm_triton(x)
     parts = [gemm.gemm_triton(Rows(part), weight, out_dtype=torch.float32).x for part in x.split(MOST_SUMMED)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]

@@ -409,6 +409,8 @@ def gemm_triton(
         tile = tile_for(count, outputs, width, weight.group_size, bits=weight.bits, device=device_key(x.device))
     y_width = outputs // 2 if epilogue == SWIGLU else outputs
     y = torch.empty(count, y_width, dtype=out_dtype or x.dtype, device=x.device)
+    if count == 0:
+        return Rows(y, None, y.new_empty(0, 1, dtype=torch.float32) if epilogue == RESIDUAL else None, eps)
     tiles_n = -(-outputs // tile.block_n)
     few = count <= MOST_SUMMED
     y_sums = y_squares = None
