@@ -50,14 +50,16 @@ class Case:
     limit: float | None = None  # of instructions a unit
 
 
-def projection_case(projection: Projection, tile: Tile, dtype: torch.dtype = torch.float16) -> Case:
+def projection_case(
+    projection: Projection, tile: Tile, dtype: torch.dtype = torch.float16, *, one_row: bool = False
+) -> Case:
     """A projection with what bounds it: int4 as published is, its variants are only reported."""
     published = projection.bits == 4 and projection.group == 128 and not projection.zeros and dtype == torch.float16
     shape = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
-    name = projection.name + (" in bfloat16" if dtype == torch.bfloat16 else "")
+    name = projection.name + (" in bfloat16" if dtype == torch.bfloat16 else "") + (" of one row" if one_row else "")
     return Case(
         f"{name}, {shape}" + (", split" if tile.split_k > 1 else ""),
-        projection_launch(projection, tile, dtype),
+        projection_launch(projection, tile, dtype, one_row=one_row),
         f"int{projection.bits}",
         tile,
         WEIGHT_LIMITS.get(tile.block_m) if published else None,
@@ -70,6 +72,9 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     for block_m in (*DECODE_ROWS, *PREFILL_ROWS):
         for projection in LAYER:
             yield projection_case(projection, tile_for(block_m, projection.n, projection.k, 128, device=device))
+    for projection in LAYER:
+        tile = tile_for(1, projection.n, projection.k, 128, device=device)
+        yield projection_case(projection, tile, one_row=True)
     for block_m in DECODE_ROWS:
         yield projection_case(HEAD, tile_for(block_m, HEAD.n, HEAD.k, HEAD.k, bits=8, device=device))
     if quick and capability not in VARIANTS:

@@ -21,13 +21,16 @@ def meta(*shape: int, dtype: torch.dtype = torch.float16) -> torch.Tensor:
     return torch.empty(shape, dtype=dtype, device="meta")
 
 
-def projection_launch(projection: Projection, tile: Tile, dtype: torch.dtype = torch.float16) -> Launch:
-    """The launch of a projection with `tile`, as the runtime makes it.
+def projection_launch(
+    projection: Projection, tile: Tile, dtype: torch.dtype = torch.float16, *, one_row: bool = False
+) -> Launch:
+    """The launch of a projection with `tile`, as the runtime makes it: with all its rows, or one of the first layer.
 
-    Two splits stand for any number above one: the loop is the same.
+    Two splits stand for any number above one: the loop is the same. One row, and the one part of its squares that the
+    first layer has, become constants of the kernel.
     """
     tile = replace(tile, split_k=min(tile.split_k, 2))
-    rows = tile.block_m
+    rows, parts = (1, 1) if one_row else (tile.block_m, PARTS)
     few = rows <= MOST_SUMMED
     weight = weight_of(projection, device="meta")
     outputs = projection.n // 2 if projection.epilogue == "swiglu" else projection.n
@@ -38,7 +41,7 @@ def projection_launch(projection: Projection, tile: Tile, dtype: torch.dtype = t
         Rows(
             meta(rows, projection.k, dtype=dtype),
             meta(projection.k // SPAN, MOST_SUMMED, dtype=torch.float32) if few else None,
-            meta(rows, PARTS, dtype=torch.float32) if projection.norm else None,
+            meta(rows, parts, dtype=torch.float32) if projection.norm else None,
             1e-6,
         ),
         weight,

@@ -105,7 +105,7 @@ def _launch(function: JITFunction, arguments: tuple[Any, ...], named: dict[str, 
             signature.append((name, "fp32"))
         else:
             signature.append((name, "i32" if -(2**31) <= value < 2**31 else "i64"))
-            if value % 16 == 0:
+            if value % 16 == 0 and not parameter.do_not_specialize_on_alignment:
                 aligned.append(name)
     where = f"{function.fn.__module__}:{function.fn.__name__}"
     return Launch(where, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(named.items())))

@@ -48,7 +48,8 @@ def int4_gemm(
     if backend == "triton":
         gemm = _gemm_triton(rows.x)
         flat = Rows(rows.x.reshape(-1, weight.in_features), rows.sums, rows.squares, rows.eps)
-        y: Tensor = gemm.gemm_triton(flat, weight, bias).x
+        with torch.cuda.device_of(flat.x):  # Triton launches on the current device, wherever the tensors are
+            y: Tensor = gemm.gemm_triton(flat, weight, bias).x
         return y.view(*rows.x.shape[:-1], weight.out_features)
     if backend == "torch":
         return int4_gemm_torch(rows, _unpacked(weight), bias)
@@ -67,12 +68,14 @@ def int4_gemm_swiglu(
     "cpu".
     """
     _check_int4("int4_gemm_swiglu", rows, weight, bias)
+    _check_matrix(rows.x)
     backend = _backend("int4_gemm_swiglu", rows.x, weight, backend, FUSED)
     if backend != "triton":
         return int4_gemm_swiglu_torch(rows, _unpacked(weight), bias)
     _check_spans("int4_gemm_swiglu", weight.out_features // 2)
     gemm = _gemm_triton(rows.x)
-    return gemm.gemm_triton(rows, weight, bias, epilogue=gemm.SWIGLU)
+    with torch.cuda.device_of(rows.x):
+        return gemm.gemm_triton(rows, weight, bias, epilogue=gemm.SWIGLU)
 
 
 def int4_gemm_residual(
@@ -92,15 +95,17 @@ def int4_gemm_residual(
     without "cpu".
     """
     _check_int4("int4_gemm_residual", rows, weight, bias)
+    _check_matrix(rows.x)
     _check_residual(residual, norm_weight, (len(rows.x), weight.out_features))
     backend = _backend("int4_gemm_residual", rows.x, weight, backend, FUSED)
     if backend != "triton":
         return int4_gemm_residual_torch(rows, _unpacked(weight), bias, residual, norm_weight, eps)
     _check_spans("int4_gemm_residual", weight.out_features)
     gemm = _gemm_triton(rows.x)
-    return gemm.gemm_triton(
-        rows, weight, bias, epilogue=gemm.RESIDUAL, residual=residual, norm_weight=norm_weight, eps=eps
-    )
+    with torch.cuda.device_of(rows.x):
+        return gemm.gemm_triton(
+            rows, weight, bias, epilogue=gemm.RESIDUAL, residual=residual, norm_weight=norm_weight, eps=eps
+        )
 
 
 def rms_rows(
@@ -110,7 +115,8 @@ def rms_rows(
     _check_residual(residual, norm_weight, tuple(residual.shape))
     if backend == "triton" or (backend is None and residual.is_cuda):
         _check_spans("rms_rows", residual.shape[1])
-        return _gemm_triton(residual).rms_rows_triton(residual, norm_weight, eps, dtype)
+        with torch.cuda.device_of(residual):
+            return _gemm_triton(residual).rms_rows_triton(residual, norm_weight, eps, dtype)
     if backend not in (None, "torch"):
         raise ValueError(f'backend is {backend!r}, rms_rows has "torch" and "triton"')
     return rms_rows_torch(residual, norm_weight, eps, dtype)
@@ -123,6 +129,7 @@ def int8_gemm(x: Tensor, weight: Int8Weight | TritonWeight, *, backend: str | No
     int4_gemm; the "torch" definition takes any float dtype.
     """
     _check_x(x, weight)
+    _check_matrix(x)
     if backend is None:
         backend = "triton" if x.is_cuda else "torch"
     if isinstance(weight, TritonWeight) and weight.bits != 8:
@@ -136,7 +143,8 @@ def int8_gemm(x: Tensor, weight: Int8Weight | TritonWeight, *, backend: str | No
     if x.dtype != torch.float16:
         raise ValueError(f"x is {x.dtype}, the int8 kernel takes torch.float16: bfloat16 holds no 8-bit level exactly")
     gemm = _gemm_triton(x)
-    parts = [gemm.gemm_triton(Rows(part), weight, out_dtype=torch.float32).x for part in x.split(MOST_SUMMED)]
+    with torch.cuda.device_of(x):
+        parts = [gemm.gemm_triton(Rows(part), weight, out_dtype=torch.float32).x for part in x.split(MOST_SUMMED)]
     return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
@@ -225,9 +233,11 @@ def rotary_attention(
     if _attention_backend("rotary_attention", q, backend) == "torch":
         _check_positions(q, k_cache, start)
         return rotary_attention_torch(q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales)
-    attention: Tensor = _load_triton("kernels.rotary_attention_triton", q).rotary_attention_triton(
-        q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales, locks=locks, splits=splits
-    )
+    kernels = _load_triton("kernels.rotary_attention_triton", q)
+    with torch.cuda.device_of(q):
+        attention: Tensor = kernels.rotary_attention_triton(
+            q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales, locks=locks, splits=splits
+        )
     return attention
 
 
@@ -265,9 +275,11 @@ def rotary_attention_rows(
         x = x.reshape(batch, heads * dim)
         return Rows(x, sum_rows_torch(x))
     sums = torch.empty(heads * dim // SPAN, MOST_SUMMED, dtype=torch.float32, device=q.device)
-    x = _load_triton("kernels.rotary_attention_triton", q).rotary_attention_triton(
-        q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales, locks=locks, splits=splits, sums=sums
-    )
+    kernels = _load_triton("kernels.rotary_attention_triton", q)
+    with torch.cuda.device_of(q):
+        x = kernels.rotary_attention_triton(
+            q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, **scales, locks=locks, splits=splits, sums=sums
+        )
     return Rows(x.view(batch, heads * dim), sums)
 
 
@@ -315,6 +327,8 @@ def _check_attention(
         "v_scales": (v_scales, cache[:3], torch.float16),
         "locks": (locks, (batch * heads,), torch.int32),
     }
+    if locks is not None and not locks.is_contiguous():
+        raise ValueError(f"locks has strides {locks.stride()}, expected (1,)")
     for name, (tensor, shape, dtype) in optional.items():
         if tensor is not None:
             expected[name], wanted[name] = (tensor, shape), dtype
@@ -363,6 +377,11 @@ def _check_x(x: Tensor, weight: AnyInt4Weight | Int8Weight) -> None:
         size = x.shape[-1] if x.dim() else "no"
         raise ValueError(f"x has K={size} (shape {tuple(x.shape)}) but weight holds K={weight.in_features}")
     _check_device("x", x, "weight", weight.device)
+
+
+def _check_matrix(x: Tensor) -> None:
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (M, {x.shape[-1]})")
 
 
 def _check_residual(residual: Tensor, norm_weight: Tensor, shape: tuple[int, ...]) -> None:

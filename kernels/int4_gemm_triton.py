@@ -136,7 +136,7 @@ def _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M: tl.constexp
     return acc, last
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
 def _decode_kernel(
     x_ptr,
     sums_ptr,
@@ -217,12 +217,15 @@ def _decode_kernel(
             group = c * SUBGROUPS + q if GROUP < 128 else (first + c) // CHUNKS_A_GROUP
             scale = tl.load(scales_ptr + group * NP + n).to(tl.float32)
             start = tl.zeros((BLOCK_M,), tl.float32)
+            late = tl.zeros((BLOCK_M,), tl.float32)
             total = tl.zeros((BLOCK_M,), tl.float32)
             for j in tl.static_range(q * EACH, q * EACH + EACH):
                 for i in tl.static_range(SPANS):
                     s = tl.load(sums_c + (j * SPANS + i) * 16)
-                    if SHIFTED or j % 2 == 0:
+                    if SHIFTED:
                         start -= EVEN * s
+                    elif j % 2 == 0:
+                        late -= EVEN * s
                     else:
                         start -= ODD * s
                     total += s
@@ -242,6 +245,8 @@ def _decode_kernel(
                             plane = _halves((shifted & 0x00F000F0) | 0x64006400, BLOCK_N, WORDS, False)
                             p = _dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
                     p *= 0.0625
+                # not before: tensor cores cut off, and the sums at 16 times the level would have lost 4 bits more
+                p += late[None, :]
                 for j in tl.static_range(q * EACH, q * EACH + EACH):
                     if j % 2 == 0:
                         shifted = words >> 8 if j > 1 else words
@@ -281,7 +286,7 @@ def _decode_kernel(
         )
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
 def _prefill_kernel(
     x_ptr,
     words_ptr,
@@ -404,6 +409,7 @@ def gemm_triton(
     if width % CHUNK:
         x, sums = torch.nn.functional.pad(x, (0, -width % CHUNK)), None
     x = x.contiguous()
+    bias, norm_weight = (None if t is None else t.contiguous() for t in (bias, norm_weight))
     chunks, padded, _ = weight.words.shape
     if tile is None:
         tile = tile_for(count, outputs, width, weight.group_size, bits=weight.bits, device=device_key(x.device))
@@ -453,7 +459,7 @@ def gemm_triton(
     return Rows(y, y_sums, y_squares, eps)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
 def _rows_kernel(
     x_ptr, norm_ptr, y_ptr, sums_ptr, squares_ptr, M, K, BLOCK_K: tl.constexpr, NORM: tl.constexpr, SUMS: tl.constexpr
 ):
@@ -490,6 +496,7 @@ def sum_rows(x: Tensor) -> Tensor:
 def rms_rows_triton(residual: Tensor, norm_weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:
     """residual (M, K) float32, contiguous -> Rows whose row factor is left to the consumer (rows.py)."""
     count, width = residual.shape
+    norm_weight = norm_weight.contiguous()
     few = count <= MOST_SUMMED
     x = torch.empty(count, width, dtype=dtype, device=residual.device)
     squares = torch.empty(count, 1, dtype=torch.float32, device=residual.device)

@@ -71,7 +71,7 @@ class TritonWeight:
         if self.bits == 8:
             signed = (levels.to(torch.int16) - 128).to(torch.int8)
             return Int8Weight(signed.T.contiguous(), self.scales[0, : self.out_features])
-        groups, outputs = self.in_features // self.group_size, self.out_features
+        groups, outputs = max(1, self.in_features // self.group_size), self.out_features
         words = pack_levels(levels).view(groups, -1, outputs).transpose(1, 2).contiguous()
         if self.zeros is None:
             zeros = torch.full((groups, outputs), 8, dtype=torch.int16, device=self.device)
@@ -90,15 +90,16 @@ def pack_for_triton(weight: Int4Weight | Int8Weight) -> TritonWeight:
     if isinstance(weight, Int8Weight):
         levels = (weight.levels.to(torch.int16) + 128).to(torch.uint8).T
         words = _pack_words(F.pad(levels, (0, rows, 0, columns), value=128), 8)
-        return TritonWeight(
-            words, F.pad(weight.scales, (0, rows))[None], None, None, _locks(words), 8, channels, outputs, channels
-        )
+        scales = F.pad(weight.scales, (0, rows))[None]
+        return TritonWeight(words, scales, None, None, _locks(words), 8, channels, outputs, max(channels, CHUNK))
     size = weight.group_size
     if size not in (32, 64) and size % CHUNK and size != channels:
         raise ValueError(
             f"weight has groups of {size} channels, the Triton kernels take 32, 64, a multiple of {CHUNK}, or one "
             f"group of all {channels}; quantize again with one of these"
         )
+    if size not in (32, 64):
+        size = max(size, CHUNK)  # one group of less than a chunk: what is padded belongs to it
     middle = 8
     words = _pack_words(F.pad(weight.grouped_levels(), (0, rows, 0, columns), value=middle), 4)
     off_middle = weight.zeros - middle

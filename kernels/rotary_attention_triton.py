@@ -253,7 +253,7 @@ def decode_kernel(
             tl.store(sums_ptr + span * 16 + b, sums)
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["T"])  # else every 16th length of a prompt compiles anew
 def append_kernel(
     k_ptr,
     v_ptr,
@@ -366,7 +366,7 @@ def _attend(
     return acc, total, m
 
 
-@triton.jit
+@triton.jit(do_not_specialize_on_alignment=["T"])  # else every 16th length of a prompt compiles anew
 def prefill_kernel(
     q_ptr,
     cos_ptr,
@@ -517,7 +517,7 @@ def rotary_attention_triton(
     For one token, `sums` (H * D / 32, 16) float32 is filled as rows.py has it, if given.
     """
     _check_limits(q, k, v, k_cache, v_cache, k_scales, v_scales, splits)
-    cos, sin = cos.contiguous(), sin.contiguous()
+    cos, sin, start = cos.contiguous(), sin.contiguous(), start.contiguous()
     q_scale = None if q_scale is None else q_scale.contiguous()
     caches = (k_cache, v_cache, k_scales, v_scales, start)
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)

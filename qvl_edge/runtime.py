@@ -136,7 +136,7 @@ class Runtime:
         fused = place.type == "cuda" and config.quantization is not None and config.quantization.bits == 4
         if head != "float16" and not fused:
             raise ConfigError(f"head is {head!r}, which needs an int4 model on CUDA; this one runs on {place}")
-        encoder = VisionEncoder(vit, config.visual, device=vision_device or place.type)
+        encoder = VisionEncoder(vit, config.visual, device=vision_device or str(place))
         vision = FeatureCache(encoder, config.visual.image_size)
         decoder: QWenLMHeadModel | FusedDecoder
         if fused:

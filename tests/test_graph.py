@@ -67,6 +67,14 @@ def test_an_ended_sequence_without_numbers_does_not_stop_the_others(model) -> No
     assert min(step.next([True, False])) >= 0
 
 
+def test_a_step_never_chooses_rotary_frequencies_again(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    # a graph would write them at every replay; a prompt of one token that ends at once looks like an empty sequence
+    step = step_of(model, prompts_of(model, 1, 3), 20, GREEDY)
+    monkeypatch.setattr("qvl_edge.model.decoder.rotary_frequencies", None)
+    step.next([True, False])
+    assert step.cache.filled.tolist() == [1, 4]
+
+
 def test_a_running_sequence_without_numbers_is_an_error(model) -> None:
     step = step_of(model, prompts_of(model, 3), 20, GREEDY)
     step.cache.v.fill_(torch.nan)

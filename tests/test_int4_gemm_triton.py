@@ -33,7 +33,7 @@ TOLERANCE = {torch.float16: 5e-4, torch.bfloat16: 4e-3 if DEVICE == "cuda" else 
 EPS = 1e-6
 
 # (K, N, group_size): odd outputs, one and several chunks, padding of both, groups smaller and larger than a chunk
-SHAPES = [(128, 40, 32), (256, 96, 64), (384, 264, 128), (144, 24, -1), (512, 40, 256)]
+SHAPES = [(128, 40, 32), (256, 96, 64), (384, 264, 128), (144, 24, -1), (512, 40, 256), (48, 40, -1)]
 # (rows, block_m, split_k): both kernels, full and ragged blocks, more splits than chunks
 LAUNCHES = [(1, 8, 1), (3, 8, 2), (8, 8, 9), (9, 16, 2), (16, 16, 1), (17, 32, 1), (70, 32, 1)]
 
@@ -77,6 +77,17 @@ def test_it_computes_the_written_formula(shape: tuple[int, int, int], sym: bool,
         expected = x.double().cpu() @ formula.T + bias.double().cpu()
         assert relative_error(y.cpu(), expected) < TOLERANCE[dtype], (rows, block_m, split_k)
         assert not bool(ours.locks.any())
+
+
+def test_vectors_with_strides_are_read_as_they_are() -> None:
+    weight, formula = make_weight(128, 64, 128, sym=True, desc_act=False)
+    x, bias, norm_weight = random(3, 128), random(128, seed=2)[::2], random(128, seed=3)[::2]
+    residual = random(3, 64, dtype=torch.float32)
+    expected = (residual.double() + (x.double().cpu() @ formula.T).to(DEVICE) + bias.double()) * norm_weight.double()
+    out = int4_gemm_residual(Rows(x), packed(weight), bias, residual, norm_weight, EPS, backend="triton")
+    assert relative_error(out.x.cpu(), expected.cpu()) < TOLERANCE[torch.float16]
+    rows = rms_rows(residual, norm_weight, EPS, torch.float16, backend="triton")
+    assert torch.equal(rows.x, (residual * norm_weight).half())
 
 
 def test_many_blocks_of_rows_are_all_computed_once() -> None:
@@ -188,7 +199,7 @@ def test_the_first_layers_rows_are_those_of_the_definition(rows: int) -> None:
         torch.testing.assert_close(sum_rows(ours.x)[:, :rows], ours.sums[:, :rows])
 
 
-@pytest.mark.parametrize("shape", [(256, 40), (144, 300)], ids=str)
+@pytest.mark.parametrize("shape", [(256, 40), (144, 300), (32, 40)], ids=str)
 @pytest.mark.parametrize("rows", [1, 5, 16, 19])
 def test_the_int8_head_computes_the_written_formula(shape: tuple[int, int], rows: int) -> None:
     weight = quantize_int8(random(shape[1], shape[0], seed=6))
@@ -249,6 +260,12 @@ def test_what_a_kernel_cannot_do_is_an_error_that_names_the_rule() -> None:
         int4_gemm_residual(
             Rows(random(2, 128)), ours, None, random(3, 40, dtype=torch.float32), random(40), EPS, backend="triton"
         )
+    for call in (
+        lambda x: int8_gemm(x, ours, backend="triton"),
+        lambda x: int4_gemm_swiglu(Rows(x), ours, backend="triton"),
+    ):
+        with pytest.raises(ValueError, match=r"x has shape \(1, 2, 128\), expected \(M, 128\)"):
+            call(random(1, 2, 128))
     with pytest.raises(ValueError, match="weight has 4 bits, int8_gemm takes 8"):
         int8_gemm(random(2, 128), ours, backend="triton")
     if DEVICE == "cpu":

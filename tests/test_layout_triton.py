@@ -10,7 +10,7 @@ from kernels import interleave, pack_for_triton, quantize_int8
 from kernels.int4_gemm_torch import dequantize
 from kernels.layout_triton import TILE
 
-SHAPES = [(128, 40, 32), (384, 264, 128), (256, 128, 64), (144, 24, -1), (160, 8, 32), (512, 16, 256)]
+SHAPES = [(128, 40, 32), (384, 264, 128), (256, 128, 64), (144, 24, -1), (160, 8, 32), (512, 16, 256), (48, 8, -1)]
 
 
 @pytest.mark.parametrize("sym", [True, False])

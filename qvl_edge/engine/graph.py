@@ -169,5 +169,6 @@ class Decoding:
         )
 
     def give_back(self, step: DecodeStep) -> None:
-        """End with a step; only one with graphs is worth keeping its cache for."""
-        self._idle = step if self.graph else None
+        """End with a step. Only one with graphs is worth keeping its cache for, and of two that one with more room."""
+        if self.graph and (self._idle is None or step.cache.capacity > self._idle.cache.capacity):
+            self._idle = step

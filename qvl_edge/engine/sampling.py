@@ -115,5 +115,5 @@ def check_tokens(tokens: Sequence[int]) -> None:
     if NOT_FINITE in tokens:
         raise ConfigError(
             f"the logits of sequence {list(tokens).index(NOT_FINITE)} are not finite: the model's numbers are too "
-            "large for float16, or its weights are damaged; use dtype=torch.bfloat16"
+            "large for float16, or its weights are damaged; use bfloat16"
         )

@@ -34,16 +34,18 @@ class VisionEncoder:
     ):
         """Open `path`; its data file must lie beside it.
 
-        device: "cpu" or "cuda", and nothing else is used in its place. threads: of a CPU session (default: all cores).
+        device: "cpu", "cuda" or "cuda:N", and nothing else is used in its place. threads: of a CPU session (default:
+        all cores).
         max_batch: images that are encoded at once; more are split. ConfigError if the device cannot be used;
         BundleError if the file is missing, damaged, reaches out of its folder, or belongs to another model.
         """
         self.path, self.visual, self.max_batch = Path(path), visual, max_batch
         if max_batch < 1 or (threads is not None and threads < 1):
             raise ConfigError(f"max_batch is {max_batch} and threads is {threads}; both have to be at least 1")
-        if device not in PROVIDERS:
-            raise ConfigError(f"device is {device!r}, known are {', '.join(PROVIDERS)}")
-        provider = PROVIDERS[device]
+        kind, _, index = device.partition(":")
+        if kind not in PROVIDERS or (index and not index.isdigit()):
+            raise ConfigError(f"device is {device!r}, known are {', '.join(PROVIDERS)} and cuda:N")
+        provider = PROVIDERS[kind]
         if provider not in ort.get_available_providers():
             raise ConfigError(
                 f"onnxruntime {ort.__version__} has no {provider} (it has {', '.join(ort.get_available_providers())}); "
@@ -91,7 +93,10 @@ class VisionEncoder:
     def _open(self, provider: str, options: ort.SessionOptions, device: str) -> ort.InferenceSession:
         try:
             # also refuses external data that would be read from outside of the folder
-            session = ort.InferenceSession(str(self.path), options, providers=[(provider, _PROVIDER_OPTIONS[provider])])
+            settings = _PROVIDER_OPTIONS[provider]
+            if index := device.partition(":")[2]:
+                settings = settings | {"device_id": index}
+            session = ort.InferenceSession(str(self.path), options, providers=[(provider, settings)])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
             reason = str(error).splitlines()[0] if str(error) else type(error).__name__
             again = _AGAIN.format(folder=self.path.parent)

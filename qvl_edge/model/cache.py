@@ -28,6 +28,7 @@ class KVCache:
             self.v_scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = torch.zeros(batch, dtype=torch.int64)
+        self.placed = torch.zeros(batch, dtype=torch.bool)  # on the host: whether a sequence has its frequencies
         # radians a position (B, D), of the NTK alpha that is chosen at prefill and kept
         self.frequencies = torch.zeros(batch, config.kv_channels, dtype=torch.float32, device=device)
         self.locks = torch.zeros(batch * config.num_attention_heads, dtype=torch.int32, device=device)
@@ -57,7 +58,7 @@ class KVCache:
         view.k_scales = None if self.k_scales is None else self.k_scales[:, rows, :, :capacity]
         view.v_scales = None if self.v_scales is None else self.v_scales[:, rows, :, :capacity]
         view.lengths, view.filled, view.frequencies = self.lengths[rows], self.filled[rows], self.frequencies[rows]
-        view.locks = self.locks[locks]
+        view.placed, view.locks = self.placed[rows], self.locks[locks]
         return view
 
     def layer(self, index: int) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor | None]]:
@@ -77,6 +78,7 @@ class KVCache:
         """Forget all sequences; what they left in k and v is never looked at."""
         self.lengths.zero_()
         self.filled.zero_()
+        self.placed.zero_()
 
     def check_room(self, tokens: int) -> None:
         """PromptError if `tokens` more do not fit into every sequence."""

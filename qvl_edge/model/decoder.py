@@ -120,11 +120,12 @@ def place_tokens(config: Config, tokens: int, cache: KVCache) -> tuple[Tensor, T
     waits for the device, so that a CUDA graph can hold this. PromptError if the cache has no room.
     """
     cache.check_room(tokens)
-    for index, filled in enumerate(cache.filled.tolist()):
-        if filled == 0:
+    for index, placed in enumerate(cache.placed.tolist()):
+        if not placed:
             alpha = ntk_alpha(tokens, config.seq_length) if config.use_dynamic_ntk else 1.0
             alphas = torch.full((1,), alpha, dtype=torch.float32, device=cache.frequencies.device)
             cache.frequencies[index] = rotary_frequencies(config, alphas)[0]
+    cache.placed.fill_(True)
     start = cache.lengths
     positions = start[:, None]
     if tokens > 1:
