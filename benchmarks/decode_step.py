@@ -7,7 +7,6 @@ next ones on the host, as a CUDA graph and eagerly. Both have to give the same t
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -18,7 +17,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, use_device
 from benchmarks.timing import copy_gb_per_s
 from qvl_edge.config import Config, VisualConfig
 from qvl_edge.engine.graph import DecodeStep
@@ -212,10 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, help="steps that count (default: 50, with --tiny 2)")
     parser.add_argument("--json", type=Path, help="save the figures, with machine, versions, commit and date")
     args = parser.parse_args(arguments)
-    if args.device == "cpu":
-        if not args.tiny:
-            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
+    use_device(parser, args.device, tiny=args.tiny)
     copy_rate = copy_gb_per_s() if args.device == "cuda" else None
     results = []
     rounds = args.rounds or (2 if args.tiny else 50)

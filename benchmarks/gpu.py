@@ -8,7 +8,6 @@ that is cut off still tells; DIR/gpu.svg is the picture. Exit code 1 if a check 
 
 import argparse
 import json
-import os
 import sys
 import time
 import traceback
@@ -19,7 +18,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, use_device
 from benchmarks.plot import picture
 from benchmarks.timing import copy_gb_per_s
 
@@ -123,12 +122,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parser.parse_args(arguments)
-    if args.device == "cpu":
-        if not args.tiny:
-            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
-    elif not torch.cuda.is_available():
-        parser.error("no CUDA device is here; --device cpu --tiny needs none")
+    use_device(parser, args.device, tiny=args.tiny)
     from benchmarks.checks import CHECKS
 
     args.out.mkdir(parents=True, exist_ok=True)

@@ -1,5 +1,6 @@
 """On what a figure was measured: written into every result."""
 
+import argparse
 import contextlib
 import datetime
 import importlib.metadata
@@ -66,3 +67,13 @@ def _nvidia_smi(names: list[str]) -> list[str]:
     except (OSError, subprocess.SubprocessError):
         return []
     return [value.strip() for value in said.strip().split(",")]
+
+
+def use_device(parser: argparse.ArgumentParser, device: str, *, tiny: bool) -> None:
+    """End with a way out if `device` cannot run the GPU kernels; on the CPU they are interpreted, small shapes only."""
+    if device == "cpu":
+        if not tiny:
+            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
+    elif not torch.cuda.is_available():
+        parser.error("no CUDA device is here; --device cpu --tiny needs none")

@@ -9,7 +9,6 @@ and no call waits for Python. `--device cpu --tiny` shows on small shapes, in Tr
 import argparse
 import json
 import math
-import os
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
@@ -23,7 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, use_device
 from benchmarks.timing import copy_gb_per_s, in_one_graph, measure, measure_on_device
 from kernels.cache_rows import dequantize_rows, quantize_rows
 from kernels.dispatch import rotary_attention
@@ -290,10 +289,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--seconds", type=float, default=2.0, help="at most, per candidate and task (default: 2)")
     parser.add_argument("--json", type=Path, help="save the figures, with machine, versions, commit and date")
     args = parser.parse_args(arguments)
-    if args.device == "cpu":
-        if not args.tiny:
-            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
+    use_device(parser, args.device, tiny=args.tiny)
     results = []
     with torch.inference_mode():
         for record in records(args.device, tiny=args.tiny, rounds=args.rounds, seconds=args.seconds):

@@ -1,5 +1,6 @@
 """The GPU benchmarks run end to end in Triton's interpreter, and a run that is cut off tells what it has found."""
 
+import importlib
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 pytest.importorskip("triton", reason="needs the triton package, which Linux has")
 
@@ -79,6 +81,16 @@ def test_time_that_is_used_up_is_said(tmp_path: Path) -> None:
     mine = report(tmp_path / "gpu.json", 0.0)
     mine.run("numbers", lambda: iter([{"number": 1}, {"number": 2}]))
     assert mine.result["left_out"] == ["the rest of numbers, after 1 records"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here they would run")
+@pytest.mark.parametrize("name", ["gpu", "decode_step", "rotary_attention", "int4_gemm", "tune"])
+def test_without_a_gpu_each_benchmark_says_so(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    main = importlib.import_module(f"benchmarks.{name}").main
+    arguments = ["--device", "cuda", *(["--out", str(tmp_path)] if name == "gpu" else [])]
+    with pytest.raises(SystemExit):
+        main(arguments)
+    assert "no CUDA device is here" in capsys.readouterr().err
 
 
 def test_a_result_with_nothing_in_it_has_no_picture() -> None:
