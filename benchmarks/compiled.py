@@ -26,7 +26,7 @@ from benchmarks.launches import attention_launch, meta, projection_launch
 from benchmarks.machine import describe_machine
 from benchmarks.offline import Compiled, Launch, Loop, compile_launch, record_one
 from benchmarks.projections import C_ATTN, HEAD, LAYER, PROJECTIONS, Projection
-from kernels import int4_gemm_triton as gemm
+from kernels import rows_triton
 from kernels.tiles import DECODE_ROWS, PREFILL_ROWS, Tile, read_table, tile_for
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 120)
@@ -80,8 +80,8 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     if quick and capability not in VARIANTS:
         return
     x, residual = meta(8, 4096), meta(8, 4096, dtype=torch.float32)
-    yield Case("sums of rows", record_one("_rows_kernel", gemm.sum_rows, x), "other")
-    rms = record_one("_rows_kernel", gemm.rms_rows_triton, residual, meta(4096), 1e-6, torch.float16)
+    yield Case("sums of rows", record_one("_rows_kernel", rows_triton.sum_rows, x), "other")
+    rms = record_one("_rows_kernel", rows_triton.rms_rows_triton, residual, meta(4096), 1e-6, torch.float16)
     yield Case("rows of a residual", rms, "other")
     zeros = replace(C_ATTN, name="c_attn with zeros", zeros=True)
     variants = (

@@ -150,8 +150,8 @@ def _unable(reason: str) -> Peer:
 
 
 def _with_sums(x: Tensor) -> Rows:
-    gemm: Any = importlib.import_module("kernels.int4_gemm_triton")
-    return Rows(x, gemm.sum_rows(x) if len(x) <= MOST_SUMMED else None)
+    rows: Any = importlib.import_module("kernels.rows_triton")
+    return Rows(x, rows.sum_rows(x) if len(x) <= MOST_SUMMED else None)
 
 
 def _gemlite_peer(levels: Tensor, scales: Tensor, int4_bytes: int) -> Peer:

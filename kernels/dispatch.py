@@ -116,7 +116,7 @@ def rms_rows(
     if backend == "triton" or (backend is None and residual.is_cuda):
         _check_spans("rms_rows", residual.shape[1])
         with torch.cuda.device_of(residual):
-            return _gemm_triton(residual).rms_rows_triton(residual, norm_weight, eps, dtype)
+            return _load_triton("kernels.rows_triton", residual).rms_rows_triton(residual, norm_weight, eps, dtype)
     if backend not in (None, "torch"):
         raise ValueError(f'backend is {backend!r}, rms_rows has "torch" and "triton"')
     return rms_rows_torch(residual, norm_weight, eps, dtype)

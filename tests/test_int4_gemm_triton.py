@@ -23,7 +23,8 @@ from kernels import (
 from kernels.tiles import Tile
 
 triton = pytest.importorskip("triton", reason="needs the triton package, which Linux has")
-from kernels.int4_gemm_triton import RESIDUAL, SWIGLU, gemm_triton, sum_rows  # noqa: E402
+from kernels.int4_gemm_triton import RESIDUAL, SWIGLU, gemm_triton  # noqa: E402
+from kernels.rows_triton import sum_rows  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # relative norm error against float64 of x as it is given: the result is rounded to 16 bits, and so is, for many rows,
