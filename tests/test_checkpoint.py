@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import sys
 from pathlib import Path
 
 import pytest
@@ -128,3 +129,29 @@ def test_modules_take_the_asked_dtype_and_do_not_keep_the_file_mapped(small_chec
     with open(file, "r+b") as handle:
         handle.write(content)
     assert torch.equal(decoder.lm_head.weight, before)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_released_tensor_leaves_no_pages_behind_and_can_be_read_again(kind: str, small_checkpoint: Path) -> None:
+    tensors = load_file(small_checkpoint / "model.safetensors")
+    name = "lm_head.weight"
+    tensors[name] = torch.arange(16 << 20, dtype=torch.int32).view(torch.float16)
+    if kind == "bin":
+        (small_checkpoint / "model.safetensors").unlink()
+        torch.save(tensors, small_checkpoint / "pytorch_model.bin")
+    else:
+        save_file(tensors, small_checkpoint / "model.safetensors")
+    checkpoint = Checkpoint(small_checkpoint)
+    before = _mapped_bytes()
+    total = checkpoint[name].view(torch.int32).sum()
+    assert _mapped_bytes() - before > 60e6  # of 67e6
+    checkpoint.release(name)
+    assert _mapped_bytes() - before < 1e6
+    assert checkpoint[name].view(torch.int32).sum() == total
+
+
+def _mapped_bytes() -> int:
+    """File pages that this process has in memory."""
+    status = Path("/proc/self/status").read_text()
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile"))) * 1024
