@@ -19,12 +19,13 @@ import torch
 
 from benchmarks.machine import describe_machine, use_device
 from benchmarks.timing import copy_gb_per_s
-from qvl_edge.config import Config, VisualConfig
+from qvl_edge.config import Config
 from qvl_edge.engine.graph import DecodeStep
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler, Samplers
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.fused import FusedDecoder
+from qvl_edge.published import CONFIG
 
 HEADS = ("float16", "int8")
 CACHES = {"float16": torch.float16, "int8": torch.int8}
@@ -34,25 +35,11 @@ GREEDY = GenerationOptions(do_sample=False)
 
 def decoder_config(tiny: bool) -> Config:
     """Qwen-VL-Chat's config.json as published, or a small one."""
-    hidden, layers, heads, inner, vocab = (128, 2, 2, 512, 512) if tiny else (4096, 32, 32, 22016, 151936)
-    return Config(
-        hidden_size=hidden,
-        intermediate_size=inner,
-        kv_channels=hidden // heads,
-        num_attention_heads=heads,
-        num_hidden_layers=layers,
-        vocab_size=vocab,
-        visual=VisualConfig(
-            heads=16,
-            image_size=448,
-            image_start_id=vocab - 79,
-            layers=48,
-            mlp_ratio=4.9231,
-            output_dim=hidden,
-            patch_size=14,
-            width=1664,
-        ),
-    )
+    if not tiny:
+        return Config.from_dict(CONFIG)
+    visual = {**CONFIG["visual"], "image_start_id": 433, "output_dim": 128}
+    sizes = {"hidden_size": 128, "kv_channels": 64, "num_attention_heads": 2, "num_hidden_layers": 2}
+    return Config.from_dict({**CONFIG, **sizes, "intermediate_size": 512, "vocab_size": 512, "visual": visual})
 
 
 @dataclass(frozen=True)

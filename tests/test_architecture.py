@@ -31,6 +31,7 @@ LAYERS = (
     ("vit_cache", "answer", "engine", "demo"),
     ("model", "text"),
     ("bundle", "checkpoint"),
+    ("published",),
     ("config",),
     ("errors",),
 )

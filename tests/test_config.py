@@ -1,10 +1,12 @@
 """config.json and quantize_config.json: published files are read, contradictions are refused."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from conftest import DATA, SMALL
 
+from qvl_edge import published
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import ConfigError
 
@@ -56,3 +58,18 @@ def test_a_missing_or_broken_config_names_the_file(tmp_path) -> None:
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(ConfigError, match="not valid JSON"):
         Config.from_folder(tmp_path)
+
+
+def test_the_published_settings_that_ship_are_those_of_the_published_files() -> None:
+    chat, int4 = DATA / "published/Qwen-VL-Chat", DATA / "published/Qwen-VL-Chat-Int4"
+    for file, ours in {
+        chat / "config.json": published.CONFIG,
+        chat / "generation_config.json": published.GENERATION,
+        int4 / "quantize_config.json": published.QUANTIZATION,
+    }.items():
+        theirs = json.loads(file.read_text())
+        assert ours == {key: theirs[key] for key in ours}
+    assert published.published_config("Qwen/Qwen-VL-Chat") == Config.from_folder(chat)
+    found = published.published_config("Qwen/Qwen-VL-Chat-Int4")
+    assert found is not None
+    assert replace(found, torch_dtype="float16") == Config.from_folder(int4)
