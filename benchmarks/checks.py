@@ -13,7 +13,7 @@ from kernels.cache_rows import dequantize_rows, quantize_rows
 from kernels.dispatch import rotary_attention
 from kernels.tiles import Tile
 from qvl_edge.model.cache import KVCache
-from qvl_edge.model.fused import FusedDecoder, Head
+from qvl_edge.model.fused import FusedDecoder
 
 # odd sizes: the last tile and the last chunk are not full; fused forms need multiples of 32
 ODD = (
@@ -139,8 +139,7 @@ def check_decoder(device: str, tiny: bool) -> Iterator[dict[str, Any]]:
     """A small decoder's logits, prompt and two steps, by the kernels and by their definitions on the same device."""
     del tiny
     config = decoder_config(tiny=True)
-    heads: tuple[Head, ...] = ("float16", "int8")
-    for head in heads:
+    for head in ("float16", "int8"):
         ours = FusedDecoder.random(config, device=device, head=head)
         logits: dict[str, list[Tensor]] = {}
         for backend in ("triton", "torch"):

@@ -19,11 +19,12 @@ import torch
 
 from benchmarks.machine import describe_machine, use_device
 from benchmarks.timing import copy_gb_per_s
+from kernels import quantize_int8
 from qvl_edge.config import Config
-from qvl_edge.engine.graph import DecodeStep
+from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.options import GenerationOptions
-from qvl_edge.engine.sampling import Sampler, Samplers
-from qvl_edge.model.cache import KVCache
+from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.slots import Slots
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.published import CONFIG
 
@@ -79,15 +80,18 @@ class Bench:
         if head not in self.decoders:
             exact = self.decoders["float16"]
             assert isinstance(exact.lm_head, torch.Tensor)
+            lm_head = quantize_int8(exact.lm_head)
             self.decoders[head] = FusedDecoder(
-                self.config, wte=exact.wte, blocks=exact.blocks, ln_f=exact.ln_f, lm_head=exact.lm_head, head="int8"
+                self.config, wte=exact.wte, blocks=exact.blocks, ln_f=exact.ln_f, lm_head=lm_head
             )
         return self.decoders[head]
 
-    def step(self, case: Case, steps: int, *, graph: bool) -> DecodeStep:
-        """A step whose last of `steps` tokens is at position context - 1 of a cache full of random numbers."""
-        cache = KVCache(self.config, case.batch, case.context, dtype=CACHES[case.cache], device=self.device)
-        generator = torch.Generator(self.device).manual_seed(1)
+    def slots(self, case: Case, steps: int, *, graph: bool) -> Slots:
+        """Running sequences, the last of whose next `steps` tokens is at position context - 1; random keys, values."""
+        slots = Slots(
+            self.decoder(case.head), capacity=case.context, count=case.batch, kv_cache=CACHES[case.cache], graph=graph
+        )
+        cache, generator = slots.cache, torch.Generator(self.device).manual_seed(1)
         for tensor in (cache.k, cache.v):
             for layer in tensor:  # layer by layer: no temporary of the whole cache's size
                 if tensor.dtype == torch.int8:
@@ -97,10 +101,12 @@ class Bench:
         for scales in (cache.k_scales, cache.v_scales):
             if scales is not None:
                 scales.fill_(1 / 74)  # of a level, so that the numbers are as large as in float16
-        cache.lengths += case.context - steps
-        cache.filled += case.context - steps
-        samplers = Samplers([Sampler(GREEDY, [])] * case.batch, self.config.vocab_size, device=self.device)
-        return DecodeStep(self.decoder(case.head), cache, samplers, graph=graph)
+        for _ in range(case.batch):
+            ids = [0] * (case.context - steps)
+            sequence = slots.begin(Inputs(ids), Sampler(GREEDY, [], device=self.device))
+            sequence.held += ids[len(sequence.held) :]
+            slots.start(sequence, 0)
+        return slots
 
     def bytes_a_step(self, case: Case) -> int:
         """What one step has to read: weights, head and everything that is cached."""
@@ -120,21 +126,20 @@ class Bench:
 
     def run(self, case: Case, *, rounds: int) -> dict[str, Any]:
         """Milliseconds a step over `rounds` steps, and what follows from them. SystemExit if graph and eager differ."""
-        none_ended = [False] * case.batch
         eager_tokens: list[list[int]] = []
         total = rounds + COMPARED
         if case.graph:
-            eager = self.step(case, total, graph=False)
-            eager_tokens = [eager.next(none_ended) for _ in range(COMPARED)]
+            eager = self.slots(case, total, graph=False)
+            eager_tokens = [list(eager.step().values()) for _ in range(COMPARED)]
             del eager
-        step = self.step(case, total, graph=case.graph)
-        tokens = [step.next(none_ended) for _ in range(COMPARED)]
+        slots = self.slots(case, total, graph=case.graph)
+        tokens = [list(slots.step().values()) for _ in range(COMPARED)]
         if case.graph and tokens != eager_tokens:
             raise SystemExit(f"{case}: the graph gives {tokens}, eager steps give {eager_tokens}")
         times = []
         for _ in range(rounds):
             begin = time.perf_counter()
-            step.next(none_ended)  # ends with the tokens on the host
+            slots.step()  # ends with the tokens on the host
             times.append(1000 * (time.perf_counter() - begin))
         median = statistics.median(times)
         low, _, high = statistics.quantiles(times, n=4) if rounds > 1 else (median,) * 3

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
 import qvl_edge.demo
 from benchmarks.machine import describe_machine
@@ -28,9 +27,11 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
 from qvl_edge.demo.conversations import write_conversations
 from qvl_edge.demo.scenes import KINDS, UNSEEN, Question, Scene, ask, ask_which, make_scene
-from qvl_edge.engine.generate import embed_prompt, generate
+from qvl_edge.engine.generate import generate
+from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.slots import Slots
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.prompt import chat_prompt, decode_reply, stop_token_ids
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
@@ -40,6 +41,7 @@ TEST_SCENES = UNSEEN + 10**6  # first seed; calibration takes scenes from UNSEEN
 CALIBRATION_SCENES = 128
 SYSTEM = "You are a helpful assistant."
 BATCH = 16
+LONGEST = 160  # tokens of an answer; the longest description has about 150
 GOALS = ("find", "count", "read")  # asked about every scene, the other kinds about every third
 
 
@@ -78,27 +80,23 @@ def query_of(item: Item) -> list[dict[str, Any]]:
     return [*({"image": scene.image} for scene in item.scenes), {"text": item.question.text}]
 
 
-@torch.inference_mode()
 def answers(runtime: Runtime, items: list[Item]) -> Iterator[str]:
     """Greedy answers, BATCH at a time."""
     greedy = GenerationOptions(do_sample=False)
     stops = stop_token_ids(runtime.tokenizer, "chatml")
+    slots = Slots(runtime.decoder, capacity=2048, count=BATCH)
     for first in range(0, len(items), BATCH):
         prompts = []
         for item in items[first : first + BATCH]:
             prompt = chat_prompt(
                 runtime.tokenizer, query_of(item), [], SYSTEM, max_window_size=6144, markup_images=False
             )
-            features, _, _ = runtime.vision.encode([scene.image for scene in item.scenes])
-            prompts.append(embed_prompt(runtime.decoder, prompt.ids, prompt.image_starts, features))
-        limit = 160  # the longest description has about 150 tokens
-        capacity = max(prompt.shape[1] for prompt in prompts) + limit
+            encoded = runtime.vision.encode([scene.image for scene in item.scenes])
+            prompts.append(Inputs(prompt.ids, prompt.image_starts, encoded.keys, encoded.features))
         rows: list[list[int]] = [[] for _ in prompts]
         samplers = [Sampler(greedy, []) for _ in prompts]
-        limits = [limit] * len(prompts)
-        for step in generate(
-            runtime.decoding, prompts, samplers, stop_ids=stops, max_new_tokens=limits, capacity=capacity
-        ):
+        limits = [LONGEST] * len(prompts)
+        for step in generate(slots, prompts, samplers, stop_ids=stops, max_new_tokens=limits):
             for row, token in zip(rows, step, strict=True):
                 if token is not None:
                     row.append(token)

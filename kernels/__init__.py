@@ -10,13 +10,13 @@ from kernels.dispatch import (
     rotary_attention_rows,
 )
 from kernels.int4_layout import Int4Weight, dequantize_gptq, pack_levels, unpack_levels
-from kernels.int4_layout_cpu import CpuInt4Weight, pack_for_cpu
 from kernels.int8_layout import Int8Weight, quantize_int8
+from kernels.layout_cpu import CpuWeight, pack_for_cpu
 from kernels.layout_triton import TritonWeight, interleave, pack_for_triton
 from kernels.rows import Rows
 
 __all__ = [
-    "CpuInt4Weight",
+    "CpuWeight",
     "Int4Weight",
     "Int8Weight",
     "Rows",

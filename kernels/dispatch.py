@@ -7,7 +7,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
-from kernels.int4_gemm_cpu import int4_gemm_cpu
+from kernels.int4_gemm_cpu import gemm_cpu
 from kernels.int4_gemm_torch import (
     int4_gemm_residual_torch,
     int4_gemm_swiglu_torch,
@@ -15,15 +15,17 @@ from kernels.int4_gemm_torch import (
     int8_gemm_torch,
 )
 from kernels.int4_layout import Int4Weight
-from kernels.int4_layout_cpu import CpuInt4Weight
 from kernels.int8_layout import Int8Weight
+from kernels.layout_cpu import CpuWeight
 from kernels.layout_triton import TritonWeight
 from kernels.rotary_attention_torch import rotary_attention_torch
 from kernels.rows import MOST_SUMMED, SPAN, Rows, rms_rows_torch, sum_rows_torch
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
-AnyInt4Weight: TypeAlias = Int4Weight | CpuInt4Weight | TritonWeight
-ORDERS = {"torch": Int4Weight, "cpu": CpuInt4Weight, "triton": TritonWeight}  # the weight that each backend reads
+AnyInt4Weight: TypeAlias = Int4Weight | CpuWeight | TritonWeight
+AnyWeight: TypeAlias = AnyInt4Weight | Int8Weight
+# the weight that each backend reads
+ORDERS = {"torch": (Int4Weight, Int8Weight), "cpu": (CpuWeight,), "triton": (TritonWeight,)}
 FUSED = ("torch", "triton")  # backends of the fused forms
 
 
@@ -55,8 +57,8 @@ def int4_gemm(
         return int4_gemm_torch(rows, _unpacked(weight), bias)
     if rows.squares is not None:
         raise ValueError('backend "cpu" takes a tensor or Rows without squares; multiply by rows.rsqrt() yourself')
-    assert isinstance(weight, CpuInt4Weight)  # as _backend made sure
-    return int4_gemm_cpu(rows.x, weight, bias)
+    assert isinstance(weight, CpuWeight)  # as _backend made sure
+    return gemm_cpu(rows.x, weight, bias)
 
 
 def int4_gemm_swiglu(
@@ -122,24 +124,23 @@ def rms_rows(
     return rms_rows_torch(residual, norm_weight, eps, dtype)
 
 
-def int8_gemm(x: Tensor, weight: Int8Weight | TritonWeight, *, backend: str | None = None) -> Tensor:
-    """x @ W.T with W in int8, one scale a row: x (M, K) float16 -> (M, N) float32; sums in float32.
+def int8_gemm(x: Tensor, weight: Int8Weight | CpuWeight | TritonWeight, *, backend: str | None = None) -> Tensor:
+    """x @ W.T with W in int8, one scale a row: x (M, K) -> (M, N) float32; sums in float32.
 
-    "triton" computes 16 rows at a time, as it is for the last position of a few sequences. Errors and `backend` as in
-    int4_gemm; the "torch" definition takes any float dtype.
+    "torch" (the definition) and "cpu" take any float dtype, "triton" float16, 16 rows at a time, as it is for the last
+    position of a few sequences. Errors and `backend` as in int4_gemm.
     """
     _check_x(x, weight)
     _check_matrix(x)
-    if backend is None:
-        backend = "triton" if x.is_cuda else "torch"
-    if isinstance(weight, TritonWeight) and weight.bits != 8:
+    if not isinstance(weight, Int8Weight) and weight.bits != 8:
         raise ValueError(f"weight has {weight.bits} bits, int8_gemm takes 8; use int4_gemm")
+    backend = _backend("int8_gemm", x, weight, backend)
     if backend == "torch":
-        return int8_gemm_torch(x, weight.unpack() if isinstance(weight, TritonWeight) else weight)  # type: ignore[arg-type]
-    if backend != "triton":
-        raise ValueError(f'backend is {backend!r}, int8_gemm has "torch" and "triton"')
-    if not isinstance(weight, TritonWeight):
-        raise ValueError('backend "triton" reads a weight that was packed once: weight = pack_for_triton(weight)')
+        unpacked = weight if isinstance(weight, Int8Weight) else weight.unpack()
+        assert isinstance(unpacked, Int8Weight)  # 8 bits, as checked
+        return int8_gemm_torch(x, unpacked)
+    if isinstance(weight, CpuWeight):
+        return gemm_cpu(x.float(), weight)
     if x.dtype != torch.float16:
         raise ValueError(f"x is {x.dtype}, the int8 kernel takes torch.float16: bfloat16 holds no 8-bit level exactly")
     gemm = _gemm_triton(x)
@@ -164,7 +165,7 @@ def _load_triton(module: str, tensor: Tensor) -> Any:
 
 
 def _backend(
-    function: str, x: Tensor, weight: AnyInt4Weight, backend: str | None, known: tuple[str, ...] = tuple(ORDERS)
+    function: str, x: Tensor, weight: AnyWeight, backend: str | None, known: tuple[str, ...] = tuple(ORDERS)
 ) -> str:
     """The backend to use: chosen by device and by the order that the weight is in, never by what might work."""
     order = next(name for name, kind in ORDERS.items() if isinstance(weight, kind))
@@ -361,7 +362,7 @@ def _check_positions(q: Tensor, k_cache: Tensor, start: Tensor) -> None:
 
 
 def _check_int4(function: str, rows: Rows, weight: AnyInt4Weight, bias: Tensor | None) -> None:
-    if isinstance(weight, TritonWeight) and weight.bits != 4:
+    if not isinstance(weight, Int4Weight) and weight.bits != 4:
         raise ValueError(f"weight has {weight.bits} bits, {function} takes 4; use int8_gemm")
     _check_x(rows.x, weight)
     if bias is not None:
@@ -371,7 +372,7 @@ def _check_int4(function: str, rows: Rows, weight: AnyInt4Weight, bias: Tensor |
             raise ValueError(f"bias is {bias.dtype}, expected a floating type")
 
 
-def _check_x(x: Tensor, weight: AnyInt4Weight | Int8Weight) -> None:
+def _check_x(x: Tensor, weight: AnyWeight) -> None:
     _check_float("x", x)
     if x.dim() == 0 or x.shape[-1] != weight.in_features:
         size = x.shape[-1] if x.dim() else "no"

@@ -1,4 +1,4 @@
-"""int4_gemm on the CPU in float32: sums of FBGEMM's rows for few rows of x, exact float32 tiles for many.
+"""int4_gemm and int8_gemm on the CPU in float32: sums of FBGEMM's rows for few rows of x, exact float32 tiles for many.
 
 torch's own int4 operator (aten._weight_int4pack_mm_for_cpu) has a vector kernel for bfloat16 only: in float32 it took
 154 ms of one core where F.linear took 16 and the sums 8 (4096 x 12288, one row, torch 2.13, AVX512); in bfloat16 it
@@ -10,14 +10,14 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kernels.int4_layout_cpu import MIDDLE, CpuInt4Weight
+from kernels.layout_cpu import CpuWeight
 
 FEW_ROWS = 8  # up to here sums: 8 ms of one core a row; tiles cost 30 once, then what F.linear costs (40 at 8 rows)
 TILE_CHANNELS = 256  # input channels of a tile, unless one group has more: 1 MiB in float32, within a core's L2
 LONGEST_SUM = 128  # one running float32 sum over 4,096 channels is off by 1.2e-6, four times as much as F.linear
 
 
-def int4_gemm_cpu(x: Tensor, weight: CpuInt4Weight, bias: Tensor | None = None) -> Tensor:
+def gemm_cpu(x: Tensor, weight: CpuWeight, bias: Tensor | None = None) -> Tensor:
     """x (..., K) -> x @ W.T + bias (..., N) in x's dtype; sums in float32. ValueError if a gradient is asked for."""
     if torch.is_grad_enabled() and x.requires_grad:
         raise ValueError('backend "cpu" computes no gradient; use torch.inference_mode() or backend="torch"')
@@ -30,7 +30,7 @@ def int4_gemm_cpu(x: Tensor, weight: CpuInt4Weight, bias: Tensor | None = None) 
     return y.to(x.dtype).view(*x.shape[:-1], weight.out_features)
 
 
-def _sums(x: Tensor, weight: CpuInt4Weight) -> Tensor:
+def _sums(x: Tensor, weight: CpuWeight) -> Tensor:
     """x (M, K) float32 in kernel order -> (M, N): per group, the sum of the columns weighted by x, then by scale."""
     count, groups, block = weight.scales.shape
     indices, ends = _bags(len(weight.columns), weight.group_size)
@@ -54,14 +54,14 @@ def _bags(rows: int, group_size: int) -> tuple[Tensor, Tensor]:
         return torch.arange(rows, dtype=torch.int32), torch.arange(0, rows + 1, size, dtype=torch.int32)
 
 
-def _floats(x: Tensor, weight: CpuInt4Weight) -> Tensor:
+def _floats(x: Tensor, weight: CpuWeight) -> Tensor:
     """x (M, K) float32 in kernel order -> (M, N): exact float32 weights, one block of outputs after another.
 
     Each block is multiplied over all K at once: adding up tiles of 256 channels in y took a third longer at 256 rows.
     """
     (_, groups, block), size, outputs = weight.scales.shape, weight.group_size, weight.out_features
     step = max(1, TILE_CHANNELS // size)  # groups of a tile
-    minus_zeros = weight.scales * -MIDDLE
+    minus_zeros = weight.scales * -weight.middle
     if weight.offsets is not None:
         minus_zeros -= weight.offsets
     y = x.new_empty(len(x), outputs)

@@ -12,7 +12,7 @@ In memory (Int4Weight): the channels of one group are neighbours, so that a prog
 S = K / G levels, as S / 8 consecutive words:
     words  (G, N, S / 8) int32  level of channel perm[g * S + 8 * j + i] = words[g, n, j] >> 4 * i  &  15
     scales (G, N), zeros (G, N)
-The CPU has an order of its own, stated in int4_layout_cpu.py.
+The CPU has an order of its own, stated in layout_cpu.py.
 """
 
 from __future__ import annotations

@@ -38,13 +38,15 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
     """
     if weight.dim() != 2:
         raise ValueError(f"weight has shape {tuple(weight.shape)}, expected (N, K)")
-    largest = weight.abs().amax(1).float()
-    if not bool(largest.isfinite().all()):
-        row = int((~largest.isfinite()).nonzero()[0])
-        raise ValueError(f"row {row} of {len(weight)} holds a number that is not finite; the weight is damaged")
-    scales = (largest / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros gives levels of zero
     levels = torch.empty(weight.shape, dtype=torch.int8, device=weight.device)
-    for part in range(0, len(weight), 4096):  # a float32 copy of the whole head would take 2.5 GB
-        rows = slice(part, part + 4096)
-        levels[rows] = (weight[rows].float() / scales[rows, None]).round_().to(torch.int8)
+    scales = torch.empty(len(weight), dtype=torch.float32, device=weight.device)
+    for first in range(0, len(weight), 4096):  # a float32 copy of the whole head would take 2.5 GB
+        rows = weight[first : first + 4096].float()
+        largest = rows.abs().amax(1)
+        if not bool(largest.isfinite().all()):
+            row = first + int((~largest.isfinite()).nonzero()[0])
+            raise ValueError(f"row {row} of {len(weight)} holds a number that is not finite; the weight is damaged")
+        scale = (largest / LARGEST).clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros: levels of zero
+        scales[first : first + 4096] = scale
+        levels[first : first + 4096] = rows.div_(scale[:, None]).round_()
     return Int8Weight(levels, scales)

@@ -46,6 +46,9 @@ def rotary_attention_torch(
     end = int(positions.max()) + 1
     visible = torch.arange(end, device=q.device) <= positions[:, :, None]  # (B, T, end)
     keys, values = _cached(k_cache, k_scales, end).to(q.dtype), _cached(v_cache, v_scales, end).to(q.dtype)
+    if batch > 1:  # a shorter sequence's cache may hold NaN where it is not filled, and 0 * NaN is NaN
+        unfilled = ~visible[:, -1, None, :, None]
+        keys, values = keys.masked_fill(unfilled, 0), values.masked_fill(unfilled, 0)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible.unsqueeze(1))
     return out.transpose(1, 2)
 

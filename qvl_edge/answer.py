@@ -10,9 +10,14 @@ FinishReason = Literal["stop", "length"]
 
 @dataclass(frozen=True)
 class Usage:
-    """Token counts. `image_tokens` are part of `prompt_tokens`; `cached_images` were not encoded again."""
+    """Token counts. `image_tokens` and `cached_tokens` are part of `prompt_tokens`.
+
+    cached_tokens: how long a beginning of the prompt was still in the key-value cache from an earlier answer.
+    cached_images: images that were not encoded again.
+    """
 
     prompt_tokens: int
+    cached_tokens: int
     completion_tokens: int
     image_tokens: int
     images: int
@@ -26,13 +31,13 @@ class Timing:
     image_s: float
     prefill_s: float
     decode_s: float
-    prompt_tokens: int
+    prefilled_tokens: int  # of the prompt: those that were not cached
     decoded_tokens: int
 
     @property
     def prefill_tokens_per_s(self) -> float:
-        """Prompt tokens a second."""
-        return self.prompt_tokens / self.prefill_s if self.prefill_s else 0.0
+        """Prompt tokens a second, of those that were not cached."""
+        return self.prefilled_tokens / self.prefill_s if self.prefill_s else 0.0
 
     @property
     def decode_tokens_per_s(self) -> float:

@@ -9,25 +9,24 @@ from typing import Any, Literal
 
 import torch
 from PIL import Image
-from torch import Tensor
 
 from qvl_edge.answer import Answer, FinishReason, Timing, Usage
 from qvl_edge.bundle import Bundle, is_bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.engine.features import FeatureCache
-from qvl_edge.engine.generate import embed_prompt, generate
-from qvl_edge.engine.graph import Decoding
+from qvl_edge.engine.generate import generate
 from qvl_edge.engine.image import ImageLike, load_image
+from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.slots import Slots
 from qvl_edge.engine.stream import TextStream
 from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.errors import ConfigError, PromptError
-from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
-from qvl_edge.model.fused import FusedDecoder, Head
-from qvl_edge.model.loading import load_decoder, load_fused
+from qvl_edge.model.fused import FusedDecoder
+from qvl_edge.model.loading import Head, load_decoder, load_fused
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
 from qvl_edge.text.list_format import from_list_format, to_list_format
@@ -38,6 +37,7 @@ from qvl_edge.vit_cache import Progress, exported_vit
 SYSTEM = "You are a helpful assistant."
 KVType = Literal["float16", "int8"]
 KV_TYPES = ("float16", "int8")
+SCORED = 256  # positions whose logits are computed at once: 156 MB of Qwen-7B's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -48,6 +48,7 @@ class _Run:
     prompt: Prompt
     images: list[Image.Image]
     options: GenerationOptions
+    cached_tokens: int = 0
     cached_images: int = 0
     image_s: float = 0.0
     prefill_s: float = 0.0
@@ -71,13 +72,14 @@ class Runtime:
         kv_cache: KVType = "float16",
     ):
         self.config = decoder.config
-        self.decoding = Decoding(decoder, kv_cache=torch.int8 if kv_cache == "int8" else None)
         self.decoder, self.vision, self.tokenizer = decoder, vision, tokenizer
         self.generation_config = generation_config
         self.options = GenerationOptions.from_config(generation_config)
         self.chat_format = str(generation_config.get("chat_format", "raw"))
         self.max_window_size = int(generation_config.get("max_window_size", 6144))
         self.max_context = max_context or self.config.max_position_embeddings
+        self._kv_cache = torch.int8 if kv_cache == "int8" else None
+        self.slots = self._make_slots()
 
     @classmethod
     def from_pretrained(
@@ -215,7 +217,6 @@ class Runtime:
         self._check_context(len(ids) + 1, "the prompt has")
         return self._finish(_Run(prompt, [load_image(image) for image in images], options), "raw")
 
-    @torch.inference_mode()
     def score(
         self, query: Query, continuation: str, history: History | None = None, *, chat_format: str | None = None
     ) -> list[float]:
@@ -224,15 +225,24 @@ class Runtime:
         ids = self.tokenizer.encode(continuation)
         if not ids:
             raise PromptError("continuation is empty; there is nothing to score")
-        prompt = self._embed(run)
-        total = prompt.shape[1] + len(ids)
-        self._check_context(total, "the prompt and the continuation have")
-        more = self.decoder.embed(torch.tensor([ids], device=prompt.device))
-        cache = KVCache(self.config, 1, total, dtype=self.decoding.kv_cache, device=prompt.device)
-        first = self.decoder(prompt, cache)
-        rest = self.decoder(more[:, :-1], cache, all_logits=True)[0] if len(ids) > 1 else first[:0]
-        chances = torch.cat((first, rest)).log_softmax(-1)
-        return [float(row[token]) for row, token in zip(chances, ids, strict=True)]
+        self._check_context(len(run.prompt.ids) + len(ids), "the prompt and the continuation have")
+        slots, inputs = self._free_slots(), self._inputs(run)
+        sequence = slots.begin(inputs, Sampler(run.options, inputs.ids, device=self.decoder.device))
+        try:
+            while (logits := slots.prefill_logits(sequence)) is None:
+                pass
+            chances = [logits.log_softmax(-1)]
+            for first in range(0, len(ids) - 1, SCORED):
+                part = ids[first : min(first + SCORED, len(ids) - 1)]
+                chances.append(slots.extend(sequence, part).log_softmax(-1))
+        finally:
+            slots.end(sequence)
+        return torch.cat(chances)[torch.arange(len(ids)), ids].tolist()
+
+    def forget(self) -> None:
+        """Drop what was kept of earlier answers, keys and values and image features: the next one starts afresh."""
+        self.slots.forget()
+        self.vision.forget()
 
     from_list_format = staticmethod(from_list_format)
     to_list_format = staticmethod(to_list_format)
@@ -284,30 +294,33 @@ class Runtime:
                 f"(at most {self.config.max_position_embeddings})"
             )
 
-    def _embed(self, run: _Run) -> Tensor:
-        features, run.cached_images, run.image_s = self.vision.encode(run.images)
-        return embed_prompt(self.decoder, run.prompt.ids, run.prompt.image_starts, features)
+    def _make_slots(self) -> Slots:
+        return Slots(self.decoder, capacity=self.max_context, kv_cache=self._kv_cache)
+
+    def _free_slots(self) -> Slots:
+        """The runtime's own, or others for a stream that is begun while another one is not through."""
+        return self.slots if self.slots.free else self._make_slots()
+
+    def _inputs(self, run: _Run) -> Inputs:
+        """The prompt with its images encoded; fills `run`."""
+        encoded = self.vision.encode(run.images)
+        run.cached_images, run.image_s = encoded.cached, encoded.seconds
+        return Inputs(run.prompt.ids, run.prompt.image_starts, encoded.keys, encoded.features)
 
     def _deltas(self, run: _Run, chat_format: str) -> Iterator[str]:
         """Generate and yield text pieces; fills `run`."""
-        embeds = self._embed(run)
-        stop_ids = stop_token_ids(self.tokenizer, chat_format)
-        room = min(run.options.max_new_tokens, self.max_context - embeds.shape[1])
-        sampler = Sampler(run.options, run.prompt.ids, device=embeds.device)
+        inputs, slots = self._inputs(run), self._free_slots()
+        stop_ids = frozenset() if run.options.ignore_eos else stop_token_ids(self.tokenizer, chat_format)
+        room = min(run.options.max_new_tokens, self.max_context - len(inputs))
+        sampler = Sampler(run.options, run.prompt.ids, device=self.decoder.device)
         stream = TextStream(self.tokenizer, run.options.stop)
         began = time.perf_counter()
-        steps = generate(
-            self.decoding,
-            [embeds],
-            [sampler],
-            stop_ids=stop_ids,
-            max_new_tokens=[room],
-            capacity=embeds.shape[1] + room,
-        )
+        steps = generate(slots, [inputs], [sampler], stop_ids=stop_ids, max_new_tokens=[room])
         for (token,) in steps:
             now = time.perf_counter()
             if not run.token_ids:
                 run.prefill_s, began = now - began, now
+                run.cached_tokens = slots.sequences[-1].reused
             run.decode_s = now - began
             assert token is not None  # a batch of one ends when its sequence does
             run.token_ids.append(token)
@@ -332,6 +345,7 @@ class Runtime:
     def _answer_of(self, run: _Run) -> Answer:
         usage = Usage(
             prompt_tokens=len(run.prompt.ids),
+            cached_tokens=run.cached_tokens,
             completion_tokens=len(run.token_ids),
             image_tokens=IMAGE_TOKENS * len(run.images),
             images=len(run.images),
@@ -341,7 +355,7 @@ class Runtime:
             image_s=run.image_s,
             prefill_s=run.prefill_s,
             decode_s=run.decode_s,
-            prompt_tokens=len(run.prompt.ids),
+            prefilled_tokens=len(run.prompt.ids) - run.cached_tokens,
             decoded_tokens=len(run.token_ids) - 1,
         )
         text = run.text.strip()  # upstream strips the response (qwen_generation_utils.py: _decode_chatml)

@@ -11,10 +11,11 @@ from conftest import GOLDEN, GOLDEN_MODELS, write_small_checkpoint
 from torch import Tensor
 
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.engine.generate import embed_prompt, generate
-from qvl_edge.engine.graph import Decoding
+from qvl_edge.engine.generate import generate
+from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import PromptError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel, logn_scale, ntk_alpha
@@ -28,15 +29,21 @@ def golden_model(request) -> tuple[str, QWenLMHeadModel]:
     return request.param, load_decoder(Checkpoint(GOLDEN / request.param / "checkpoint"), dtype=torch.float32)
 
 
-def golden_prompt(name: str, model: QWenLMHeadModel, case: int) -> tuple[np.lib.npyio.NpzFile, Tensor]:
-    """The golden file and the prompt's embeddings, the golden vision features at their slots."""
+def golden_inputs(name: str, model: QWenLMHeadModel, case: int) -> tuple[np.lib.npyio.NpzFile, Inputs]:
+    """The golden file and the prompt, the golden vision features at their slots."""
     golden = np.load(GOLDEN / name / "golden.npz")
     ids = golden[f"case{case}/input_ids"].tolist()
     text = json.loads((GOLDEN / name / "cases.json").read_text())[case]["raw_text"]
     images = [part.split("</img>")[0] for part in text.split("<img>")[1:]]
     starts = [index + 1 for index, token in enumerate(ids) if token == model.config.visual.image_start_id]
     features = [torch.from_numpy(golden[f"vision/{image}"]) for image in images]
-    return golden, embed_prompt(model, ids, starts, features)
+    return golden, Inputs(ids, starts, images, features)
+
+
+def golden_prompt(name: str, model: QWenLMHeadModel, case: int) -> tuple[np.lib.npyio.NpzFile, Tensor]:
+    """The golden file and the prompt's embeddings."""
+    golden, inputs = golden_inputs(name, model, case)
+    return golden, inputs.embed(model, 0, len(inputs))
 
 
 @torch.inference_mode()
@@ -91,12 +98,13 @@ def test_cached_decode_equals_one_full_forward(golden_model) -> None:
 
 
 def tokens_of(
-    model: QWenLMHeadModel, prompts: list[Tensor], limits: list[int], stops: frozenset[int]
+    model: QWenLMHeadModel, prompts: list[Inputs], limits: list[int], stops: frozenset[int]
 ) -> list[list[int]]:
     samplers = [Sampler(GenerationOptions(do_sample=False), []) for _ in prompts]
-    room = max(prompt.shape[1] + limit for prompt, limit in zip(prompts, limits, strict=True))
+    room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
     rows: list[list[int]] = [[] for _ in prompts]
-    for step in generate(Decoding(model), prompts, samplers, stop_ids=stops, max_new_tokens=limits, capacity=room):
+    slots = Slots(model, capacity=room, count=len(prompts))
+    for step in generate(slots, prompts, samplers, stop_ids=stops, max_new_tokens=limits):
         for row, token in zip(rows, step, strict=True):
             if token is not None:
                 row.append(token)
@@ -105,9 +113,9 @@ def tokens_of(
 
 def test_a_batch_of_unequal_sequences_equals_single_runs_token_for_token(golden_model) -> None:
     name, model = golden_model
-    golden = [golden_prompt(name, model, case) for case in range(3)]
-    prompts = [embeds for _, embeds in golden]
-    assert len({prompt.shape[1] for prompt in prompts}) == 3
+    golden = [golden_inputs(name, model, case) for case in range(3)]
+    prompts = [inputs for _, inputs in golden]
+    assert len({len(prompt) for prompt in prompts}) == 3
     limits = [5, 20, 12]
     single = [tokens_of(model, [p], [n], frozenset())[0] for p, n in zip(prompts, limits, strict=True)]
     assert tokens_of(model, prompts, limits, frozenset()) == single

@@ -12,9 +12,10 @@ from quantize.job import quantize_checkpoint
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.engine.generate import generate
-from qvl_edge.engine.graph import Decoding
+from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import ConfigError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
@@ -106,14 +107,11 @@ def test_it_does_not_write_into_the_embeddings_it_is_given(models) -> None:
 
 
 def generated(model: QWenLMHeadModel | FusedDecoder, prompts: list[Tensor], options: GenerationOptions) -> list:
-    embeds = [model.embed(prompt.to(model.device)) for prompt in prompts]
-    samplers = [Sampler(options, prompt[0].tolist(), device=model.device) for prompt in prompts]
-    decoding = Decoding(model)
-    with torch.inference_mode():
-        steps = generate(
-            decoding, embeds, samplers, stop_ids=frozenset(), max_new_tokens=[4, 2, 3][: len(prompts)], capacity=30
-        )
-        return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    inputs = [Inputs(prompt[0].tolist()) for prompt in prompts]
+    samplers = [Sampler(options, prompt.ids, device=model.device) for prompt in inputs]
+    slots = Slots(model, capacity=30, count=len(prompts))
+    steps = generate(slots, inputs, samplers, stop_ids=frozenset(), max_new_tokens=[4, 2, 3][: len(prompts)])
+    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
 
 
 def test_a_batch_of_unequal_prompts_gives_each_the_tokens_of_the_decoder_in_torch(models) -> None:

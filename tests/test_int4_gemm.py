@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, int4_gemm, pack_for_cpu, pack_levels
+from kernels import Int4Weight, Int8Weight, int4_gemm, int8_gemm, pack_for_cpu, pack_levels, quantize_int8
 from kernels.int4_gemm_cpu import FEW_ROWS, TILE_CHANNELS
 from kernels.int4_layout import pack_zeros
 
@@ -147,3 +147,21 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
         int4_gemm(torch.ones(2, 128), weight, backend="cublas")
     with pytest.raises(ValueError, match="computes no gradient"):
         int4_gemm(torch.ones(2, 128, requires_grad=True), weight)
+
+
+@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
+@pytest.mark.parametrize(("channels", "outputs"), [(64, 8), (320, 1500)])
+def test_int8_gemm_on_the_cpu_is_the_float64_formula(rows: int, channels: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(outputs)
+    weight = quantize_int8(torch.randn(outputs, channels, generator=generator))
+    x = torch.randn(rows, channels, generator=generator)
+    formula = x.double() @ (weight.levels.double() * weight.scales.double()[:, None]).T
+    assert relative_error(int8_gemm(x, pack_for_cpu(weight)), formula) < TOLERANCE[torch.float32]
+    assert relative_error(int8_gemm(x, weight), formula) < TOLERANCE[torch.float32]
+
+
+def test_an_int8_weight_comes_back_from_the_cpus_order_bit_for_bit() -> None:
+    weight = quantize_int8(torch.randn(1500, 64, generator=torch.Generator().manual_seed(0)))
+    back = pack_for_cpu(weight).unpack()
+    assert isinstance(back, Int8Weight)
+    assert torch.equal(back.levels, weight.levels) and torch.equal(back.scales, weight.scales)

@@ -30,8 +30,8 @@ def make_inputs(batch: int, length: int, dtype: torch.dtype = torch.float32) -> 
 
 
 def make_caches(batch: int, dtype: torch.dtype = torch.float32) -> tuple[Tensor, Tensor]:
-    """Caches full of a number that would show if an unfilled position were read."""
-    return tuple(torch.full((2, batch, HEADS, CAPACITY, DIM), 1e4, dtype=dtype).unbind())  # type: ignore[return-value]
+    """Caches full of NaN, which shows if an unfilled position is read, even with a weight of 0."""
+    return tuple(torch.full((2, batch, HEADS, CAPACITY, DIM), torch.nan, dtype=dtype).unbind())  # type: ignore[return-value]
 
 
 def attend(
@@ -114,7 +114,7 @@ def test_the_caches_hold_rotated_keys_and_plain_values_at_their_positions_only()
     pairs = k_cache[0, :, 5:9].unflatten(-1, (2, -1)).norm(dim=-2)
     assert torch.allclose(pairs, k[0].transpose(0, 1).unflatten(-1, (2, -1)).norm(dim=-2), atol=1e-6)
     for cache in (k_cache, v_cache):
-        assert bool((cache[:, :, :5] == 1e4).all()) and bool((cache[:, :, 9:] == 1e4).all())
+        assert bool(cache[:, :, :5].isnan().all()) and bool(cache[:, :, 9:].isnan().all())
 
 
 @pytest.mark.parametrize("start", [-1, CAPACITY - 2])
@@ -122,7 +122,7 @@ def test_a_position_outside_the_cache_is_refused_and_nothing_is_written(start: i
     caches = make_caches(1)
     with pytest.raises(ValueError, match=rf"\[{start}, {start}\] and 3 tokens.*0 to {CAPACITY - 1}"):
         attend(*make_inputs(1, 3), caches, [start])
-    assert bool((caches[0] == 1e4).all())
+    assert bool(caches[0].isnan().all())
 
 
 def test_what_does_not_fit_is_refused_with_both_shapes() -> None:

@@ -21,7 +21,14 @@ def choose(samplers: Samplers, *logits: torch.Tensor) -> list[int]:
 
 
 def alone(options: GenerationOptions, vocab: int, prompt_ids: tuple[int, ...] = ()) -> Samplers:
-    return Samplers([Sampler(options, prompt_ids)], vocab)
+    return together(vocab, Sampler(options, prompt_ids))
+
+
+def together(vocab: int, *sequences: Sampler) -> Samplers:
+    samplers = Samplers(len(sequences), vocab)
+    for slot, sampler in enumerate(sequences):
+        samplers.set(slot, sampler)
+    return samplers
 
 
 def shares(**options) -> list[float]:
@@ -75,11 +82,11 @@ def test_a_sequence_draws_the_same_alone_and_in_a_batch() -> None:
     ]
     generator = torch.Generator().manual_seed(0)
     steps = torch.randn(12, len(options), 50, generator=generator)
-    batch = Samplers([Sampler(option, [1, 2]) for option in options], 50)
-    together = [choose(batch, *logits) for logits in steps]
+    batch = together(50, *(Sampler(option, [1, 2]) for option in options))
+    rows = [choose(batch, *logits) for logits in steps]
     for index, option in enumerate(options):
         single = alone(option, 50, (1, 2))
-        assert [choose(single, logits[index])[0] for logits in steps] == [tokens[index] for tokens in together]
+        assert [choose(single, logits[index])[0] for logits in steps] == [tokens[index] for tokens in rows]
 
 
 def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_seen_tokens() -> None:
@@ -94,7 +101,7 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
 
 @pytest.mark.parametrize("sampled", [False, True])
 def test_logits_that_are_no_numbers_are_told_apart_and_lead_to_a_way_out(sampled: bool) -> None:
-    samplers = Samplers([Sampler(GenerationOptions(do_sample=sampled, seed=0), []) for _ in range(2)], 3)
+    samplers = together(3, *(Sampler(GenerationOptions(do_sample=sampled, seed=0), []) for _ in range(2)))
     tokens = choose(samplers, torch.tensor([0.0, 9.0, 0.0]), torch.tensor([0.0, float("nan"), 1.0]))
     assert tokens[1] == NOT_FINITE and tokens[0] >= 0
     with pytest.raises(ConfigError, match="sequence 1 are not finite.*use bfloat16"):
@@ -137,7 +144,7 @@ def test_a_draw_stays_when_logits_are_rounded_otherwise() -> None:
 def test_a_sequence_draws_the_same_where_another_one_cuts() -> None:
     logits = torch.randn(30, generator=torch.Generator().manual_seed(0))
     single, pair = (
-        Samplers([Sampler(GenerationOptions(seed=3), []), Sampler(GenerationOptions(seed=4, **cut), [])], 30)
+        together(30, Sampler(GenerationOptions(seed=3), []), Sampler(GenerationOptions(seed=4, **cut), []))
         for cut in ({}, {"top_k": 3})
     )
     for _ in range(50):

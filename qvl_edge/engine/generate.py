@@ -1,50 +1,46 @@
-"""Prefill and decode: prompts as embeddings in, token ids out, a batch of sequences each at its own position."""
+"""Prompts in, token ids out: sequences that begin together and decode together."""
 
 import itertools
 from collections.abc import Iterator, Sequence
 
-import torch
-from torch import Tensor
-
-from qvl_edge.engine.graph import Decoder, Decoding
-from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.inputs import Inputs
+from qvl_edge.engine.sampling import Sampler, check_tokens
+from qvl_edge.engine.slots import Slots
 
 
-def embed_prompt(model: Decoder, ids: list[int], image_starts: list[int], features: list[Tensor]) -> Tensor:
-    """Embeddings (1, T, hidden) of a prompt with each image's features (256, hidden) written at its slots."""
-    embeds = model.embed(torch.tensor([ids], device=model.device))
-    for start, feature in zip(image_starts, features, strict=True):
-        embeds[0, start : start + len(feature)] = feature.to(embeds)
-    return embeds
-
-
-@torch.inference_mode()
 def generate(
-    decoding: Decoding,
-    prompts: Sequence[Tensor],
+    slots: Slots,
+    prompts: Sequence[Inputs],
     samplers: Sequence[Sampler],
     *,
     stop_ids: frozenset[int],
     max_new_tokens: Sequence[int],
-    capacity: int,
 ) -> Iterator[list[int | None]]:
     """Generate for B prompts at once; yield at every step the B new tokens, None for a sequence that has ended.
 
-    prompts: embeddings (1, T_b, hidden), prefilled one after another, then decoded together, each at its own position.
-    A sequence ends after a token in stop_ids (which is yielded) or after its max_new_tokens. PromptError if a prompt
-    and its new tokens do not fit into `capacity` positions; ConfigError if logits are not finite.
+    A prompt is prefilled in chunks, one prompt after another; then all decode together. A sequence ends after a token
+    in stop_ids (which is yielded) or after its max_new_tokens. PromptError if a prompt and its new tokens do not fit
+    into a slot; ConfigError if logits are not finite.
     """
-    step = decoding.take(samplers, capacity)
+    sequences = []
     try:
-        prefilled = [decoding.model(prompt, step.cache.sequence(b)) for b, prompt in enumerate(prompts)]
-        chosen = step.first(torch.cat(prefilled))
-        running = [True] * len(prompts)
+        for prompt, sampler in zip(prompts, samplers, strict=True):
+            sequences.append(slots.begin(prompt, sampler))
+        tokens: list[int | None] = []
+        for sequence in sequences:
+            while (first := slots.prefill(sequence)) is None:
+                pass
+            tokens.append(first)
         for count in itertools.count(1):
-            tokens = [token if runs else None for token, runs in zip(chosen, running, strict=True)]
+            check_tokens([0 if token is None else token for token in tokens])
             yield tokens
-            running = [t is not None and t not in stop_ids and count < max_new_tokens[b] for b, t in enumerate(tokens)]
-            if not any(running):
+            for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
+                if token is not None and (token in stop_ids or count >= max_new_tokens[index]):
+                    slots.end(sequence)
+            if not any(sequence.running for sequence in sequences):
                 return
-            chosen = step.next([not runs for runs in running])
+            found = slots.step()
+            tokens = [found.get(sequence) for sequence in sequences]
     finally:  # also where the caller stops early
-        decoding.give_back(step)
+        for sequence in sequences:
+            slots.end(sequence)

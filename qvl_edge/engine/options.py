@@ -21,6 +21,7 @@ class GenerationOptions:
     )
     seed: int | None = None  # None: different at every call
     stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
+    ignore_eos: bool = False  # go on past the model's own end, to max_new_tokens: for benchmarks
 
     def __post_init__(self) -> None:
         if isinstance(self.stop, str):

@@ -19,13 +19,14 @@ class KVCache:
         self, config: Config, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
         shape = (config.num_hidden_layers, batch, config.num_attention_heads, capacity, config.kv_channels)
-        self.k = torch.zeros(shape, dtype=dtype, device=device)
-        self.v = torch.zeros(shape, dtype=dtype, device=device)
+        # not zeroed: on a CPU memory is taken as positions are filled, and nobody looks past those
+        self.k = torch.empty(shape, dtype=dtype, device=device)
+        self.v = torch.empty(shape, dtype=dtype, device=device)
         self.k_scales: Tensor | None = None
         self.v_scales: Tensor | None = None
         if dtype == torch.int8:
-            self.k_scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device)
-            self.v_scales = torch.zeros(shape[:-1], dtype=torch.float16, device=device)
+            self.k_scales = torch.empty(shape[:-1], dtype=torch.float16, device=device)
+            self.v_scales = torch.empty(shape[:-1], dtype=torch.float16, device=device)
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = torch.zeros(batch, dtype=torch.int64)
         self.placed = torch.zeros(batch, dtype=torch.bool)  # on the host: whether a sequence has its frequencies
@@ -45,8 +46,12 @@ class KVCache:
 
     def sequence(self, index: int) -> "KVCache":
         """A view on one sequence of the batch, to prefill it alone."""
+        return self.sequences(index, index + 1)
+
+    def sequences(self, first: int, end: int) -> "KVCache":
+        """A view on the neighbours first to end - 1 of the batch."""
         heads = self.k.shape[2]
-        return self._view(slice(index, index + 1), self.capacity, slice(index * heads, (index + 1) * heads))
+        return self._view(slice(first, end), self.capacity, slice(first * heads, end * heads))
 
     def window(self, capacity: int) -> "KVCache":
         """A view on the first `capacity` positions of every sequence: attention splits its work by what it may meet."""
@@ -75,7 +80,7 @@ class KVCache:
         self.filled += tokens
 
     def clear(self) -> None:
-        """Forget all sequences; what they left in k and v is never looked at."""
+        """Forget all sequences."""
         self.lengths.zero_()
         self.filled.zero_()
         self.placed.zero_()

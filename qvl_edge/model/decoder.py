@@ -112,20 +112,29 @@ def logn_scale(config: Config, positions: Tensor) -> Tensor:
     return (count.log() / math.log(config.seq_length)).clamp(min=1.0).float()
 
 
+def prompt_alpha(config: Config, prompt_length: int) -> float:
+    """The NTK alpha of a sequence whose whole prompt has `prompt_length` tokens; it is kept while decoding."""
+    return ntk_alpha(prompt_length, config.seq_length) if config.use_dynamic_ntk else 1.0
+
+
+def place_sequence(config: Config, cache: KVCache, index: int, prompt_length: int) -> None:
+    """Give sequence `index` of a cache the frequencies for its whole prompt's length, before its first chunk."""
+    alpha = torch.full((1,), prompt_alpha(config, prompt_length), device=cache.frequencies.device)
+    cache.frequencies[index] = rotary_frequencies(config, alpha)[0]
+    cache.placed[index] = True
+
+
 def place_tokens(config: Config, tokens: int, cache: KVCache) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """Where `tokens` more stand in every sequence: start (B,), cos and sin (B, T, head size), q_scale (B, T) or None.
 
-    Chooses and keeps the NTK alpha of sequences that are empty. A decode step is four launches here: what stays the
-    same from one to the next was computed at prefill, and a cache that ends before seq_length needs no log-n. Nothing
-    waits for the device, so that a CUDA graph can hold this. PromptError if the cache has no room.
+    A sequence that nobody has placed takes these tokens for its whole prompt. A decode step is four launches here: what
+    stays the same from one to the next was computed at prefill, and a cache that ends before seq_length needs no log-n.
+    Nothing waits for the device, so that a CUDA graph can hold this. PromptError if the cache has no room.
     """
     cache.check_room(tokens)
     for index, placed in enumerate(cache.placed.tolist()):
         if not placed:
-            alpha = ntk_alpha(tokens, config.seq_length) if config.use_dynamic_ntk else 1.0
-            alphas = torch.full((1,), alpha, dtype=torch.float32, device=cache.frequencies.device)
-            cache.frequencies[index] = rotary_frequencies(config, alphas)[0]
-    cache.placed.fill_(True)
+            place_sequence(config, cache, index, tokens)
     start = cache.lengths
     positions = start[:, None]
     if tokens > 1:
@@ -133,6 +142,11 @@ def place_tokens(config: Config, tokens: int, cache: KVCache) -> tuple[Tensor, T
     cos, sin = _tables(positions, cache.frequencies)
     scaled = config.use_logn_attn and cache.capacity > config.seq_length
     return start, cos, sin, logn_scale(config, positions) if scaled else None
+
+
+def embed(ids: Tensor, table: Tensor, like: Tensor) -> Tensor:
+    """Rows of table (vocab, hidden) for ids (B, T) int64, with `like`'s dtype, on its device."""
+    return F.embedding(ids.to(table.device), table).to(like)
 
 
 class QWenModel(nn.Module):
@@ -152,22 +166,26 @@ class QWenLMHeadModel(nn.Module):
         super().__init__()
         self.config = config
         self.transformer = QWenModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head: nn.Module = nn.Linear(config.hidden_size, config.vocab_size, bias=False)  # or Int8Linear
 
     @property
     def dtype(self) -> torch.dtype:
         """Of activations, and of a cache that is not int8."""
-        return self.lm_head.weight.dtype
+        return self.transformer.ln_f.weight.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
-        return self.lm_head.weight.device
+        return self.transformer.ln_f.weight.device
+
+    @property
+    def embeddings_device(self) -> torch.device:
+        """Where the embedding table is: the model's device, or the CPU."""
+        return self.transformer.wte.weight.device
 
     def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 -> embeddings (B, T, hidden)."""
-        embeds: Tensor = self.transformer.wte(ids)
-        return embeds
+        """ids (B, T) int64 -> embeddings (B, T, hidden); the table may be in host memory and in the file's dtype."""
+        return embed(ids, self.transformer.wte.weight, self.transformer.ln_f.weight)
 
     def forward(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor:
         """Append T tokens to every sequence of the cache and return logits in float32.

@@ -6,7 +6,7 @@ decoder.py's own.
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kernels import (
     Int4Weight,
+    Int8Weight,
     Rows,
     TritonWeight,
     int4_gemm,
@@ -30,9 +31,8 @@ from kernels import (
 from qvl_edge.config import Config
 from qvl_edge.errors import ConfigError
 from qvl_edge.model.cache import KVCache
-from qvl_edge.model.decoder import place_tokens
+from qvl_edge.model.decoder import embed, place_tokens
 
-Head = Literal["float16", "int8"]
 DTYPES = (torch.float16, torch.bfloat16)
 MOST_SEQUENCES = 16  # that one decode step serves: the rows of one tile of the int4 kernel
 
@@ -89,7 +89,7 @@ def fuse_block(ln_1: Tensor, ln_2: Tensor, layers: Mapping[str, tuple[Int4Weight
 class FusedDecoder:
     """Embeddings, fused blocks, final norm and head; called as QWenLMHeadModel is.
 
-    lm_head is a float weight (vocab, hidden), or int8 (`head="int8"`: weight-only, one scale a row).
+    wte (vocab, hidden) may be in host memory and in any float dtype; lm_head is a float weight (vocab, hidden) or int8.
     backend "torch" computes the same calls by their definitions, for tests.
     """
 
@@ -100,35 +100,35 @@ class FusedDecoder:
         wte: Tensor,
         blocks: list[FusedBlock],
         ln_f: Tensor,
-        lm_head: Tensor,
-        head: Head = "float16",
+        lm_head: Tensor | Int8Weight,
         backend: str = "triton",
     ):
-        if wte.dtype not in DTYPES:
+        if ln_f.dtype not in DTYPES:
             raise ConfigError(
-                f"dtype is {wte.dtype}, the int4 kernels compute in torch.float16 or torch.bfloat16; pass one of them"
+                f"dtype is {ln_f.dtype}, the int4 kernels compute in torch.float16 or torch.bfloat16; pass one of them"
             )
-        self.config, self.backend, self.head = config, backend, head
+        self.config, self.backend = config, backend
         self.wte, self.blocks, self.ln_f = wte, blocks, ln_f
-        self.lm_head: Tensor | TritonWeight = lm_head
-        if head == "int8":
-            self.lm_head = pack_for_triton(quantize_int8(lm_head))
-        elif head != "float16":
-            raise ConfigError(f"head is {head!r}, known are 'float16' (as the model's dtype) and 'int8'")
+        self.lm_head = pack_for_triton(lm_head) if isinstance(lm_head, Int8Weight) else lm_head
 
     @property
     def dtype(self) -> torch.dtype:
         """Of activations, and of a cache that is not int8."""
-        return self.wte.dtype
+        return self.ln_f.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the model is."""
+        return self.ln_f.device
+
+    @property
+    def embeddings_device(self) -> torch.device:
+        """Where the embedding table is: the model's device, or the CPU."""
         return self.wte.device
 
     def embed(self, ids: Tensor) -> Tensor:
         """ids (B, T) int64 -> embeddings (B, T, hidden)."""
-        return F.embedding(ids, self.wte)
+        return embed(ids, self.wte, self.ln_f)
 
     @torch.inference_mode()
     def __call__(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor:
@@ -175,7 +175,7 @@ class FusedDecoder:
         *,
         device: torch.device | str,
         dtype: torch.dtype = torch.float16,
-        head: Head = "float16",
+        head: str = "float16",
         group_size: int = 128,
         seed: int = 0,
     ) -> "FusedDecoder":
@@ -206,11 +206,11 @@ class FusedDecoder:
             return fuse_block(ones, ones, layers)
 
         ones = torch.ones(hidden, dtype=dtype, device=device)
+        lm_head = normal(config.vocab_size, hidden, scale=hidden**-0.5)
         return cls(
             config,
             wte=normal(config.vocab_size, hidden, scale=1.0),
             blocks=[block() for _ in range(config.num_hidden_layers)],
             ln_f=ones,
-            lm_head=normal(config.vocab_size, hidden, scale=hidden**-0.5),
-            head=head,
+            lm_head=quantize_int8(lm_head) if head == "int8" else lm_head,
         )

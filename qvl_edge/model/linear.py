@@ -1,4 +1,4 @@
-"""The class every projection of the decoder is built from: float, or GPTQ int4."""
+"""The classes that the decoder's projections are built from: float, or GPTQ int4; and its head in int8."""
 
 from collections.abc import Callable
 
@@ -8,7 +8,16 @@ from torch import Tensor, nn
 from qvl_edge.config import Config
 
 try:
-    from kernels import CpuInt4Weight, Int4Weight, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton
+    from kernels import (
+        CpuWeight,
+        Int4Weight,
+        Int8Weight,
+        TritonWeight,
+        int4_gemm,
+        int8_gemm,
+        pack_for_cpu,
+        pack_for_triton,
+    )
 except ImportError as error:  # the Hugging Face package `kernels` shadows ours when both are installed
     import kernels
 
@@ -37,7 +46,7 @@ def read_gptq(
     bias = tensors["bias"]
     if tuple(bias.shape) != (weight.out_features,):
         raise ValueError(f"{name}.bias has shape {tuple(bias.shape)}, expected ({weight.out_features},)")
-    return weight, bias.to(dtype) if bool(bias.any()) else None
+    return weight, bias.to(dtype, copy=True) if bool(bias.any()) else None
 
 
 class Int4Linear(nn.Module):
@@ -51,7 +60,7 @@ class Int4Linear(nn.Module):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.group_size, self.checkpoint_format = group_size, checkpoint_format
-        self.weight: CpuInt4Weight | TritonWeight | None = None
+        self.weight: CpuWeight | TritonWeight | None = None
         self.register_buffer("bias", None)
 
     def load_gptq(self, tensors: dict[str, Tensor], *, name: str, dtype: torch.dtype) -> None:
@@ -71,6 +80,22 @@ class Int4Linear(nn.Module):
         if self.weight is None:
             raise RuntimeError("Int4Linear has no weight yet; load_gptq comes first")
         return int4_gemm(x, self.weight, self.bias)
+
+
+class Int8Linear(nn.Module):
+    """lm_head in int8, one scale a row; its logits are float32."""
+
+    def __init__(self, weight: Int8Weight):
+        super().__init__()
+        self.in_features, self.out_features = weight.in_features, weight.out_features
+        self.weight = pack_for_cpu(weight) if weight.device.type == "cpu" else pack_for_triton(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (..., in_features) -> (..., out_features) float32."""
+        rows = x.reshape(-1, self.in_features)
+        # the kernel for CUDA takes float16: bfloat16 holds no 8-bit level exactly
+        y = int8_gemm(rows.half() if rows.is_cuda else rows, self.weight)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 LinearClass = Callable[..., nn.Module]

@@ -1,19 +1,27 @@
 """Checkpoint tensors into modules: strict about names and shapes, one tensor in memory beyond what stays."""
 
+from collections.abc import Callable
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
-from kernels import dequantize_gptq
+from kernels import Int8Weight, dequantize_gptq, quantize_int8
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.model.decoder import QWenLMHeadModel
-from qvl_edge.model.fused import FusedDecoder, Head, fuse_block
-from qvl_edge.model.linear import Int4Linear, read_gptq
+from qvl_edge.model.fused import FusedDecoder, fuse_block
+from qvl_edge.model.linear import Int4Linear, Int8Linear, read_gptq
 from qvl_edge.model.vit import VisionTransformer
 
 QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # of every block, in the order they run
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+Head = Literal["float16", "int8"]  # lm_head: in the model's dtype, or weight-only int8
+Embeddings = Literal["host", "device"]  # host: read from the mapped file, 8 KiB a token of Qwen-7B
+OnBytes = Callable[[int], None]
+"""Called with the bytes of each tensor that was read."""
+_WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that some fine-tuning tools save along
 
 
@@ -75,23 +83,88 @@ def check_tensors(checkpoint: Checkpoint, *, decoder: bool = True, visual: bool 
         )
 
 
-def load_decoder(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> QWenLMHeadModel:
+class _Reader:
+    """Reads tensors onto a device, each one's mapped pages given back once it is there."""
+
+    def __init__(
+        self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, on_bytes: OnBytes | None
+    ):
+        self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
+        self._on_bytes = on_bytes or (lambda _: None)
+
+    def __call__(self, name: str) -> Tensor:
+        """The tensor in `dtype`. Always a copy: a mapped one would be read from the disk while the model runs."""
+        tensor = self.checkpoint[name]
+        copy = tensor.to(device=self.device, dtype=self.dtype, copy=True).contiguous()
+        self.done(name)
+        return copy
+
+    def gptq(self, name: str) -> dict[str, Tensor]:
+        """The tensors of a quantized projection in their own dtypes; `done_gptq` when they have been packed."""
+        return {part: self.checkpoint[f"{name}.{part}"].to(self.device) for part in GPTQ_TENSORS}
+
+    def done_gptq(self, name: str) -> None:
+        for part in GPTQ_TENSORS:
+            self.done(f"{name}.{part}")
+
+    def head(self, head: Head) -> Tensor | Int8Weight:
+        """lm_head, quantized from the mapped file row by row if it is to be int8."""
+        if head == "float16":
+            return self(_HEAD)
+        if head != "int8":
+            raise ConfigError(f"head is {head!r}, known are 'float16' (as the model's dtype) and 'int8'")
+        weight = quantize_int8(self.checkpoint[_HEAD])
+        self.done(_HEAD)
+        return Int8Weight(weight.levels.to(self.device), weight.scales.to(self.device))
+
+    def embeddings(self, where: Embeddings) -> Tensor:
+        """The embedding table: the mapped file itself for "host", so that only rows that are looked up take memory."""
+        if where == "device":
+            return self(_WTE)
+        if where != "host":
+            raise ConfigError(f"embeddings is {where!r}, known are 'host' and 'device'")
+        return self.checkpoint[_WTE]
+
+    def done(self, name: str) -> None:
+        """Count a tensor that was read, and give its pages back."""
+        self._on_bytes(self.checkpoint[name].nbytes)
+        self.checkpoint.release(name)
+
+
+def load_decoder(
+    checkpoint: Checkpoint,
+    *,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    head: Head = "float16",
+    embeddings: Embeddings = "device",
+    on_bytes: OnBytes | None = None,
+) -> QWenLMHeadModel:
     """The decoder with its weights in `dtype` (int4 layers stay int4), ready to run."""
     check_tensors(checkpoint, visual=False)
+    read = _Reader(checkpoint, dtype, device, on_bytes)
     with torch.device("meta"):
         model = QWenLMHeadModel(checkpoint.config)
+    lm_head = read.head(head)  # first: turning it into int8 takes more than it leaves
+    if isinstance(lm_head, Int8Weight):
+        model.lm_head = Int8Linear(lm_head)
+    else:
+        _set(model.lm_head, "weight", lm_head)
+    _set(model.transformer.wte, "weight", read.embeddings(embeddings))
+    outer = (model.lm_head, model.transformer.wte)
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
-            tensors = {part: checkpoint[f"{name}.{part}"].to(device) for part in GPTQ_TENSORS}
-            module.load_gptq(tensors, name=name, dtype=dtype)
+            module.load_gptq(read.gptq(name), name=name, dtype=dtype)
+            read.done_gptq(name)
+            continue
+        if module in outer:
             continue
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
-            full = f"{name}.{parameter}"
-            if parameter == "weight" and f"{name}.qweight" in checkpoint:
-                tensor = read_projection(checkpoint, name)  # GPTQ with 8 bits
+            if parameter == "weight" and f"{name}.qweight" in checkpoint:  # GPTQ with 8 bits
+                _set(module, parameter, read_projection(checkpoint, name).to(device=device, dtype=dtype))
+                read.done_gptq(name)
             else:
-                tensor = checkpoint[full]
-            _set(module, parameter, tensor.to(device=device, dtype=dtype))
+                _set(module, parameter, read(f"{name}.{parameter}"))
     return model.eval()
 
 
@@ -101,6 +174,8 @@ def load_fused(
     dtype: torch.dtype,
     device: torch.device | str,
     head: Head = "float16",
+    embeddings: Embeddings = "device",
+    on_bytes: OnBytes | None = None,
     backend: str = "triton",
 ) -> FusedDecoder:
     """The int4 decoder for the GPU's kernels, one tensor after another in their order on `device`.
@@ -114,32 +189,30 @@ def load_fused(
             f"{checkpoint.path} is not GPTQ with 4 bits; make it so with:\n"
             f"  python -m quantize.gptq {checkpoint.path} BUNDLE --calibration conversations.json"
         )
-
-    def read(name: str) -> Tensor:
-        # cloned: a memory-mapped tensor that needed no conversion would read from disk while running
-        return checkpoint[name].to(device=device, dtype=dtype).contiguous().clone()
-
+    read = _Reader(checkpoint, dtype, device, on_bytes)
+    lm_head = read.head(head)  # first: turning it into int8 takes more than it leaves
     blocks = []
     for index in range(checkpoint.config.num_hidden_layers):
         block = f"transformer.h.{index}"
         layers = {}
         for layer in QUANTIZED:
-            tensors = {part: checkpoint[f"{block}.{layer}.{part}"].to(device) for part in GPTQ_TENSORS}
+            name = f"{block}.{layer}"
             layers[layer] = read_gptq(
-                tensors,
-                name=f"{block}.{layer}",
+                read.gptq(name),
+                name=name,
                 dtype=dtype,
                 group_size=quant.group_size,
                 checkpoint_format=quant.checkpoint_format,
             )
         blocks.append(fuse_block(read(f"{block}.ln_1.weight"), read(f"{block}.ln_2.weight"), layers))
+        for layer in QUANTIZED:
+            read.done_gptq(f"{block}.{layer}")
     return FusedDecoder(
         checkpoint.config,
-        wte=read("transformer.wte.weight"),
+        wte=read.embeddings(embeddings),
         blocks=blocks,
         ln_f=read("transformer.ln_f.weight"),
-        lm_head=read("lm_head.weight"),
-        head=head,
+        lm_head=lm_head,
         backend=backend,
     )
 
@@ -147,12 +220,12 @@ def load_fused(
 def load_visual(checkpoint: Checkpoint, *, dtype: torch.dtype, device: torch.device | str = "cpu") -> VisionTransformer:
     """The vision tower with its weights in `dtype`."""
     check_tensors(checkpoint, decoder=False)
+    read = _Reader(checkpoint, dtype, device, None)
     with torch.device("meta"):
         visual = VisionTransformer(checkpoint.config.visual)
     for name, module in visual.named_modules():
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
-            full = VISUAL + (f"{name}.{parameter}" if name else parameter)
-            _set(module, parameter, checkpoint[full].to(device=device, dtype=dtype))
+            _set(module, parameter, read(VISUAL + (f"{name}.{parameter}" if name else parameter)))
     return visual.eval()
 
 
@@ -167,5 +240,4 @@ def read_projection(checkpoint: Checkpoint, name: str) -> Tensor:
 
 
 def _set(module: nn.Module, parameter: str, tensor: Tensor) -> None:
-    # a memory-mapped tensor that needed no conversion would keep the file open and read from disk while running
-    setattr(module, parameter, nn.Parameter(tensor.contiguous().clone(), requires_grad=False))
+    setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))

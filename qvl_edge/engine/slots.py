@@ -1,0 +1,252 @@
+"""Slots: sequences side by side over one cache, each at its own position, decoded together.
+
+A slot that is free keeps the keys and values of its last sequence, and the next prompt that begins alike prefills only
+the rest. That is exact inside one NTK bucket: rotated keys depend on alpha, which the whole prompt's length decides.
+From one decode step to the next everything stays on the device, so that a CUDA graph can be a step; on the CPU the same
+function runs eagerly.
+"""
+
+import itertools
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from qvl_edge.engine.decoder import Decoder
+from qvl_edge.engine.graph import StepGraphs, bucket_of
+from qvl_edge.engine.inputs import Element, Inputs, common_prefix
+from qvl_edge.engine.sampling import Kind, Sampler, Samplers
+from qvl_edge.errors import PromptError
+from qvl_edge.model.cache import KVCache
+from qvl_edge.model.decoder import place_sequence, prompt_alpha
+from qvl_edge.model.fused import FusedDecoder
+
+CHUNK = 1024  # positions that are prefilled at once: what a layer leaves for them bounds the memory of a prefill
+
+
+@dataclass(eq=False)
+class Sequence:
+    """One prompt and what follows, in its slot from `Slots.begin` to `Slots.end`."""
+
+    slot: int
+    inputs: Inputs
+    sampler: Sampler
+    reused: int  # positions that the slot held already
+    held: list[Element]  # what the slot holds, in order
+    last: int | None = None  # the last token chosen, not yet in the cache; None while the prompt is not through
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes part in decode steps."""
+        return self.last is not None
+
+
+@dataclass
+class _Slot:
+    held: list[Element] = field(default_factory=list)
+    alpha: float = 1.0
+    used: int = 0  # when it was last taken; the one that was longest ago goes first
+    sequence: Sequence | None = None
+
+
+class Slots:
+    """A batch of slots over one cache of `capacity` positions each, allocated once.
+
+    kv_cache: dtype of keys and values (None: the model's). graph: decode steps as CUDA graphs (None: for a FusedDecoder
+    on CUDA).
+    """
+
+    def __init__(
+        self,
+        model: Decoder,
+        *,
+        capacity: int,
+        count: int = 1,
+        kv_cache: torch.dtype | None = None,
+        graph: bool | None = None,
+    ):
+        device = model.device
+        self.model, self.capacity = model, capacity
+        self.cache = KVCache(model.config, count, capacity, dtype=kv_cache or model.dtype, device=device)
+        self.samplers = Samplers(count, model.config.vocab_size, device=device)
+        self._slots = [_Slot() for _ in range(count)]
+        self._clock = itertools.count(1)
+        self._tokens = torch.zeros(count, dtype=torch.int64, device=device)
+        pinned = device.type == "cuda"  # the copy of a step's tokens is the only thing the host ever waits for
+        self._host_tokens = torch.zeros(count, dtype=torch.int64, pin_memory=pinned)
+        for slot in range(count):
+            place_sequence(model.config, self.cache, slot, 1)
+            self._park(slot)
+        self._embeds: Tensor | None = None  # of a step's tokens, where the table is not on the device
+        if model.embeddings_device != device:
+            shape = (count, 1, model.config.hidden_size)
+            self._embeds = torch.zeros(shape, dtype=model.dtype, device=device)
+            self._host_embeds = torch.zeros(shape, dtype=model.dtype, pin_memory=pinned)
+        if graph is None:
+            graph = isinstance(model, FusedDecoder) and device.type == "cuda"
+        kept = (self._tokens, self.cache.lengths, self.samplers.seen)
+        self._graphs = StepGraphs(self._step_all, kept, device) if graph else None
+
+    @property
+    def free(self) -> int:
+        """Slots that no sequence has."""
+        return sum(slot.sequence is None for slot in self._slots)
+
+    @property
+    def sequences(self) -> list[Sequence]:
+        """Those that were begun and not ended, by slot."""
+        return [slot.sequence for slot in self._slots if slot.sequence is not None]
+
+    @torch.inference_mode()
+    def begin(self, inputs: Inputs, sampler: Sampler) -> Sequence:
+        """Take the free slot that holds most of this prompt's beginning. PromptError if the prompt is too long.
+
+        At least the last position is left to prefill: its logits are wanted.
+        """
+        if len(inputs) >= self.capacity:
+            raise PromptError(
+                f"the prompt has {len(inputs)} tokens and the cache holds {self.capacity} positions, one of them for "
+                "an answer; shorten the prompt or raise max_context"
+            )
+        alpha = prompt_alpha(self.model.config, len(inputs))
+        free = {index: slot for index, slot in enumerate(self._slots) if slot.sequence is None}
+        if not free:
+            raise RuntimeError(f"all {len(self._slots)} slots are taken; end a sequence first")
+        shared = {
+            index: common_prefix(slot.held, inputs.elements[:-1]) if slot.alpha == alpha else 0
+            for index, slot in free.items()
+        }
+        index = max(free, key=lambda index: (shared[index], -self._slots[index].used))
+        slot = self._slots[index]
+        del slot.held[shared[index] :]
+        slot.alpha, slot.used = alpha, next(self._clock)
+        slot.sequence = Sequence(index, inputs, sampler, shared[index], slot.held)
+        place_sequence(self.model.config, self.cache, index, len(inputs))
+        return slot.sequence
+
+    def prefill(self, sequence: Sequence, most: int = CHUNK) -> int | None:
+        """Up to `most` more positions of the prompt; once it is through, the first token (NOT_FINITE where there are no
+        numbers), else None."""
+        logits = self.prefill_logits(sequence, most)
+        if logits is None:
+            return None
+        rows = slice(sequence.slot, sequence.slot + 1)
+        self.samplers.set(sequence.slot, sequence.sampler)
+        self.samplers.draw(rows)
+        self.start(sequence, int(self.samplers.choose(logits, rows)))
+        return sequence.last
+
+    @torch.inference_mode()
+    def prefill_logits(self, sequence: Sequence, most: int = CHUNK) -> Tensor | None:
+        """As prefill, but the logits (1, vocab) float32 of the prompt's last position instead of a token."""
+        done = len(sequence.held)
+        end = min(done + most, len(sequence.inputs))
+        logits = self._append(sequence, sequence.inputs.embed(self.model, done, end), all_logits=False)
+        sequence.held += sequence.inputs.elements[done:end]
+        return logits if end == len(sequence.inputs) else None
+
+    @torch.inference_mode()
+    def extend(self, sequence: Sequence, ids: list[int]) -> Tensor:
+        """Append given tokens after the prompt or the last ones given: logits (T, vocab) float32 after each."""
+        embeds = self.model.embed(torch.tensor([ids], device=self.model.device))
+        logits = self._append(sequence, embeds, all_logits=True)
+        sequence.held += ids
+        return logits[0]
+
+    def _append(self, sequence: Sequence, embeds: Tensor, *, all_logits: bool) -> Tensor:
+        """Run the model on the slot alone, which is parked before and after."""
+        done = len(sequence.held)
+        end = done + embeds.shape[1]
+        cache = self.cache.sequence(sequence.slot).window(bucket_of(end, self.capacity))
+        cache.lengths.fill_(done)
+        cache.filled.fill_(done)
+        try:
+            return self.model(embeds, cache, all_logits=all_logits)
+        finally:
+            self._park(sequence.slot)
+
+    @torch.inference_mode()
+    def start(self, sequence: Sequence, token: int) -> None:
+        """Let a sequence decode from `token` on, after what its slot holds."""
+        self._tokens[sequence.slot] = token
+        self.cache.lengths[sequence.slot] = self.cache.filled[sequence.slot] = len(sequence.held)
+        sequence.last = token
+
+    @torch.inference_mode()
+    def step(self) -> dict[Sequence, int]:
+        """The next token of every running sequence (NOT_FINITE where logits are no numbers).
+
+        PromptError if one of them has no room left.
+        """
+        running = [sequence for sequence in self.sequences if sequence.running]
+        longest = max(len(sequence.held) for sequence in running)
+        if longest >= self.capacity:
+            raise PromptError(
+                f"a sequence has {longest} positions, which fill the cache of {self.capacity}; raise max_context"
+            )
+        if self._embeds is not None:
+            ids = torch.tensor([[0]] * len(self._slots))
+            for sequence in running:
+                ids[sequence.slot] = max(sequence.last or 0, 0)
+            self._host_embeds.copy_(self.model.embed(ids))
+            self._embeds.copy_(self._host_embeds, non_blocking=True)
+        bucket = bucket_of(longest + 1, self.capacity)
+        if self._graphs is not None:
+            self.samplers.draw()
+            self._graphs.replay(bucket, self.samplers.kind())
+        else:
+            for rows in _neighbours([sequence.slot for sequence in running]):
+                self.samplers.draw(rows)
+                self._step(rows, bucket, self.samplers.kind(rows))
+        self._host_tokens.copy_(self._tokens)
+        tokens = self._host_tokens.tolist()
+        for sequence in running:
+            assert sequence.last is not None
+            sequence.held.append(sequence.last)
+            sequence.last = tokens[sequence.slot]
+        for index, slot in enumerate(self._slots):  # a replay counts on the device only, recording on the host too
+            at_work = slot.sequence is not None and slot.sequence.running
+            self.cache.filled[index] = len(slot.held) if at_work else 0
+        return {sequence: tokens[sequence.slot] for sequence in running}
+
+    def end(self, sequence: Sequence) -> None:
+        """Free its slot, which keeps what it holds for a prompt that begins alike."""
+        if self._slots[sequence.slot].sequence is sequence:
+            self._slots[sequence.slot].sequence = None
+            sequence.last = None
+            self.samplers.clear(sequence.slot)
+            self._park(sequence.slot)
+
+    def forget(self) -> None:
+        """Let free slots hold nothing."""
+        for slot in self._slots:
+            if slot.sequence is None:
+                slot.held = []
+
+    def _park(self, slot: int) -> None:
+        """Where attention writes nothing and reads nothing: past the end. A graph steps all slots, whoever runs."""
+        self.cache.lengths[slot] = self.capacity
+        self.cache.filled[slot] = 0
+
+    def _step_all(self, bucket: int, kind: Kind) -> None:
+        self._step(slice(0, len(self._slots)), bucket, kind)
+
+    def _step(self, rows: slice, bucket: int, kind: Kind) -> None:
+        """All of a step that happens on the device, for neighbouring slots."""
+        if self._embeds is not None:
+            embeds = self._embeds[rows]
+        else:
+            embeds = self.model.embed(self._tokens[rows].clamp(min=0)[:, None])  # NOT_FINITE is no row of the table
+        logits = self.model(embeds, self.cache.sequences(rows.start, rows.stop).window(bucket))
+        self._tokens[rows] = self.samplers.choose(logits, rows, kind)
+
+
+def _neighbours(slots: list[int]) -> list[slice]:
+    """Sorted slots as slices of neighbours."""
+    slices: list[slice] = []
+    for slot in slots:
+        if slices and slices[-1].stop == slot:
+            slices[-1] = slice(slices[-1].start, slot + 1)
+        else:
+            slices.append(slice(slot, slot + 1))
+    return slices

@@ -1,0 +1,307 @@
+"""Slots and their decode step: ended sequences, prompts that begin alike, and nothing that waits for the device."""
+
+import dataclasses
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import GOLDEN, SMALL
+from torch import Tensor
+
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import Config
+from qvl_edge.engine.generate import generate
+from qvl_edge.engine.graph import BUCKETS
+from qvl_edge.engine.inputs import Inputs, common_prefix
+from qvl_edge.engine.options import GenerationOptions
+from qvl_edge.engine.sampling import NOT_FINITE, Sampler, Samplers
+from qvl_edge.engine.slots import Sequence, Slots
+from qvl_edge.errors import ConfigError, PromptError
+from qvl_edge.model.cache import KVCache
+from qvl_edge.model.decoder import QWenLMHeadModel
+from qvl_edge.model.fused import FusedDecoder
+from qvl_edge.model.loading import load_decoder
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+GREEDY = GenerationOptions(do_sample=False)
+SAMPLED = GenerationOptions(seed=7, temperature=1.3)
+
+
+@pytest.fixture(scope="module")
+def model() -> QWenLMHeadModel:
+    return load_decoder(Checkpoint(GOLDEN / "tiny-a/checkpoint"), dtype=torch.float32)
+
+
+@pytest.fixture(scope="module")
+def long_model() -> QWenLMHeadModel:
+    """Dynamic NTK and log-n begin at 128 positions."""
+    return load_decoder(Checkpoint(GOLDEN / "tiny-long/checkpoint"), dtype=torch.float32)
+
+
+def prompt_of(count: int, seed: int = 0) -> Inputs:
+    return Inputs(torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+
+
+def begun(slots: Slots, inputs: Inputs, options: GenerationOptions = GREEDY, chunk: int = 1000) -> Sequence:
+    """A sequence whose prompt is through."""
+    sequence = slots.begin(inputs, Sampler(options, inputs.ids))
+    while slots.prefill(sequence, chunk) is None:
+        pass
+    return sequence
+
+
+def run(slots: Slots, inputs: Inputs, tokens: int, options: GenerationOptions = GREEDY) -> list[int]:
+    """`tokens` tokens after a prompt."""
+    sampler = Sampler(options, inputs.ids)
+    steps = generate(slots, [inputs], [sampler], stop_ids=frozenset(), max_new_tokens=[tokens])
+    return [token for (token,) in steps if token is not None]
+
+
+def plain(model: QWenLMHeadModel, inputs: Inputs, tokens: int, options: GenerationOptions = GREEDY) -> list[int]:
+    """The same by the plain loop of forward and choice, over a cache of its own."""
+    samplers = Samplers(1, model.config.vocab_size)
+    samplers.set(0, Sampler(options, inputs.ids))
+    cache = KVCache(model.config, 1, len(inputs) + tokens, dtype=model.dtype)
+    embeds, found = inputs.embed(model, 0, len(inputs)), []
+    with torch.inference_mode():
+        for _ in range(tokens):
+            samplers.draw()
+            found += samplers.choose(model(embeds, cache)).tolist()
+            embeds = model.embed(torch.tensor([found[-1:]]))
+    return found
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_steps_equal_the_plain_loop_of_forward_and_choice(model, options: GenerationOptions) -> None:
+    assert run(Slots(model, capacity=24), prompt_of(11), 9, options) == plain(model, prompt_of(11), 9, options)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100, 128])
+@pytest.mark.parametrize("length", [100, 129, 300])
+def test_a_prompt_in_chunks_is_placed_by_its_whole_length(long_model, length: int, chunk: int) -> None:
+    slots = Slots(long_model, capacity=320)
+    sequence = begun(slots, prompt_of(length), chunk=chunk)
+    found = [sequence.last, *(slots.step()[sequence] for _ in range(5))]
+    assert found == plain(long_model, prompt_of(length), 6)
+
+
+def test_sequences_join_and_leave_between_steps(model) -> None:
+    lengths, limits = (9, 4, 13, 6), (12, 3, 5, 4)
+    prompts = [prompt_of(length, seed) for seed, length in enumerate(lengths)]
+    alone = [plain(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
+    slots, waiting = Slots(model, capacity=40, count=2), list(enumerate(prompts))
+    found: dict[int, list[int]] = {index: [] for index in range(len(prompts))}
+    running: dict[Sequence, int] = {}
+    while waiting or running:
+        while waiting and slots.free:
+            index, prompt = waiting.pop(0)
+            sequence = begun(slots, prompt, chunk=5)
+            running[sequence] = index
+            found[index].append(sequence.last)
+        for sequence, token in slots.step().items():
+            found[running[sequence]].append(token)
+        for sequence in [s for s, index in running.items() if len(found[index]) == limits[index]]:
+            slots.end(sequence)
+            del running[sequence]
+    assert list(found.values()) == alone
+
+
+def test_an_ended_sequence_stays_as_it_was_while_others_go_on(model) -> None:
+    slots = Slots(model, capacity=20, count=2)
+    first, second = begun(slots, prompt_of(4)), begun(slots, prompt_of(9, seed=1))
+    slots.step()
+    slots.end(first)
+    before = slots.cache.k[:, 0, :, :5].clone()
+    for _ in range(3):
+        slots.step()
+    assert torch.equal(slots.cache.k[:, 0, :, :5], before)
+    assert slots.cache.filled.tolist() == [0, 13] and len(second.held) == 13
+    again = slots.begin(Inputs([*prompt_of(4).ids, 5, 6]), Sampler(GREEDY, []))
+    assert (again.slot, again.reused) == (0, 4)
+
+
+def test_a_sequence_without_numbers_is_told_from_the_others(model) -> None:
+    slots = Slots(model, capacity=20, count=2)
+    bad, good = begun(slots, prompt_of(3)), begun(slots, prompt_of(5, seed=1))
+    slots.cache.v[:, 0].fill_(torch.nan)
+    tokens = slots.step()
+    assert tokens[bad] == NOT_FINITE and tokens[good] >= 0
+    with pytest.raises(ConfigError, match="not finite"):
+        list(generate_on_nan(model))
+
+
+def generate_on_nan(model: QWenLMHeadModel):
+    slots = Slots(model, capacity=20)
+    steps = generate(slots, [prompt_of(3)], [Sampler(GREEDY, [])], stop_ids=frozenset(), max_new_tokens=[4])
+    for tokens in steps:
+        slots.cache.v.fill_(torch.nan)
+        yield tokens
+
+
+def test_a_prompt_or_an_answer_that_does_not_fit_says_so(model) -> None:
+    slots = Slots(model, capacity=8)
+    with pytest.raises(PromptError, match="has 8 tokens and the cache holds 8 positions"):
+        slots.begin(prompt_of(8), Sampler(GREEDY, []))
+    begun(slots, prompt_of(7))
+    slots.step()
+    with pytest.raises(PromptError, match="8 positions, which fill the cache of 8"):
+        slots.step()
+
+
+def test_a_failed_prefill_frees_nothing_that_is_not_there(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    slots = Slots(model, capacity=40)
+    expected = run(slots, prompt_of(12), 4)
+    inputs = Inputs([*prompt_of(12).ids, *prompt_of(10, seed=3).ids])
+    sequence = slots.begin(inputs, Sampler(GREEDY, []))
+    slots.prefill(sequence, 4)
+    monkeypatch.setattr(QWenLMHeadModel, "forward", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        slots.prefill(sequence)
+    slots.end(sequence)
+    monkeypatch.undo()
+    assert run(slots, inputs, 4) == plain(model, inputs, 4)
+    assert run(slots, prompt_of(12), 4) == expected
+
+
+def test_the_slot_that_holds_the_prompts_beginning_is_taken(model) -> None:
+    slots = Slots(model, capacity=40, count=3)
+    for seed in range(3):
+        run(slots, prompt_of(8, seed), 3)
+    longer = Inputs([*prompt_of(8, seed=1).ids, 7, 7])
+    sequence = slots.begin(longer, Sampler(GREEDY, []))
+    assert (sequence.slot, sequence.reused) == (1, 8)
+    slots.end(sequence)
+    other = slots.begin(prompt_of(8, seed=9), Sampler(GREEDY, []))
+    assert (other.slot, other.reused) == (0, 0)  # unused for longest
+    slots.end(other)
+    slots.forget()
+    assert slots.begin(longer, Sampler(GREEDY, [])).reused == 0
+
+
+def test_pictures_are_told_apart_by_their_content() -> None:
+    features = [torch.zeros(3, 8)]
+    one, same, other = (Inputs([1, 0, 0, 0, 2, 3], [1], [key], features) for key in ("a", "a", "b"))
+    assert common_prefix(one.elements, same.elements) == 6
+    assert common_prefix(one.elements, other.elements) == 1
+    assert common_prefix(one.elements, Inputs([1, 0, 0, 0, 2, 3]).elements) == 1
+
+
+def test_reuse_gives_the_tokens_of_no_reuse_over_random_edits_and_across_the_ntk_border(long_model) -> None:
+    rng = random.Random(0)
+    slots, ids, seen = Slots(long_model, capacity=400), prompt_of(60).ids, set()
+    for turn in range(40):
+        inputs = Inputs(ids)
+        found = run(slots, inputs, 5)
+        assert found == plain(long_model, inputs, 5), f"turn {turn} with {len(ids)} tokens"
+        sequence = slots.begin(Inputs([*ids, *found[:-1], 1]), Sampler(GREEDY, []))
+        same_bucket = (len(ids) - 1) // 128 == (len(ids) + 4) // 128
+        assert sequence.reused == (len(ids) + 4 if same_bucket else 0)
+        seen.add(len(ids) > 128)
+        slots.end(sequence)
+        # the next turn, as a chat's; or an edit somewhere, or another beginning of the same text
+        ids = [*ids, *found, *(rng.randrange(256) for _ in range(rng.randrange(1, 30)))]
+        if rng.random() < 0.3:
+            ids[rng.randrange(len(ids))] = rng.randrange(256)
+        if len(ids) > 380 or rng.random() < 0.2:
+            ids = ids[: rng.randrange(20, 200)]
+    assert seen == {True, False}
+
+
+def test_a_table_in_host_memory_gives_the_same_tokens(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    elsewhere = torch.device("cpu", 0)  # another name for the same place: the step then takes embeddings from the host
+    monkeypatch.setattr(QWenLMHeadModel, "embeddings_device", elsewhere)
+    slots = Slots(model, capacity=40, count=2)
+    assert slots._embeds is not None
+    assert [run(slots, prompt_of(9, seed), 8) for seed in range(2)] == [
+        plain(model, prompt_of(9, seed), 8) for seed in range(2)
+    ]
+
+
+def on_meta(value: Any) -> Any:
+    """A copy without memory, of tensors and of what holds them: asking it for a number is an error."""
+    if isinstance(value, Tensor):
+        return value.to("meta")
+    if isinstance(value, list):
+        return [on_meta(item) for item in value]
+    if dataclasses.is_dataclass(value):
+        fields = dataclasses.fields(value)
+        return dataclasses.replace(value, **{field.name: on_meta(getattr(value, field.name)) for field in fields})
+    return value
+
+
+CHOICES = [
+    GREEDY,
+    GenerationOptions(seed=1),
+    GenerationOptions(seed=1, top_p=0.5, top_k=9, repetition_penalty=1.1),
+]
+
+
+@pytest.mark.skipif(DEVICE == "cuda", reason="there CUDA itself is asked, below")
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8], ids=str)
+@pytest.mark.parametrize("options", CHOICES, ids=["greedy", "all", "cut"])
+def test_a_step_asks_the_device_for_no_number_and_launches_five_kernels_a_layer(
+    options: GenerationOptions, cache_dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interpreter = pytest.importorskip("triton.runtime.interpreter")
+    launched = []
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", lambda self, *_, **__: launched.append(self.fn.__name__))
+    layers = 3
+    real = FusedDecoder.random(Config.from_dict({**SMALL, "num_hidden_layers": layers}), device="cpu")
+    model = object.__new__(FusedDecoder)
+    model.__dict__.update({name: on_meta(value) for name, value in vars(real).items() if name != "config"})
+    model.config = real.config
+    slots = Slots(real, capacity=4096, count=2, kv_cache=cache_dtype, graph=False)  # past seq_length: log-n is in it
+    slots.cache.filled += 2100
+    for slot in range(2):
+        slots.samplers.set(slot, Sampler(options, [1]))
+    slots.model = model
+    for owner in (slots, slots.samplers, slots.cache):
+        for name, value in vars(owner).items():
+            if isinstance(value, Tensor) and name not in ("filled", "placed", "_host_tokens"):
+                setattr(owner, name, on_meta(value))
+    with torch.inference_mode():
+        slots._step_all(BUCKETS[-1], slots.samplers.kind())
+    assert len(launched) == 5 * layers + 1  # rms_rows comes before the first
+    assert slots.cache.filled.tolist() == [2101, 2101]
+
+
+@pytest.mark.skipif(DEVICE == "cpu", reason="needs CUDA")
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED, GenerationOptions(seed=1, top_p=0.5)], ids=["greedy", "all", "p"])
+def test_graphs_give_the_tokens_of_eager_steps_and_wait_for_nothing(options: GenerationOptions) -> None:
+    model = FusedDecoder.random(Config.from_dict(SMALL), device=DEVICE)
+    rows = []
+    for graph in (False, True):
+        slots = Slots(model, capacity=600, count=3, graph=graph)
+        prompts = [prompt_of(508, seed) for seed in range(2)]  # crosses a bucket; one slot stays free
+        sequences = [slots.begin(prompt, Sampler(options, [], device=DEVICE)) for prompt in prompts]
+        for sequence in sequences:
+            slots.prefill(sequence)
+        found = [sequences[0].last]
+        for count in range(12):
+            found.append(slots.step()[sequences[0]])
+            if count == 5:
+                slots.end(sequences[1])
+        rows.append(found)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            with torch.inference_mode():
+                slots._step_all(600, slots.samplers.kind())
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert rows[0] == rows[1]
+
+
+def test_step_and_fused_decoder_need_torch_and_nothing_else(tmp_path: Path) -> None:
+    blocked = ("tiktoken", "safetensors", "PIL", "onnxruntime", "numpy", "transformers", "onnx")
+    lines = [f"import sys\nfor name in {blocked!r}: sys.modules[name] = None"]
+    lines += [
+        "import qvl_edge.model.fused, qvl_edge.engine.slots, qvl_edge.engine.generate",
+        "assert 'triton' not in sys.modules",
+    ]
+    root = Path(__file__).parent.parent
+    run = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
