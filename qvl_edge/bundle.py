@@ -204,6 +204,11 @@ class Bundle:
         """The exported vision tower."""
         return self.path / VIT
 
+    @property
+    def vit_dtype(self) -> str:
+        """How the vision tower was exported: "float32", "float16", "int8" or "int4"."""
+        return str(self.parts["vit"]["dtype"])
+
 
 def _check_file(folder: Path, part: str, name: str, expected: Mapping[str, Any], *, verify: bool) -> None:
     file, again = folder / name, f"make the {part} again with:\n  {COMMANDS[part].format(path=folder)}"

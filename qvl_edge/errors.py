@@ -6,6 +6,7 @@ QvlError
 ├── BundleError      (OSError)     a bundle is incomplete, mixed or damaged
 ├── ImageError       (ValueError)  an image cannot be read or is refused
 ├── PromptError      (ValueError)  text or markup that cannot be turned into a prompt
+├── FitError         (MemoryError) a model does not fit into the memory that is free
 ├── CalibrationError (ValueError)  calibration data that cannot be used
 └── ParityError      (ValueError)  an exported graph does not compute what the model does
 """
@@ -33,6 +34,10 @@ class ImageError(QvlError, ValueError):
 
 class PromptError(QvlError, ValueError):
     """Text or markup that cannot be turned into a prompt."""
+
+
+class FitError(QvlError, MemoryError):
+    """A model does not fit into the memory that is free."""
 
 
 class CalibrationError(QvlError, ValueError):

@@ -5,19 +5,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, get_args
 
 import torch
 from PIL import Image
 
 from qvl_edge.answer import Answer, FinishReason, Timing, Usage
 from qvl_edge.bundle import Bundle, is_bundle
-from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import IMAGE_TOKENS
+from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.features import FeatureCache
 from qvl_edge.engine.generate import generate
 from qvl_edge.engine.image import ImageLike, load_image
 from qvl_edge.engine.inputs import Inputs
+from qvl_edge.engine.memory import free_memory, parse_bytes
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import Slots
@@ -26,7 +28,8 @@ from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
-from qvl_edge.model.loading import Head, load_decoder, load_fused
+from qvl_edge.model.loading import load_decoder, load_fused
+from qvl_edge.profile import Embeddings, Head, KVType
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
 from qvl_edge.text.list_format import from_list_format, to_list_format
@@ -35,8 +38,7 @@ from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
 from qvl_edge.vit_cache import Progress, exported_vit
 
 SYSTEM = "You are a helpful assistant."
-KVType = Literal["float16", "int8"]
-KV_TYPES = ("float16", "int8")
+_SHOWN = 500_000_000  # bytes from which on loading is shown
 SCORED = 256  # positions whose logits are computed at once: 156 MB of Qwen-7B's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -67,9 +69,7 @@ class Runtime:
         vision: FeatureCache,
         tokenizer: Tokenizer,
         generation_config: dict[str, Any],
-        *,
-        max_context: int | None = None,
-        kv_cache: KVType = "float16",
+        plan: Plan,
     ):
         self.config = decoder.config
         self.decoder, self.vision, self.tokenizer = decoder, vision, tokenizer
@@ -77,8 +77,7 @@ class Runtime:
         self.options = GenerationOptions.from_config(generation_config)
         self.chat_format = str(generation_config.get("chat_format", "raw"))
         self.max_window_size = int(generation_config.get("max_window_size", 6144))
-        self.max_context = max_context or self.config.max_position_embeddings
-        self._kv_cache = torch.int8 if kv_cache == "int8" else None
+        self.plan, self.max_context = plan, plan.context
         self.slots = self._make_slots()
 
     @classmethod
@@ -88,10 +87,14 @@ class Runtime:
         *,
         device: str = "auto",
         dtype: str | None = None,
+        profile: str = "auto",
         max_context: int | None = None,
-        kv_cache: KVType = "float16",
-        head: Head = "float16",
+        max_memory: str | int | None = None,
+        kv_cache: KVType | None = None,
+        head: Head | None = None,
+        embeddings: Embeddings = "host",
         vision_device: str | None = None,
+        release_vision: bool = False,
         verify: bool = False,
         cache_dir: str | PathLike[str] | None = None,
         progress: Progress | None = None,
@@ -100,52 +103,72 @@ class Runtime:
 
         device is "cpu", "cuda" (or "cuda:1", …), or "auto": CUDA where torch sees it. dtype is that of the arithmetic
         and of the layers that are not int4: "float32" (the default on a CPU), "float16" (the default on CUDA) or
-        "bfloat16"; int4 stays int4 and float stays float. max_context is in positions (default: the model's). kv_cache
-        "float16" keeps keys and values in `dtype`, "int8" in a byte and one scale a token and head. head "int8" (int4
-        models on CUDA) halves lm_head. vision_device is where onnxruntime encodes images (default: as `device`).
-        verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`, with lines
-        for `progress`. BundleError, CheckpointError and ConfigError name what is missing and the command that makes it.
+        "bfloat16"; int4 stays int4 and float stays float.
+
+        profile says how exactly the rest is kept: "12g" loses nothing more, "8g" has vision tower, lm_head and cache in
+        int8, "6g" the tower in int4; "auto" takes the first that fits into the free memory. A bundle's tower is as it
+        was exported. kv_cache and head ("float16": as `dtype`, or "int8") override the profile. max_context is in
+        positions (default: as many as fit, up to the model's). max_memory ("8GB", "8GiB" or bytes) is what may be taken
+        instead of all that is free. embeddings "host" reads the table from the mapped file, "device" puts it beside the
+        rest. vision_device is where onnxruntime encodes images (default: as `device`); release_vision has the tower in
+        memory only meanwhile.
+
+        verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`. progress gets lines.
+        BundleError, CheckpointError and ConfigError name what is missing and the command that makes it; FitError comes
+        before anything is allocated, with both numbers and what would fit.
         """
-        path = Path(path)
+        path, say = Path(path), progress or (lambda _: None)
         place = _device(device)
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
         name = dtype or ("float32" if place.type == "cpu" else "float16")
         if name == "float32" and place.type == "cuda":
             raise ConfigError("dtype is 'float32', the kernels for CUDA compute in 'float16' or 'bfloat16'; pass one")
-        if kv_cache not in KV_TYPES:
-            raise ConfigError(f"kv_cache is {kv_cache!r}, known are {', '.join(KV_TYPES)}")
-        if is_bundle(path):
-            bundle = Bundle.open(path, verify=verify)
-            checkpoint, vit = bundle.checkpoint, bundle.vit
-        else:
-            checkpoint = Checkpoint(path)
-            vit = exported_vit(
-                checkpoint, dtype="float32" if name == "bfloat16" else name, cache_dir=cache_dir, progress=progress
-            )
+        for option, value, known in (("kv_cache", kv_cache, get_args(KVType)), ("head", head, get_args(Head))):
+            if value is not None and value not in known:
+                raise ConfigError(f"{option} is {value!r}, known are {', '.join(known)}")
+        bundle = Bundle.open(path, verify=verify) if is_bundle(path) else None
+        checkpoint = bundle.checkpoint if bundle else Checkpoint(path)
         config = checkpoint.config
         if max_context is not None and not 0 < max_context <= config.max_position_embeddings:
             raise ConfigError(
                 f"max_context is {max_context}, this model takes 1 to {config.max_position_embeddings} positions"
             )
-        tokenizer = Tokenizer.from_file(checkpoint.path / VOCAB_FILE)
-        if tokenizer.vocab_size > config.vocab_size or tokenizer.specials["<img>"] != config.visual.image_start_id:
-            raise ConfigError(
-                f"{checkpoint.path / VOCAB_FILE} has {tokenizer.vocab_size} tokens with <img> at "
-                f"{tokenizer.specials['<img>']}, config.json has vocab_size {config.vocab_size} and image_start_id "
-                f"{config.visual.image_start_id}; copy the {VOCAB_FILE} of this model"
-            )
-        fused = place.type == "cuda" and config.quantization is not None and config.quantization.bits == 4
-        if head != "float16" and not fused:
-            raise ConfigError(f"head is {head!r}, which needs an int4 model on CUDA; this one runs on {place}")
-        encoder = VisionEncoder(vit, config.visual, device=vision_device or str(place))
+        tokenizer = _tokenizer(checkpoint)
+        encoding = vision_device or str(place)
+        elsewhere = torch.device(encoding) != place
+        memory = parse_bytes(max_memory) if max_memory is not None else free_memory(place)
+        chosen, plan = choose(
+            config,
+            Plan(
+                device=place.type,
+                dtype=DTYPES[name],
+                vit="float16",
+                head="float16",
+                kv_cache="float16",
+                embeddings=embeddings,
+                vision="elsewhere" if elsewhere else "released" if release_vision else "resident",
+            ),
+            profile=profile,
+            memory=memory,
+            where=str(place),
+            vit=bundle.vit_dtype if bundle else None,
+            head=head,
+            kv_cache=kv_cache,
+            context=max_context,
+        )
+        budget = estimate(config, plan)
+        say(
+            f"{chosen}: vision tower {plan.vit}, head {plan.head}, cache {plan.kv_cache}, {plan.context} positions; "
+            f"{budget.total / 1e9:.2f} GB"
+            + (f" of the {memory / 1e9:.2f} GB free on {place}" if memory is not None else "")
+        )
+        vit = bundle.vit if bundle else exported_vit(checkpoint, dtype=plan.vit, cache_dir=cache_dir, progress=progress)
+        decoder = _load(checkpoint, plan, place, say)
+        released = {"release": True} if release_vision else {}
+        encoder = VisionEncoder(vit, config.visual, device=encoding, max_batch=plan.images, **released)
         vision = FeatureCache(encoder, config.visual.image_size)
-        decoder: QWenLMHeadModel | FusedDecoder
-        if fused:
-            decoder = load_fused(checkpoint, dtype=DTYPES[name], device=place, head=head)
-        else:
-            decoder = load_decoder(checkpoint, dtype=DTYPES[name], device=place)
-        return cls(decoder, vision, tokenizer, checkpoint.generation, max_context=max_context, kv_cache=kv_cache)
+        return cls(decoder, vision, tokenizer, checkpoint.generation, plan)
 
     def answer(
         self,
@@ -295,7 +318,8 @@ class Runtime:
             )
 
     def _make_slots(self) -> Slots:
-        return Slots(self.decoder, capacity=self.max_context, kv_cache=self._kv_cache)
+        kv_cache = torch.int8 if self.plan.kv_cache == "int8" else None
+        return Slots(self.decoder, capacity=self.plan.context, kv_cache=kv_cache)
 
     def _free_slots(self) -> Slots:
         """The runtime's own, or others for a stream that is begun while another one is not through."""
@@ -303,6 +327,8 @@ class Runtime:
 
     def _inputs(self, run: _Run) -> Inputs:
         """The prompt with its images encoded; fills `run`."""
+        if self.plan.vision == "released" and not self.slots.sequences and not self.vision.holds(run.images):
+            self.slots.unload()  # so that the tower and the cache are not there together
         encoded = self.vision.encode(run.images)
         run.cached_images, run.image_s = encoded.cached, encoded.seconds
         return Inputs(run.prompt.ids, run.prompt.image_starts, encoded.keys, encoded.features)
@@ -361,6 +387,43 @@ class Runtime:
         text = run.text.strip()  # upstream strips the response (qwen_generation_utils.py: _decode_chatml)
         boxes = parse_boxes(text, image_sizes=[image.size for image in run.images])
         return Answer(text, boxes, run.token_ids, run.finish_reason, usage, timing)
+
+
+def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+    """ConfigError if it is not that of the config."""
+    config, file = checkpoint.config, checkpoint.path / VOCAB_FILE
+    tokenizer = Tokenizer.from_file(file)
+    if tokenizer.vocab_size > config.vocab_size or tokenizer.specials["<img>"] != config.visual.image_start_id:
+        raise ConfigError(
+            f"{file} has {tokenizer.vocab_size} tokens with <img> at {tokenizer.specials['<img>']}, config.json has "
+            f"vocab_size {config.vocab_size} and image_start_id {config.visual.image_start_id}; copy the {VOCAB_FILE} "
+            "of this model"
+        )
+    return tokenizer
+
+
+def _load(checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress) -> QWenLMHeadModel | FusedDecoder:
+    """The decoder, with a line for every tenth of it that was read, and the rate."""
+    quant = checkpoint.config.quantization
+    load = load_fused if place.type == "cuda" and quant is not None and quant.bits == 4 else load_decoder
+    total = sum(checkpoint[name].nbytes for name in checkpoint.names if not name.startswith(VISUAL))
+    began, done, shown = time.perf_counter(), 0, 0
+
+    def count(nbytes: int) -> None:
+        nonlocal done, shown
+        done += nbytes
+        if total > _SHOWN and done * 10 // total > shown:
+            shown = done * 10 // total
+            say(f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB")
+
+    decoder = load(
+        checkpoint, dtype=plan.dtype, device=place, head=plan.head, embeddings=plan.embeddings, on_bytes=count
+    )
+    if place.type == "cuda":
+        torch.cuda.synchronize(place)
+    seconds = time.perf_counter() - began
+    say(f"read {done / 1e9:.2f} GB in {seconds:.1f} s, {done / seconds / 1e9:.2f} GB/s")
+    return decoder
 
 
 def _device(name: str) -> torch.device:

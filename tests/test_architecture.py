@@ -32,7 +32,7 @@ LAYERS = (
     ("model", "text"),
     ("bundle", "checkpoint"),
     ("published",),
-    ("config",),
+    ("config", "profile"),
     ("errors",),
 )
 

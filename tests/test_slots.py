@@ -182,6 +182,17 @@ def test_the_slot_that_holds_the_prompts_beginning_is_taken(model) -> None:
     assert slots.begin(longer, Sampler(GREEDY, [])).reused == 0
 
 
+def test_an_unloaded_cache_comes_back_empty(model) -> None:
+    slots = Slots(model, capacity=40)
+    expected = run(slots, prompt_of(12), 4)
+    slots.unload()
+    assert slots._cache is None
+    sequence = slots.begin(prompt_of(12), Sampler(GREEDY, []))
+    assert sequence.reused == 0
+    slots.end(sequence)
+    assert run(slots, prompt_of(12), 4) == expected
+
+
 def test_pictures_are_told_apart_by_their_content() -> None:
     features = [torch.zeros(3, 8)]
     one, same, other = (Inputs([1, 0, 0, 0, 2, 3], [1], [key], features) for key in ("a", "a", "b"))

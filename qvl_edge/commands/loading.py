@@ -3,7 +3,9 @@
 import argparse
 import sys
 import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
+
+from qvl_edge.profile import PROFILES, Embeddings, Head, KVType
 
 if TYPE_CHECKING:
     from qvl_edge.runtime import Runtime
@@ -17,13 +19,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the arithmetic (float32, on CUDA float16)"
     )
     parser.add_argument(
-        "--kv-cache", choices=("float16", "int8"), default="float16", help="keys and values: as --dtype, or int8"
+        "--profile",
+        choices=("auto", *PROFILES),
+        default="auto",
+        help="12g: nothing beyond int4 is lost; 8g: vision tower, lm_head and cache in int8; 6g: the tower in int4; "
+        "auto: the first that fits into free memory (default)",
     )
+    parser.add_argument("--max-context", type=int, metavar="N", help="positions to allow (as many as fit)")
+    parser.add_argument("--max-memory", metavar="8GB", help="take no more than this instead of all that is free")
+    parser.add_argument("--kv-cache", choices=get_args(KVType), help="keys and values: as --dtype, or int8")
+    parser.add_argument("--head", choices=get_args(Head), help="lm_head: as --dtype, or int8")
     parser.add_argument(
-        "--head", choices=("float16", "int8"), default="float16", help="lm_head: as --dtype, or int8 (CUDA)"
+        "--embeddings", choices=get_args(Embeddings), default="host", help="the table: in the mapped file, or on device"
     )
-    parser.add_argument("--vision-device", choices=("cpu", "cuda"), help="where images are encoded (as --device)")
-    parser.add_argument("--max-context", type=int, metavar="N", help="positions to allow (the model's)")
+    parser.add_argument("--vision-device", help="where images are encoded: cpu, cuda or cuda:N (as --device)")
+    parser.add_argument(
+        "--release-vision", action="store_true", help="have the vision tower in memory only while it encodes"
+    )
     parser.add_argument("--verify", action="store_true", help="check the hash of every file of the bundle first")
     group = parser.add_argument_group("generation (defaults are the model's)")
     group.add_argument("--max-new-tokens", type=int, metavar="N")
@@ -53,10 +65,14 @@ def load(args: argparse.Namespace) -> "Runtime":
         args.path,
         device=args.device,
         dtype=args.dtype,
+        profile=args.profile,
         max_context=args.max_context,
+        max_memory=args.max_memory,
         kv_cache=args.kv_cache,
         head=args.head,
+        embeddings=args.embeddings,
         vision_device=args.vision_device,
+        release_vision=args.release_vision,
         verify=args.verify,
         progress=say,
     )

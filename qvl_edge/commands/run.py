@@ -81,8 +81,9 @@ def summary(answer: "Answer") -> str:
     """One line: tokens and speed."""
     usage, timing = answer.usage, answer.timing
     images = f"{usage.images} images {timing.image_s:.2f} s | " if usage.images else ""
+    cached = f" ({usage.cached_tokens} kept)" if usage.cached_tokens else ""
     return (
-        f"{images}prompt {usage.prompt_tokens} tokens {timing.prefill_s:.2f} s | "
+        f"{images}prompt {usage.prompt_tokens} tokens{cached} {timing.prefill_s:.2f} s | "
         f"answer {usage.completion_tokens} tokens {timing.decode_tokens_per_s:.1f} tokens/s | "
         f"ended by {answer.finish_reason}"
     )

@@ -56,6 +56,10 @@ class FeatureCache:
             self._features.popitem(last=False)
         return Encoded(keys, [found[key] for key in keys], cached, seconds)
 
+    def holds(self, images: Sequence[Image.Image]) -> bool:
+        """Whether all of them are in the cache."""
+        return all(content_key(image) in self._features for image in images)
+
     def forget(self) -> None:
         """Drop all features."""
         self._features.clear()

@@ -1,5 +1,6 @@
 """Memory of the host and of the card: how much there is and how much is free, in bytes."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -54,3 +55,34 @@ def peak_host_bytes() -> int:
 def reset_peak() -> None:
     """Let peak_host_bytes start again from what is in memory now."""
     Path("/proc/self/clear_refs").write_text("5")
+
+
+_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+
+
+def parse_bytes(text: str | int) -> int:
+    """Bytes of "12GB" (10^9), "12GiB" (2^30; what a card sold as 12 GB has), "800MB" or a number. ConfigError if it is
+    none of them, or not positive."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
+    if found is None or found[2].lower() not in _UNITS or float(found[1]) <= 0:
+        raise ConfigError(f"{text!r} is no amount of memory; write it as 12GB (10^9 bytes) or 12GiB (2^30)")
+    return int(float(found[1]) * _UNITS[found[2].lower()])
+
+
+def resident_bytes() -> int:
+    """What this process has in host memory now (VmRSS); 0 where that is not known."""
+    try:
+        status = Path("/proc/self/status").read_text()
+    except OSError:
+        return 0
+    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) * 1024
+
+
+def free_memory(device: torch.device) -> int | None:
+    """What a model on `device` may take in all, this process's own share of the host included; None if not known."""
+    if device.type == "cuda":
+        return device_memory(device).free
+    try:
+        return host_memory().free + resident_bytes()
+    except ConfigError:
+        return None

@@ -21,7 +21,7 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import place_sequence, prompt_alpha
 from qvl_edge.model.fused import FusedDecoder
 
-CHUNK = 1024  # positions that are prefilled at once: what a layer leaves for them bounds the memory of a prefill
+CHUNK = 512  # positions that are prefilled at once: what a layer leaves for them bounds the memory of a prefill
 
 
 @dataclass(eq=False)
@@ -66,26 +66,50 @@ class Slots:
         graph: bool | None = None,
     ):
         device = model.device
-        self.model, self.capacity = model, capacity
-        self.cache = KVCache(model.config, count, capacity, dtype=kv_cache or model.dtype, device=device)
+        self.model, self.capacity, self._kv_cache = model, capacity, kv_cache or model.dtype
         self.samplers = Samplers(count, model.config.vocab_size, device=device)
         self._slots = [_Slot() for _ in range(count)]
         self._clock = itertools.count(1)
         self._tokens = torch.zeros(count, dtype=torch.int64, device=device)
         pinned = device.type == "cuda"  # the copy of a step's tokens is the only thing the host ever waits for
         self._host_tokens = torch.zeros(count, dtype=torch.int64, pin_memory=pinned)
-        for slot in range(count):
-            place_sequence(model.config, self.cache, slot, 1)
-            self._park(slot)
         self._embeds: Tensor | None = None  # of a step's tokens, where the table is not on the device
         if model.embeddings_device != device:
             shape = (count, 1, model.config.hidden_size)
             self._embeds = torch.zeros(shape, dtype=model.dtype, device=device)
             self._host_embeds = torch.zeros(shape, dtype=model.dtype, pin_memory=pinned)
-        if graph is None:
-            graph = isinstance(model, FusedDecoder) and device.type == "cuda"
-        kept = (self._tokens, self.cache.lengths, self.samplers.seen)
-        self._graphs = StepGraphs(self._step_all, kept, device) if graph else None
+        self._graph = isinstance(model, FusedDecoder) and device.type == "cuda" if graph is None else graph
+        self._cache: KVCache | None = None
+        self._graphs: StepGraphs | None = None
+        self._allocate()
+
+    @property
+    def cache(self) -> KVCache:
+        """Keys and values of all slots; allocated anew after `unload`."""
+        return self._cache or self._allocate()
+
+    def _allocate(self) -> KVCache:
+        """The cache, and no graphs yet: they hold its addresses."""
+        model, count = self.model, len(self._slots)
+        cache = KVCache(model.config, count, self.capacity, dtype=self._kv_cache, device=model.device)
+        self._cache = cache
+        for slot in range(count):
+            place_sequence(model.config, cache, slot, 1)
+            self._park(slot)
+        if self._graph:
+            self._graphs = StepGraphs(self._step_all, (self._tokens, cache.lengths, self.samplers.seen), model.device)
+        return cache
+
+    def unload(self) -> None:
+        """Give the cache's memory back until the next sequence begins; nothing is held any more.
+
+        For a vision tower that is in memory only while it encodes: the two are then never there together.
+        """
+        assert not self.sequences, "a sequence is running"
+        self.forget()
+        self._cache = self._graphs = None
+        if self.model.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     @property
     def free(self) -> int:
@@ -209,6 +233,7 @@ class Slots:
             self.cache.filled[index] = len(slot.held) if at_work else 0
         return {sequence: tokens[sequence.slot] for sequence in running}
 
+    @torch.inference_mode()
     def end(self, sequence: Sequence) -> None:
         """Free its slot, which keeps what it holds for a prompt that begins alike."""
         if self._slots[sequence.slot].sequence is sequence:

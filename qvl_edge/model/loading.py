@@ -1,7 +1,6 @@
 """Checkpoint tensors into modules: strict about names and shapes, one tensor in memory beyond what stays."""
 
 from collections.abc import Callable
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +9,7 @@ from kernels import Int8Weight, dequantize_gptq, quantize_int8
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
+from qvl_edge.profile import Embeddings, Head
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder, fuse_block
 from qvl_edge.model.linear import Int4Linear, Int8Linear, read_gptq
@@ -17,8 +17,6 @@ from qvl_edge.model.vit import VisionTransformer
 
 QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # of every block, in the order they run
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
-Head = Literal["float16", "int8"]  # lm_head: in the model's dtype, or weight-only int8
-Embeddings = Literal["host", "device"]  # host: read from the mapped file, 8 KiB a token of Qwen-7B
 OnBytes = Callable[[int], None]
 """Called with the bytes of each tensor that was read."""
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"

@@ -1,0 +1,153 @@
+"""What a model will take of memory, before it is loaded or downloaded: qvl-edge fit PATH [--gpu 12GB] [--context 4096]
+
+PATH is a bundle, a checkpoint, a folder with nothing but its config.json, or Qwen/Qwen-VL, Qwen/Qwen-VL-Chat,
+Qwen/Qwen-VL-Chat-Int4. GB are 10^9 bytes; a card that is sold as 12 GB has 12GiB.
+"""
+
+import argparse
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from qvl_edge.profile import PROFILES
+
+if TYPE_CHECKING:
+    from qvl_edge.config import Config
+    from qvl_edge.engine.budget import Budget, Plan
+
+WIDTH = 56  # characters of a whole bar
+FILLS = "█▓▒░▞▚·"  # one for each part, told apart without colour
+COLOURS = (34, 36, 32, 33, 35, 31, 90)
+NAMES = {
+    "layers": "decoder layers",
+    "embeddings": "embeddings",
+    "head": "lm_head",
+    "vision": "vision tower",
+    "kv_cache": "keys and values",
+    "workspace": "workspace",
+    "runtime": "runtime",
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `qvl-edge fit`."""
+    parser.add_argument("path", metavar="PATH", help="a bundle, a checkpoint, its config.json's folder, or a name")
+    where = parser.add_mutually_exclusive_group()
+    where.add_argument("--gpu", metavar="12GB", help="memory of the card (default: what is free on the one here)")
+    where.add_argument("--cpu", metavar="16GB", nargs="?", const="", help="run on the CPU, with so much (what is free)")
+    parser.add_argument("--context", type=int, default=2048, metavar="N", help="positions (default: 2048)")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images that are encoded at once (1)")
+    parser.add_argument("--slots", type=int, default=1, metavar="N", help="answers at once, each with its context (1)")
+    parser.add_argument("--json", action="store_true", help="bytes as JSON on stdout")
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Print the table; 0 if some profile fits, 1 if none does."""
+    import torch
+
+    from qvl_edge.engine.budget import Plan, estimate, longest_context
+    from qvl_edge.errors import ConfigError
+
+    config, note = read_config(args.path)
+    if not 0 < args.context <= config.max_position_embeddings:
+        raise ConfigError(
+            f"--context is {args.context}, this model takes 1 to {config.max_position_embeddings} positions"
+        )
+    for name in ("images", "slots"):
+        if getattr(args, name) < 1:
+            raise ConfigError(f"--{name} is {getattr(args, name)}, at least 1 is needed")
+    device, memory = memory_of(args)
+    dtype = torch.float32 if device == "cpu" else torch.float16
+    rows = []
+    for name, profile in PROFILES.items():
+        vit = "float32" if name == "12g" and device == "cpu" else profile.vit
+        plan = Plan(
+            device=device,
+            dtype=dtype,
+            vit=vit,
+            head=profile.head,
+            kv_cache=profile.kv_cache,
+            context=args.context,
+            images=args.images,
+            slots=args.slots,
+        )
+        rows.append((name, plan, estimate(config, plan), longest_context(config, plan, memory)))
+    if args.json:
+        found = {
+            name: {"parts": vars(budget), "total": budget.total, "fits": budget.total <= memory, "longest": longest}
+            for name, _, budget, longest in rows
+        }
+        print(json.dumps({"memory": memory, "device": device, "profiles": found}))
+    else:
+        title = f"{args.path}{note}\n{args.context:,} positions"
+        title += f" in each of {args.slots} slots" if args.slots > 1 else ""
+        title += f", {args.images} image{'s' if args.images > 1 else ''} at once, {device.upper()}"
+        print(table(title, rows, memory))
+    return 0 if any(budget.total <= memory for _, _, budget, _ in rows) else 1
+
+
+def read_config(path: str) -> tuple["Config", str]:
+    """The config to be fitted, and what to say about it."""
+    from qvl_edge.config import Config, QuantConfig
+    from qvl_edge.published import published_config
+
+    config = None if Path(path).exists() else published_config(path)
+    config = config or Config.from_folder(path)
+    if config.quantization is not None:
+        return config, ""
+    return replace(config, quantization=QuantConfig()), "\nas quantize.gptq makes it, 4 bits in groups of 128"
+
+
+def memory_of(args: argparse.Namespace) -> tuple[str, int]:
+    """Device and bytes that are asked about."""
+    import torch
+
+    from qvl_edge.engine.memory import free_memory, parse_bytes
+    from qvl_edge.errors import ConfigError
+
+    if args.gpu:
+        return "cuda", parse_bytes(args.gpu)
+    if args.cpu:
+        return "cpu", parse_bytes(args.cpu)
+    device = torch.device("cuda" if args.cpu is None and torch.cuda.is_available() else "cpu")
+    memory = free_memory(device)
+    if memory is None:
+        raise ConfigError("free memory is not known on this system; give it with --gpu 12GB or --cpu 16GB")
+    return device.type, memory
+
+
+def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int) -> str:
+    """Parts by profile in GB, whether they fit, and a bar for each."""
+    import sys
+
+    colour = sys.stdout.isatty()
+
+    def painted(text: str, index: int) -> str:
+        return f"\033[{COLOURS[index]}m{text}\033[0m" if colour else text
+
+    lines = [title, "", f"{'GB':<20}" + "".join(f"{name:>10}" for name, *_ in rows)]
+    for index, (part, name) in enumerate(NAMES.items()):
+        sizes = [getattr(budget, part) for _, _, budget, _ in rows]
+        label = f"{painted(FILLS[index], index)} {name:<18}"
+        lines.append(label + "".join(f"{size / 1e9:>10.2f}" if size else f"{'–':>10}" for size in sizes))
+    lines.append(f"{'total':<20}" + "".join(f"{budget.total / 1e9:>10.2f}" for _, _, budget, _ in rows))
+    verdicts = ("fits" if budget.total <= memory else "too much" for _, _, budget, _ in rows)
+    lines.append(f"{f'of {memory / 1e9:.2f} GB':<20}" + "".join(f"{verdict:>10}" for verdict in verdicts))
+    longest = (f"{positions:,}" if positions else "none" for *_, positions in rows)
+    lines.append(f"{'longest context':<20}" + "".join(f"{positions:>10}" for positions in longest))
+    whole = max(memory, *(budget.total for _, _, budget, _ in rows))
+    lines.append("")
+    for name, plan, budget, _ in rows:
+        bar, end, done = "", 0, 0
+        for index, part in enumerate(NAMES):
+            done += getattr(budget, part)
+            start, end = end, round(WIDTH * done / whole)
+            bar += painted(FILLS[index] * (end - start), index)
+        gap = round(WIDTH * memory / whole) - end  # up to the end of the memory
+        over = budget.total - memory
+        tail = f" {over / 1e9:.2f} GB too much" if over > 0 else f"{' ' * gap}▏"
+        lines.append(f"{name:>4} {bar}{tail}")
+        exact = str(plan.dtype).removeprefix("torch.") if plan.head == "float16" else plan.head
+        lines.append(f"     vision tower {plan.vit}, lm_head and cache {exact}")
+    return "\n".join(lines)

@@ -1,0 +1,259 @@
+"""What a running model takes of memory, part by part, known before anything is loaded; and what to give up to fit.
+
+Every part is computed from the config; the few constants say how they were found. `benchmarks.memory` compares the sum
+with what a run takes.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from math import ceil
+
+import torch
+
+from qvl_edge.config import Config
+from qvl_edge.engine.slots import CHUNK
+from qvl_edge.engine.vision_memory import session_bytes, workspace_bytes
+from qvl_edge.errors import ConfigError, FitError
+from qvl_edge.profile import PROFILES, Embeddings, Head, KVType, Vision
+
+SHORTEST = 512  # positions that a profile has to leave for it to be chosen: an image, a question and an answer
+WISHED = 2048  # positions that "auto" wants before it gives up exactness
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a model is to run. `context` positions in each of `slots`; `images` are encoded at once."""
+
+    device: str  # "cpu" or "cuda"
+    dtype: torch.dtype  # of the arithmetic
+    vit: str
+    head: Head
+    kv_cache: KVType
+    embeddings: Embeddings = "host"
+    vision: Vision = "resident"
+    context: int = WISHED
+    images: int = 1
+    slots: int = 1
+
+
+@dataclass(frozen=True)
+class Budget:
+    """Bytes of every part. `workspace` is the most that any stage needs beside the parts that stay."""
+
+    layers: int
+    embeddings: int
+    head: int
+    vision: int
+    kv_cache: int
+    workspace: int
+    runtime: int
+
+    @property
+    def total(self) -> int:
+        """Bytes of all parts: the peak."""
+        return sum(vars(self).values())
+
+
+# Before a model is there. On a CPU: Python with torch, onnxruntime and this package, VmRSS 246 MB (torch 2.13, x86);
+# tiktoken takes 350 bytes a rank. On CUDA: context, Triton's kernels and cuBLAS's workspace; a figure that
+# others give for CUDA 12 and 13 and that was not measured here.
+_RUNTIME = {"cpu": 250 << 20, "cuda": 450 << 20}
+_BYTES_A_RANK = 350
+_CPU_BLOCK, _CPU_TAIL = 1024, 8  # kernels/layout_cpu.py: outputs of a block, bytes behind each row
+_PAGE = 4096
+
+
+def estimate(config: Config, plan: Plan) -> Budget:
+    """The parts of `plan`."""
+    itemsize = plan.dtype.itemsize
+    hidden, vocab = config.hidden_size, config.vocab_size
+    vision = 0 if plan.vision == "elsewhere" else session_bytes(config.visual, plan.vit, plan.device)
+    encoding = 0 if plan.vision == "elsewhere" else workspace_bytes(config.visual, plan.vit, plan.images, plan.device)
+    if plan.embeddings == "device":
+        table = vocab * hidden * itemsize
+    else:  # rows are read from the mapped file; on CUDA they are not in its memory at all
+        table = min(plan.context, vocab) * (ceil(2 * hidden / _PAGE) + 1) * _PAGE if plan.device == "cpu" else 0
+    kv_cache = plan.slots * plan.context * position_bytes(config, plan)
+    if plan.vision == "released":  # while it is there, the cache is not
+        encoding, vision = encoding + vision - kv_cache, 0
+    return Budget(
+        layers=_layers_bytes(config, plan),
+        embeddings=table,
+        head=_matrix_bytes(vocab, hidden, 8 if plan.head == "int8" else None, hidden, plan),
+        vision=vision,
+        kv_cache=kv_cache,
+        # layers are packed before there are a tower and a cache
+        workspace=max(encoding, _prefill_bytes(config, plan), _packing_bytes(config, plan) - vision - kv_cache),
+        runtime=_RUNTIME[plan.device] + (_BYTES_A_RANK * vocab if plan.device == "cpu" else 0),
+    )
+
+
+def position_bytes(config: Config, plan: Plan) -> int:
+    """Keys and values of one position."""
+    if plan.kv_cache == "int8":
+        return 2 * config.num_hidden_layers * (config.hidden_size + 2 * config.num_attention_heads)
+    return 2 * config.num_hidden_layers * config.hidden_size * plan.dtype.itemsize
+
+
+def _projections(config: Config) -> list[tuple[int, int]]:
+    """(outputs, inputs) of a block's projections."""
+    hidden, inner = config.hidden_size, config.ffn_size
+    return [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner)]
+
+
+def _layers_bytes(config: Config, plan: Plan) -> int:
+    quant = config.quantization
+    bits = 4 if quant is not None and quant.bits == 4 else None  # 8 bits are dequantized at load
+    group = 0 if quant is None else quant.group_size
+    block = sum(_matrix_bytes(n, k, bits, k if group == -1 else group, plan) for n, k in _projections(config))
+    vectors = (3 * config.hidden_size + 2 * config.hidden_size) * plan.dtype.itemsize  # c_attn's bias, two norms
+    return config.num_hidden_layers * (block + vectors) + config.hidden_size * plan.dtype.itemsize
+
+
+def _matrix_bytes(outputs: int, inputs: int, bits: int | None, group: int, plan: Plan) -> int:
+    """One matrix product's weight as the backend of the device keeps it (layout_cpu.py, layout_triton.py)."""
+    if bits is None:
+        return outputs * inputs * plan.dtype.itemsize
+    groups = ceil(inputs / group)
+    if plan.device == "cpu":
+        count = ceil(outputs / _CPU_BLOCK)
+        block = ceil(outputs / count / 16) * 16
+        return count * (inputs * (block + _CPU_TAIL) + 4 * groups * block)
+    scales = 4 if bits == 8 else 2
+    return ceil(outputs / 128) * 128 * (ceil(inputs / 128) * 16 * bits + scales * groups)
+
+
+def _prefill_bytes(config: Config, plan: Plan) -> int:
+    """A chunk of a prompt on its way through one layer, and the logits of its last position."""
+    rows = min(plan.context, CHUNK)
+    hidden, inner, size = config.hidden_size, config.ffn_size, plan.dtype.itemsize
+    logits = 6 * 4 * config.vocab_size  # sorted, their indices, chances, noise
+    attention = 0
+    if plan.kv_cache == "int8" and plan.device == "cpu":  # the definition turns a layer's keys and values into floats
+        attention = 2 * plan.context * hidden * 4
+    if plan.device == "cpu":
+        # residual, normed, qkv and its rotated copies, attended; w1, w2 and their product; a block of float weights
+        block = _CPU_BLOCK * max(hidden, inner) * 4 if config.quantization is not None else 0
+        return logits + max(rows * hidden * 10 * size + attention, rows * (2 * hidden + 4 * inner) * size + block)
+    # residual in float32, embeddings, normed rows, qkv, attended; the MLP's product
+    return logits + rows * (4 * hidden + (6 * hidden + inner) * size) + attention
+
+
+def _packing_bytes(config: Config, plan: Plan) -> int:
+    """The largest int4 layer while its levels are brought into order: a byte each, twice, beside its words."""
+    if config.quantization is None:
+        return config.vocab_size * config.hidden_size * 2 if plan.device == "cpu" else 0
+    return ceil(2.5 * max(n * k for n, k in _projections(config)))
+
+
+def longest_context(config: Config, plan: Plan, memory: int) -> int:
+    """The most positions, a multiple of 64 and no more than the model's, whose estimate stays within `memory` bytes; 0
+    if none does."""
+    low, high = 0, config.max_position_embeddings // 64
+    if config.max_position_embeddings % 64:
+        high += 1
+    while low < high:
+        middle = (low + high + 1) // 2
+        if estimate(config, replace(plan, context=_positions(config, middle))).total <= memory:
+            low = middle
+        else:
+            high = middle - 1
+    return _positions(config, low)
+
+
+def _positions(config: Config, blocks: int) -> int:
+    return min(64 * blocks, config.max_position_embeddings)
+
+
+def remedies(config: Config, plan: Plan, memory: int) -> Iterator[str]:
+    """Changes that would each make `plan` fit into `memory` bytes, as flags, the gentlest first."""
+
+    def fits(**changes: object) -> bool:
+        return estimate(config, replace(plan, **changes)).total <= memory  # type: ignore[arg-type]
+
+    shorter = longest_context(config, plan, memory)
+    if SHORTEST <= shorter < plan.context:
+        yield f"--max-context {shorter}"
+    if plan.vision == "resident":
+        if fits(vision="released"):
+            yield "--release-vision"
+        if plan.device == "cuda" and fits(vision="elsewhere"):
+            yield "--vision-device cpu"
+    for part in ("kv_cache", "head"):
+        if getattr(plan, part) != "int8" and fits(**{part: "int8"}):
+            yield f"--{part.replace('_', '-')} int8"
+    for name, profile in PROFILES.items():
+        if name != "12g" and plan.vit != profile.vit and fits(**vars(profile)):
+            yield f"--profile {name} (its vision tower: python -m export.vit CHECKPOINT BUNDLE --dtype {profile.vit})"
+
+
+def choose(
+    config: Config,
+    plan: Plan,
+    *,
+    profile: str,
+    memory: int | None,
+    where: str,
+    vit: str | None = None,
+    head: Head | None = None,
+    kv_cache: KVType | None = None,
+    context: int | None = None,
+) -> tuple[str, Plan]:
+    """The profile's name and the plan that a model is to run by.
+
+    plan: what no profile decides. profile: one of PROFILES, or "auto": the first of them that leaves 2,048 positions
+    (`context`, where it is given), else the first that leaves 512. vit: dtype of the tower that there is; None where it
+    will be made. head, kv_cache: by hand, whatever the profile says. context None: as many positions as fit. memory:
+    bytes that may be taken (None: not known, nothing is checked). ConfigError if `vit` is not the profile's; FitError
+    if nothing fits.
+    """
+    if profile != "auto" and profile not in PROFILES:
+        raise ConfigError(f"profile is {profile!r}, known are 'auto', {', '.join(map(repr, PROFILES))}")
+    if profile != "auto" and vit is not None and vit not in towers(profile):
+        raise ConfigError(
+            f"profile {profile} takes a vision tower in {' or '.join(towers(profile))}, and the bundle's is in {vit}; "
+            f"choose another profile, or make one with:\n  python -m export.vit CHECKPOINT BUNDLE --dtype "
+            f"{PROFILES[profile].vit}"
+        )
+
+    def planned(name: str, positions: int | None) -> Plan:
+        asked = PROFILES[name]
+        made = "float32" if name == "12g" and plan.dtype == torch.float32 else asked.vit
+        found = replace(
+            plan, vit=vit or made, head=head or asked.head, kv_cache=kv_cache or asked.kv_cache, context=positions or 1
+        )
+        if positions is None:
+            most = config.max_position_embeddings if memory is None else longest_context(config, found, memory)
+            found = replace(found, context=most)
+        return found
+
+    names = (profile,) if profile != "auto" else tuple(PROFILES)
+    for least in (WISHED, SHORTEST):
+        for name in names:
+            found = planned(name, context)
+            enough = context is not None or found.context >= min(least, config.max_position_embeddings)
+            if memory is None or (enough and estimate(config, found).total <= memory):
+                return name, found
+    assert memory is not None  # or the first name would have done
+    tried = planned(names[0], context or min(SHORTEST, config.max_position_embeddings))
+    check_fits(config, tried, memory, where)
+    raise AssertionError("what did not fit above does not fit here")
+
+
+def towers(profile: str) -> tuple[str, ...]:
+    """Dtypes of a vision tower that go with a profile."""
+    return ("float16", "float32") if profile == "12g" else (PROFILES[profile].vit,)
+
+
+def check_fits(config: Config, plan: Plan, memory: int, where: str) -> None:
+    """FitError with both numbers and what would help, if `plan` takes more than `memory` bytes of `where`."""
+    budget = estimate(config, plan)
+    if budget.total <= memory:
+        return
+    parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in vars(budget).items() if size)
+    found = list(remedies(config, plan, memory))
+    helps = "It fits with " + ", or with ".join(found) if found else "No profile makes it fit"
+    raise FitError(
+        f"{budget.total / 1e9:.2f} GB would be needed for {plan.context} positions and {where} has {memory / 1e9:.2f} "
+        f"GB free ({parts}). {helps}"
+    )
