@@ -1,8 +1,8 @@
 """Runtime: a loaded model that answers about images."""
 
+import contextlib
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
 from typing import Any, get_args
@@ -10,10 +10,9 @@ from typing import Any, get_args
 import torch
 from PIL import Image
 
-from qvl_edge.answer import Answer, FinishReason, Timing, Usage
+from qvl_edge.answer import Answer
 from qvl_edge.bundle import Bundle, is_bundle
 from qvl_edge.checkpoint import VISUAL, Checkpoint
-from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.features import FeatureCache
 from qvl_edge.engine.generate import generate
@@ -21,9 +20,9 @@ from qvl_edge.engine.image import ImageLike, load_image
 from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.memory import free_memory, parse_bytes
 from qvl_edge.engine.options import GenerationOptions
+from qvl_edge.engine.run import Run
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import Slots
-from qvl_edge.engine.stream import TextStream
 from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.decoder import QWenLMHeadModel
@@ -41,23 +40,6 @@ SYSTEM = "You are a helpful assistant."
 _SHOWN = 500_000_000  # bytes from which on loading is shown
 SCORED = 256  # positions whose logits are computed at once: 156 MB of Qwen-7B's
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
-
-@dataclass
-class _Run:
-    """One answer while it is made."""
-
-    prompt: Prompt
-    images: list[Image.Image]
-    options: GenerationOptions
-    cached_tokens: int = 0
-    cached_images: int = 0
-    image_s: float = 0.0
-    prefill_s: float = 0.0
-    decode_s: float = 0.0
-    token_ids: list[int] = field(default_factory=list)
-    text: str = ""
-    finish_reason: FinishReason = "length"
 
 
 class Runtime:
@@ -183,8 +165,7 @@ class Runtime:
         history holds earlier (query, response) pairs. `<img>` in text is plain text: no user's text opens anything.
         generation: options of GenerationOptions. ImageError, PromptError or ConfigError on a bad argument.
         """
-        run = self._prepare(query, history, system, chat_format or self.chat_format, generation, markup_images=False)
-        return self._finish(run, chat_format or self.chat_format)
+        return self._finish(self.prepare(query, history, system, chat_format, **generation))
 
     def ask(self, images: ImageLike | Sequence[ImageLike], question: str, **generation: Any) -> Answer:
         """Answer a question about one image or a list of images."""
@@ -197,7 +178,7 @@ class Runtime:
     ) -> tuple[str, list[tuple[Query, str]]]:
         """(response, history with this turn), as upstream's model.chat. `<img>path</img>` in strings is an image."""
         run = self._prepare(query, history, system, "chatml", generation, markup_images=True)
-        response = self._finish(run, "chatml").text
+        response = self._finish(run).text
         return response, [*((q, r) for q, r in history or []), (query, response)]
 
     def chat_stream(
@@ -206,10 +187,9 @@ class Runtime:
         """The response as it grows: each item is all of the text so far, as upstream's model.chat_stream."""
         run = self._prepare(query, history, system, "chatml", generation, markup_images=True)
         text = ""
-        for delta in self._deltas(run, "chatml"):
-            if delta:
-                text += delta
-                yield text
+        for piece in self._pieces(run):
+            text += piece
+            yield text
 
     def answer_stream(
         self,
@@ -220,25 +200,40 @@ class Runtime:
         **generation: Any,
     ) -> Iterator[str | Answer]:
         """Like `answer`, but yields pieces of text as they come (never half a character), then the Answer."""
+        run = self.prepare(query, history, system, chat_format, **generation)
+        yield from self._pieces(run)
+        yield run.answer()
+
+    def prepare(
+        self,
+        query: Query,
+        history: History | None = None,
+        system: str = SYSTEM,
+        chat_format: str | None = None,
+        **generation: Any,
+    ) -> Run:
+        """What `answer` would run: tokens, opened images, options. For a scheduler, which runs several at once."""
         chat_format = chat_format or self.chat_format
-        run = self._prepare(query, history, system, chat_format, generation, markup_images=False)
-        for delta in self._deltas(run, chat_format):
-            if delta:
-                yield delta
-        yield self._answer_of(run)
+        return self._prepare(query, history, system, chat_format, generation, markup_images=False)
+
+    def encode(self, run: Run) -> Inputs:
+        """The prompt of `run` with its images encoded."""
+        if self.plan.vision == "released" and not self.slots.sequences and not self.vision.holds(run.images):
+            self.slots.unload()  # so that the tower and the cache are not there together
+        encoded = self.vision.encode(run.images)
+        run.cached_images, run.image_s = encoded.cached, encoded.seconds
+        return Inputs(run.prompt.ids, run.prompt.image_starts, encoded.keys, encoded.features)
 
     def generate(self, query: Query, **generation: Any) -> Answer:
         """Continue `query` in raw format, as the base model is used. `<img>path</img>` in strings is an image."""
-        return self._finish(self._prepare(query, None, "", "raw", generation, markup_images=True), "raw")
+        return self._finish(self._prepare(query, None, "", "raw", generation, markup_images=True))
 
     def generate_ids(
         self, ids: list[int], image_starts: list[int], images: Sequence[ImageLike], **generation: Any
     ) -> Answer:
         """Continue token ids in raw format; the 256 slots from each of `image_starts` on receive that image."""
         prompt = Prompt(ids=ids, image_starts=image_starts, images=list(images), text="")
-        options = self.options.with_overrides(generation)
-        self._check_context(len(ids) + 1, "the prompt has")
-        return self._finish(_Run(prompt, [load_image(image) for image in images], options), "raw")
+        return self._finish(self._run(prompt, self.options.with_overrides(generation), "raw"))
 
     def score(
         self, query: Query, continuation: str, history: History | None = None, *, chat_format: str | None = None
@@ -249,7 +244,7 @@ class Runtime:
         if not ids:
             raise PromptError("continuation is empty; there is nothing to score")
         self._check_context(len(run.prompt.ids) + len(ids), "the prompt and the continuation have")
-        slots, inputs = self._free_slots(), self._inputs(run)
+        slots, inputs = self._free_slots(), self.encode(run)
         sequence = slots.begin(inputs, Sampler(run.options, inputs.ids, device=self.decoder.device))
         try:
             while (logits := slots.prefill_logits(sequence)) is None:
@@ -289,7 +284,7 @@ class Runtime:
         generation: dict[str, Any],
         *,
         markup_images: bool,
-    ) -> _Run:
+    ) -> Run:
         options = self.options.with_overrides(generation)
         if chat_format == "chatml":
             prompt = chat_prompt(
@@ -304,10 +299,15 @@ class Runtime:
             prompt = raw_prompt(self.tokenizer, query, markup_images=markup_images)
         else:
             raise ConfigError(f"chat_format is {chat_format!r}, known are 'chatml' and 'raw'")
+        return self._run(prompt, options, chat_format)
+
+    def _run(self, prompt: Prompt, options: GenerationOptions, chat_format: str) -> Run:
         if not prompt.ids:
             raise PromptError("the prompt is empty; give some text or an image")
         self._check_context(len(prompt.ids) + 1, "the prompt has")
-        return _Run(prompt, [load_image(image) for image in prompt.images], options)
+        stop_ids = frozenset[int]() if options.ignore_eos else stop_token_ids(self.tokenizer, chat_format)
+        room = min(options.max_new_tokens, self.max_context - len(prompt.ids))
+        return Run(prompt, [load_image(image) for image in prompt.images], options, self.tokenizer, stop_ids, room)
 
     def _check_context(self, positions: int, what: str) -> None:
         if positions > self.max_context:
@@ -325,68 +325,25 @@ class Runtime:
         """The runtime's own, or others for a stream that is begun while another one is not through."""
         return self.slots if self.slots.free else self._make_slots()
 
-    def _inputs(self, run: _Run) -> Inputs:
-        """The prompt with its images encoded; fills `run`."""
-        if self.plan.vision == "released" and not self.slots.sequences and not self.vision.holds(run.images):
-            self.slots.unload()  # so that the tower and the cache are not there together
-        encoded = self.vision.encode(run.images)
-        run.cached_images, run.image_s = encoded.cached, encoded.seconds
-        return Inputs(run.prompt.ids, run.prompt.image_starts, encoded.keys, encoded.features)
-
-    def _deltas(self, run: _Run, chat_format: str) -> Iterator[str]:
-        """Generate and yield text pieces; fills `run`."""
-        inputs, slots = self._inputs(run), self._free_slots()
-        stop_ids = frozenset() if run.options.ignore_eos else stop_token_ids(self.tokenizer, chat_format)
-        room = min(run.options.max_new_tokens, self.max_context - len(inputs))
+    def _pieces(self, run: Run) -> Iterator[str]:
+        """Generate: pieces of text, none of them empty."""
+        inputs, slots = self.encode(run), self._free_slots()
         sampler = Sampler(run.options, run.prompt.ids, device=self.decoder.device)
-        stream = TextStream(self.tokenizer, run.options.stop)
-        began = time.perf_counter()
-        steps = generate(slots, [inputs], [sampler], stop_ids=stop_ids, max_new_tokens=[room])
-        for (token,) in steps:
-            now = time.perf_counter()
-            if not run.token_ids:
-                run.prefill_s, began = now - began, now
+        run.start()
+        steps = generate(slots, [inputs], [sampler], stop_ids=run.stop_ids, max_new_tokens=[run.room])
+        with contextlib.closing(steps):  # frees the slot at once, wherever this is left
+            for (token,) in steps:
+                assert token is not None  # a batch of one ends when its sequence does
                 run.cached_tokens = slots.sequences[-1].reused
-            run.decode_s = now - began
-            assert token is not None  # a batch of one ends when its sequence does
-            run.token_ids.append(token)
-            if token in stop_ids:
-                run.finish_reason = "stop"
-                break
-            delta = stream.push(token)
-            run.text += delta
-            yield delta
-            if stream.stopped:
-                run.finish_reason = "stop"
-                break
-        delta = stream.close()
-        run.text += delta
-        yield delta
+                if piece := run.push(token):
+                    yield piece
+                if run.finish_reason:
+                    return
 
-    def _finish(self, run: _Run, chat_format: str) -> Answer:
-        for _ in self._deltas(run, chat_format):
+    def _finish(self, run: Run) -> Answer:
+        for _ in self._pieces(run):
             pass
-        return self._answer_of(run)
-
-    def _answer_of(self, run: _Run) -> Answer:
-        usage = Usage(
-            prompt_tokens=len(run.prompt.ids),
-            cached_tokens=run.cached_tokens,
-            completion_tokens=len(run.token_ids),
-            image_tokens=IMAGE_TOKENS * len(run.images),
-            images=len(run.images),
-            cached_images=run.cached_images,
-        )
-        timing = Timing(
-            image_s=run.image_s,
-            prefill_s=run.prefill_s,
-            decode_s=run.decode_s,
-            prefilled_tokens=len(run.prompt.ids) - run.cached_tokens,
-            decoded_tokens=len(run.token_ids) - 1,
-        )
-        text = run.text.strip()  # upstream strips the response (qwen_generation_utils.py: _decode_chatml)
-        boxes = parse_boxes(text, image_sizes=[image.size for image in run.images])
-        return Answer(text, boxes, run.token_ids, run.finish_reason, usage, timing)
+        return run.answer()
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

@@ -56,7 +56,7 @@ def test_answers_equal_the_original_models_token_for_token(golden, case: int, mo
     )
     assert run.prompt.text == said["raw_text"]
     assert len(run.prompt.ids) == said["n_input"]
-    answer = runtime._finish(run, "chatml")
+    answer = runtime._finish(run)
     assert answer.token_ids == expected
     assert answer.usage.prompt_tokens == said["n_input"]
 

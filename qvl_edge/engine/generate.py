@@ -1,7 +1,7 @@
 """Prompts in, token ids out: sequences that begin together and decode together."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 
 from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.sampling import Sampler, check_tokens
@@ -15,7 +15,7 @@ def generate(
     *,
     stop_ids: frozenset[int],
     max_new_tokens: Sequence[int],
-) -> Iterator[list[int | None]]:
+) -> Generator[list[int | None], None, None]:
     """Generate for B prompts at once; yield at every step the B new tokens, None for a sequence that has ended.
 
     A prompt is prefilled in chunks, one prompt after another; then all decode together. A sequence ends after a token
