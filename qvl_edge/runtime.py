@@ -26,7 +26,7 @@ from qvl_edge.engine.slots import Slots
 from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.decoder import QWenLMHeadModel
-from qvl_edge.model.fused import FusedDecoder
+from qvl_edge.model.fused import MOST_SEQUENCES, FusedDecoder
 from qvl_edge.model.loading import load_decoder, load_fused
 from qvl_edge.profile import Embeddings, Head, KVType
 from qvl_edge.text.boxes import parse_boxes
@@ -71,6 +71,7 @@ class Runtime:
         dtype: str | None = None,
         profile: str = "auto",
         max_context: int | None = None,
+        slots: int = 1,
         max_memory: str | int | None = None,
         kv_cache: KVType | None = None,
         head: Head | None = None,
@@ -90,10 +91,10 @@ class Runtime:
         profile says how exactly the rest is kept: "12g" loses nothing more, "8g" has vision tower, lm_head and cache in
         int8, "6g" the tower in int4; "auto" takes the first that fits into the free memory. A bundle's tower is as it
         was exported. kv_cache and head ("float16": as `dtype`, or "int8") override the profile. max_context is in
-        positions (default: as many as fit, up to the model's). max_memory ("8GB", "8GiB" or bytes) is what may be taken
-        instead of all that is free. embeddings "host" reads the table from the mapped file, "device" puts it beside the
-        rest. vision_device is where onnxruntime encodes images (default: as `device`); release_vision has the tower in
-        memory only meanwhile.
+        positions (default: as many as fit, up to the model's), for each of `slots`, which a scheduler fills. max_memory
+        ("8GB", "8GiB" or bytes) is what may be taken instead of all that is free. embeddings "host" reads the table
+        from the mapped file, "device" puts it beside the rest. vision_device is where onnxruntime encodes images
+        (default: as `device`); release_vision has the tower in memory only meanwhile, and the cache only otherwise.
 
         verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`. progress gets lines.
         BundleError, CheckpointError and ConfigError name what is missing and the command that makes it; FitError comes
@@ -116,6 +117,8 @@ class Runtime:
             raise ConfigError(
                 f"max_context is {max_context}, this model takes 1 to {config.max_position_embeddings} positions"
             )
+        if not 1 <= slots <= MOST_SEQUENCES:
+            raise ConfigError(f"slots is {slots}, a decode step takes 1 to {MOST_SEQUENCES} sequences")
         tokenizer = _tokenizer(checkpoint)
         encoding = vision_device or str(place)
         elsewhere = torch.device(encoding) != place
@@ -129,6 +132,7 @@ class Runtime:
                 head="float16",
                 kv_cache="float16",
                 embeddings=embeddings,
+                slots=slots,
                 vision="elsewhere" if elsewhere else "released" if release_vision else "resident",
             ),
             profile=profile,
@@ -319,7 +323,7 @@ class Runtime:
 
     def _make_slots(self) -> Slots:
         kv_cache = torch.int8 if self.plan.kv_cache == "int8" else None
-        return Slots(self.decoder, capacity=self.plan.context, kv_cache=kv_cache)
+        return Slots(self.decoder, capacity=self.plan.context, count=self.plan.slots, kv_cache=kv_cache)
 
     def _free_slots(self) -> Slots:
         """The runtime's own, or others for a stream that is begun while another one is not through."""
@@ -334,7 +338,7 @@ class Runtime:
         with contextlib.closing(steps):  # frees the slot at once, wherever this is left
             for (token,) in steps:
                 assert token is not None  # a batch of one ends when its sequence does
-                run.cached_tokens = slots.sequences[-1].reused
+                run.cached_tokens = next(s.reused for s in slots.sequences if s.inputs is inputs)
                 if piece := run.push(token):
                     yield piece
                 if run.finish_reason:

@@ -182,6 +182,33 @@ def test_the_slot_that_holds_the_prompts_beginning_is_taken(model) -> None:
     assert slots.begin(longer, Sampler(GREEDY, [])).reused == 0
 
 
+@pytest.mark.parametrize("kv_cache", [torch.float32, torch.int8], ids=str)
+def test_a_beginning_that_another_slot_holds_is_copied(model, kv_cache: torch.dtype) -> None:
+    slots = Slots(model, capacity=60, count=3, kv_cache=kv_cache)
+    base = prompt_of(20).ids
+    asked = [Inputs([*base, *prompt_of(4, seed).ids]) for seed in range(3)]
+    alone = [run(Slots(model, capacity=60, kv_cache=kv_cache), inputs, 6) for inputs in asked]
+    sequences = [begun(slots, inputs) for inputs in asked]
+    assert [sequence.reused for sequence in sequences] == [0, 20, 20]
+    found = [[sequence.last] for sequence in sequences]
+    for _ in range(5):
+        tokens = slots.step()
+        for row, sequence in zip(found, sequences, strict=True):
+            row.append(tokens[sequence])
+    assert found == alone
+
+
+def test_a_long_conversation_is_not_given_up_for_a_prompt_that_shares_its_system_turn(model) -> None:
+    slots = Slots(model, capacity=60, count=2)
+    system, talk = prompt_of(6).ids, prompt_of(30, seed=1).ids
+    run(slots, Inputs([*system, *talk]), 2)
+    other = begun(slots, Inputs([*system, *prompt_of(5, seed=2).ids]))
+    assert (other.slot, other.reused) == (1, 6)
+    slots.end(other)
+    back = slots.begin(Inputs([*system, *talk, 3, 4]), Sampler(GREEDY, []))
+    assert (back.slot, back.reused) == (0, 36)
+
+
 def test_an_unloaded_cache_comes_back_empty(model) -> None:
     slots = Slots(model, capacity=40)
     expected = run(slots, prompt_of(12), 4)

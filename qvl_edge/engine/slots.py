@@ -123,9 +123,9 @@ class Slots:
 
     @torch.inference_mode()
     def begin(self, inputs: Inputs, sampler: Sampler) -> Sequence:
-        """Take the free slot that holds most of this prompt's beginning. PromptError if the prompt is too long.
+        """Take a free slot, with as much of this prompt's beginning as any slot holds, also one that is at work.
 
-        At least the last position is left to prefill: its logits are wanted.
+        At least the last position is left to prefill: its logits are wanted. PromptError if the prompt is too long.
         """
         if len(inputs) >= self.capacity:
             raise PromptError(
@@ -133,14 +133,18 @@ class Slots:
                 "an answer; shorten the prompt or raise max_context"
             )
         alpha = prompt_alpha(self.model.config, len(inputs))
-        free = {index: slot for index, slot in enumerate(self._slots) if slot.sequence is None}
+        free = [index for index, slot in enumerate(self._slots) if slot.sequence is None]
         if not free:
             raise RuntimeError(f"all {len(self._slots)} slots are taken; end a sequence first")
-        shared = {
-            index: common_prefix(slot.held, inputs.elements[:-1]) if slot.alpha == alpha else 0
-            for index, slot in free.items()
-        }
-        index = max(free, key=lambda index: (shared[index], -self._slots[index].used))
+        shared = [common_prefix(slot.held, inputs.elements[:-1]) if slot.alpha == alpha else 0 for slot in self._slots]
+        # one that would keep most of what it holds goes on with it; what else there is can be copied
+        kept = [index for index in free if shared[index] and 2 * shared[index] >= len(self._slots[index].held)]
+        index = max(kept, key=shared.__getitem__) if kept else min(free, key=lambda index: self._slots[index].used)
+        source = max(range(len(shared)), key=shared.__getitem__)
+        if shared[source] > shared[index]:
+            self.cache.copy(source, index, shared[source])
+            self._slots[index].held = self._slots[source].held[: shared[source]]
+            shared[index] = shared[source]
         slot = self._slots[index]
         del slot.held[shared[index] :]
         slot.alpha, slot.used = alpha, next(self._clock)

@@ -66,6 +66,13 @@ class KVCache:
         view.placed, view.locks = self.placed[rows], self.locks[locks]
         return view
 
+    def copy(self, source: int, target: int, positions: int) -> None:
+        """Give sequence `target` the first `positions` keys and values of `source`."""
+        for tensor in (self.k, self.v, self.k_scales, self.v_scales):
+            if tensor is not None:
+                for layer in tensor:  # layer by layer: no temporary of a whole sequence's size
+                    layer[target, :, :positions] = layer[source, :, :positions]
+
     def layer(self, index: int) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor | None]]:
         """One layer's caches, and its scales by the names that kernels.rotary_attention has for them."""
         scales = {
