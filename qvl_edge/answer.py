@@ -9,6 +9,18 @@ FinishReason = Literal["stop", "length"]
 
 
 @dataclass(frozen=True)
+class TokenLogprob:
+    """The natural-log probability of a token that was chosen, and (id, log-probability) of the likeliest in its place.
+
+    They are the model's own, before temperature, penalty and whatever else chose.
+    """
+
+    token_id: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Usage:
     """Token counts. `image_tokens` and `cached_tokens` are part of `prompt_tokens`.
 
@@ -47,7 +59,10 @@ class Timing:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of the model; `boxes` are in pixels of the original images, `finish_reason` is "stop" or "length"."""
+    """An answer of the model; `boxes` are in pixels of the original images, `finish_reason` is "stop" or "length".
+
+    logprobs: of each of token_ids, where the option `logprobs` asked for them.
+    """
 
     text: str
     boxes: list[Box]
@@ -55,6 +70,7 @@ class Answer:
     finish_reason: FinishReason
     usage: Usage
     timing: Timing
+    logprobs: list[TokenLogprob] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
@@ -63,6 +79,7 @@ class Answer:
             "boxes": [box.to_dict() for box in self.boxes],
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
+            "logprobs": None if self.logprobs is None else [asdict(item) for item in self.logprobs],
             "usage": asdict(self.usage),
             "timing": {
                 **asdict(self.timing),

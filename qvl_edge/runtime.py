@@ -338,8 +338,9 @@ class Runtime:
         with contextlib.closing(steps):  # frees the slot at once, wherever this is left
             for (token,) in steps:
                 assert token is not None  # a batch of one ends when its sequence does
-                run.cached_tokens = next(s.reused for s in slots.sequences if s.inputs is inputs)
-                if piece := run.push(token):
+                sequence = next(sequence for sequence in slots.sequences if sequence.inputs is inputs)
+                run.cached_tokens = sequence.reused
+                if piece := run.push(token, sequence.logprob):
                     yield piece
                 if run.finish_reason:
                     return

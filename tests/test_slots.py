@@ -343,3 +343,52 @@ def test_step_and_fused_decoder_need_torch_and_nothing_else(tmp_path: Path) -> N
     root = Path(__file__).parent.parent
     run = subprocess.run([sys.executable, "-c", "\n".join(lines)], cwd=root, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
+
+
+@pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
+def test_log_probabilities_are_those_of_the_models_own_distribution(model, options: GenerationOptions) -> None:
+    slots, inputs = Slots(model, capacity=30, count=2), prompt_of(9)
+    sequence = begun(slots, inputs, dataclasses.replace(options, logprobs=3, temperature=2.0))
+    other = begun(slots, prompt_of(5, seed=1))
+    found = [sequence.logprob]
+    for _ in range(4):
+        slots.step()
+        found.append(sequence.logprob)
+    assert other.logprob is None
+    ids = [*inputs.ids, *(item.token_id for item in found)]
+    cache = KVCache(model.config, 1, 30, dtype=torch.float32)
+    with torch.inference_mode():
+        logits = model(Inputs(ids).embed(model, 0, len(ids)), cache, all_logits=True)[0]
+    chances = logits.double().log_softmax(-1)[len(inputs) - 1 : -1]
+    for row, item in zip(chances, found, strict=True):
+        best = row.topk(3)
+        assert [token for token, _ in item.top] == best.indices.tolist()
+        assert [value for _, value in item.top] == pytest.approx(best.values.tolist(), abs=1e-4)
+        assert item.logprob == pytest.approx(float(row[item.token_id]), abs=1e-4)
+
+
+class Alternating:
+    """Even tokens, then odd ones, in turn."""
+
+    def __init__(self, vocab: int):
+        self.vocab, self.taken = vocab, []
+
+    def allowed(self) -> Tensor:
+        return torch.arange(self.vocab) % 2 == len(self.taken) % 2
+
+    def accept(self, token: int) -> None:
+        self.taken.append(token)
+
+
+def test_a_constraint_decides_what_may_come(model) -> None:
+    slots, vocab = Slots(model, capacity=30, count=2), model.config.vocab_size
+    free = begun(slots, prompt_of(6, seed=1))
+    constraint = Alternating(vocab)
+    sequence = slots.begin(prompt_of(6), Sampler(SAMPLED, [], constraint=constraint))
+    slots.prefill(sequence)
+    tokens = [sequence.last, *(slots.step()[sequence] for _ in range(7))]
+    assert constraint.taken == tokens and [token % 2 for token in tokens] == [0, 1] * 4
+    expected = plain(model, prompt_of(6, seed=1), 8)
+    assert [*free.held[6:], free.last] == expected
+    slots.end(sequence)
+    assert run(slots, prompt_of(6), 5) == plain(model, prompt_of(6), 5)  # nothing of it is left

@@ -6,6 +6,8 @@ from typing import Any
 
 from qvl_edge.errors import ConfigError
 
+MOST_LOGPROBS = 20  # as OpenAI's top_logprobs
+
 
 @dataclass(frozen=True)
 class GenerationOptions:
@@ -21,6 +23,7 @@ class GenerationOptions:
     )
     seed: int | None = None  # None: different at every call
     stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
+    logprobs: int | None = None  # log-probabilities of each token and of so many likeliest ones; None: of none
     ignore_eos: bool = False  # go on past the model's own end, to max_new_tokens: for benchmarks
 
     def __post_init__(self) -> None:
@@ -33,6 +36,11 @@ class GenerationOptions:
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),
             ("repetition_penalty", self.repetition_penalty > 0, "more than 0"),
+            (
+                "logprobs",
+                self.logprobs is None or 0 <= self.logprobs <= MOST_LOGPROBS,
+                f"0 to {MOST_LOGPROBS}, or None",
+            ),
             ("stop", all(isinstance(s, str) and s for s in self.stop), "a string or strings, none of them empty"),
         )
         for name, valid, expected in checks:

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from PIL import Image
 
-from qvl_edge.answer import Answer, FinishReason, Timing, Usage
+from qvl_edge.answer import Answer, FinishReason, Timing, TokenLogprob, Usage
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.stream import TextStream
@@ -28,6 +28,7 @@ class Run:
     cached_images: int = 0
     image_s: float = 0.0
     token_ids: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
     text: str = ""
     finish_reason: FinishReason | None = None
 
@@ -39,8 +40,10 @@ class Run:
         """The prompt is about to be prefilled."""
         self._began = time.perf_counter()
 
-    def push(self, token: int) -> str:
+    def push(self, token: int, logprob: TokenLogprob | None = None) -> str:
         """Take the next token; the text that can be shown for good. At the end `finish_reason` is set."""
+        if logprob is not None:
+            self.logprobs.append(logprob)
         self._last = time.perf_counter()
         if not self.token_ids:
             self._first = self._last
@@ -80,4 +83,5 @@ class Run:
         )
         text = self.text.strip()  # upstream strips the response (qwen_generation_utils.py: _decode_chatml)
         boxes = parse_boxes(text, image_sizes=[image.size for image in self.images])
-        return Answer(text, boxes, self.token_ids, self.finish_reason or "length", usage, timing)
+        logprobs = None if self.options.logprobs is None else self.logprobs
+        return Answer(text, boxes, self.token_ids, self.finish_reason or "length", usage, timing, logprobs)

@@ -5,21 +5,42 @@ that is drawn beforehand, each sequence's from its own generator. A sequence get
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from qvl_edge.engine.options import GenerationOptions
+from qvl_edge.answer import TokenLogprob
+from qvl_edge.engine.options import MOST_LOGPROBS, GenerationOptions
 from qvl_edge.errors import ConfigError
 
 NOT_FINITE = -1  # stands for a token where the logits are no numbers
 
 
+class Constraint(Protocol):
+    """What may come next, for one sequence."""
+
+    def allowed(self) -> Tensor:
+        """(vocab,) bool on the CPU, at least one of them true."""
+        ...
+
+    def accept(self, token: int) -> None:
+        """Go on after `token`, which was allowed."""
+        ...
+
+
 class Sampler:
     """How one sequence's tokens are chosen: its options, its random state, and what its prompt has said."""
 
-    def __init__(self, options: GenerationOptions, prompt_ids: Sequence[int], *, device: torch.device | str = "cpu"):
-        self.options, self.prompt_ids = options, list(prompt_ids)
+    def __init__(
+        self,
+        options: GenerationOptions,
+        prompt_ids: Sequence[int],
+        *,
+        constraint: Constraint | None = None,
+        device: torch.device | str = "cpu",
+    ):
+        self.options, self.prompt_ids, self.constraint = options, list(prompt_ids), constraint
         self.generator = torch.Generator(device=device)
         if options.seed is None:
             self.generator.seed()
@@ -27,14 +48,22 @@ class Sampler:
             self.generator.manual_seed(options.seed)
 
 
-Kind = tuple[bool, bool, bool]
-"""Whether any sequence samples, from less than all tokens, has a penalty: what a CUDA graph is recorded for."""
+class Kind(NamedTuple):
+    """What some sequence of a step wants: what a CUDA graph is recorded for."""
+
+    sampled: bool  # tokens are drawn
+    cut: bool  # from less than all
+    penalized: bool  # seen ones are less likely
+    scored: bool  # log-probabilities are wanted
+    masked: bool  # a constraint allows some only
 
 
 class Samplers:
     """The choice for a batch of slots: one tensor a setting; a slot's rows change when another sequence takes it.
 
     seen (B, vocab) bool: tokens that the repetition penalty is for. noise (B, vocab) float32: exponential variates.
+    allowed (B, vocab) bool: by constraints. scores (B, 1 + n) float32 and likeliest (B, n) int64: the log-probability
+    of the last choice and those of the n likeliest tokens.
     """
 
     def __init__(self, slots: int, vocab: int, *, device: torch.device | str = "cpu"):
@@ -45,6 +74,10 @@ class Samplers:
         self._top_k = torch.full((slots, 1), vocab, dtype=torch.int64, device=device)
         self.seen = torch.zeros(slots, vocab, dtype=torch.bool, device=device)
         self.noise = torch.ones(slots, vocab, device=device)
+        self.allowed = torch.ones(slots, vocab, dtype=torch.bool, device=device)
+        likeliest = min(MOST_LOGPROBS, vocab)
+        self.scores = torch.zeros(slots, 1 + likeliest, device=device)
+        self.likeliest = torch.zeros(slots, likeliest, dtype=torch.int64, device=device)
 
     def set(self, slot: int, sampler: Sampler) -> None:
         """Let `slot` choose as `sampler` says from now on."""
@@ -55,6 +88,7 @@ class Samplers:
         # the sum of all chances may round to more than 1
         self._top_p[slot] = options.top_p if options.top_p < 1.0 else 2.0
         self._top_k[slot] = min(options.top_k or self.vocab, self.vocab)
+        self.allowed[slot] = True
         if options.repetition_penalty != 1.0:
             self.seen[slot] = False
             self.seen[slot, torch.tensor(sampler.prompt_ids, dtype=torch.int64, device=self.seen.device)] = True
@@ -65,34 +99,64 @@ class Samplers:
 
     def kind(self, rows: slice = slice(None)) -> Kind:
         """Of the slots `rows`, those that are set."""
-        options = [sampler.options for sampler in self.samplers[rows] if sampler is not None]
-        return (
+        found = [sampler for sampler in self.samplers[rows] if sampler is not None]
+        options = [sampler.options for sampler in found]
+        return Kind(
             any(o.do_sample for o in options),
             any(o.do_sample and (o.top_k > 0 or o.top_p < 1.0) for o in options),
             any(o.repetition_penalty != 1.0 for o in options),
+            any(o.logprobs is not None for o in options),
+            any(sampler.constraint is not None for sampler in found),
         )
 
     def draw(self, rows: slice = slice(None)) -> None:
-        """New noise for the next choice, for the sequences that sample."""
-        for row, sampler in zip(self.noise[rows], self.samplers[rows], strict=True):
-            if sampler is not None and sampler.options.do_sample:
-                row.exponential_(generator=sampler.generator).clamp_(min=torch.finfo(torch.float32).tiny)
+        """What the next choice needs: noise for the sequences that sample, and what constraints allow."""
+        for slot, sampler in list(enumerate(self.samplers))[rows]:
+            if sampler is None:
+                continue
+            if sampler.options.do_sample:
+                noise = self.noise[slot].exponential_(generator=sampler.generator)
+                noise.clamp_(min=torch.finfo(torch.float32).tiny)
+            if sampler.constraint is not None:
+                self.allowed[slot] = sampler.constraint.allowed().to(self.allowed.device)
+
+    def accept(self, slot: int, token: int) -> TokenLogprob | None:
+        """Tell `slot`'s constraint what was chosen; its log-probabilities where they are wanted."""
+        sampler = self.samplers[slot]
+        if sampler is None or token == NOT_FINITE:
+            return None
+        if sampler.constraint is not None:
+            sampler.constraint.accept(token)
+        count = sampler.options.logprobs
+        if count is None:
+            return None
+        chosen, *scores = self.scores[slot].tolist()
+        tops = tuple(zip(self.likeliest[slot].tolist(), scores, strict=True))[:count]
+        return TokenLogprob(token, chosen, tops)
 
     def choose(self, logits: Tensor, rows: slice = slice(None), kind: Kind | None = None) -> Tensor:
-        """logits (b, vocab) float32 of the slots `rows` -> tokens (b,) int64: penalty, temperature, top_k, top_p.
+        """logits (b, vocab) float32 of the slots `rows` -> tokens (b,) int64.
 
+        In order: constraint, repetition penalty, temperature, top_k, top_p.
         NOT_FINITE for a sequence with a logit that is no number. `seen` is updated in place.
         """
-        sampled, cut, penalized = kind or self.kind(rows)
+        kind = kind or self.kind(rows)
         finite = logits.sum(1).isfinite()  # a sum with one number that is not finite is not either
-        if penalized:
+        chances = logits.log_softmax(1) if kind.scored else None  # the model's own, before any option
+        if kind.masked:
+            logits = logits.masked_fill(~self.allowed[rows], -torch.inf)
+        if kind.penalized:
             lower = torch.where(logits < 0, logits * self._penalty[rows], logits / self._penalty[rows])
             logits = torch.where(self.seen[rows], lower, logits)
         tokens = logits.argmax(1)
-        if sampled:
-            tokens = torch.where(self._sample[rows, 0], self._pick(logits, rows, cut=cut), tokens)
-        if penalized:
+        if kind.sampled:
+            tokens = torch.where(self._sample[rows, 0], self._pick(logits, rows, cut=kind.cut), tokens)
+        if kind.penalized:
             self.seen[rows].scatter_(1, tokens[:, None], True)
+        if chances is not None:
+            top = chances.topk(self.likeliest.shape[1], 1)
+            self.scores[rows] = torch.cat((chances.gather(1, tokens[:, None]), top.values), 1)
+            self.likeliest[rows] = top.indices
         return torch.where(finite, tokens, NOT_FINITE)
 
     def _pick(self, logits: Tensor, rows: slice, *, cut: bool) -> Tensor:

@@ -197,7 +197,8 @@ class Scheduler:
         except QvlError as error:
             self._end(job, error)
             return
-        piece = job.run.push(token)
+        assert job.sequence is not None
+        piece = job.run.push(token, job.sequence.logprob)
         if piece:
             job.on_piece(piece)
         if job.run.finish_reason:

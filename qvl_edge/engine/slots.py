@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from qvl_edge.answer import TokenLogprob
 from qvl_edge.engine.decoder import Decoder
 from qvl_edge.engine.graph import StepGraphs, bucket_of
 from qvl_edge.engine.inputs import Element, Inputs, common_prefix
@@ -34,6 +35,7 @@ class Sequence:
     reused: int  # positions that the slot held already
     held: list[Element]  # what the slot holds, in order
     last: int | None = None  # the last token chosen, not yet in the cache; None while the prompt is not through
+    logprob: TokenLogprob | None = None  # of `last`, where it is wanted
 
     @property
     def running(self) -> bool:
@@ -161,8 +163,10 @@ class Slots:
         rows = slice(sequence.slot, sequence.slot + 1)
         self.samplers.set(sequence.slot, sequence.sampler)
         self.samplers.draw(rows)
-        self.start(sequence, int(self.samplers.choose(logits, rows)))
-        return sequence.last
+        token = int(self.samplers.choose(logits, rows))
+        sequence.logprob = self.samplers.accept(sequence.slot, token)
+        self.start(sequence, token)
+        return token
 
     @torch.inference_mode()
     def prefill_logits(self, sequence: Sequence, most: int = CHUNK) -> Tensor | None:
@@ -232,6 +236,7 @@ class Slots:
             assert sequence.last is not None
             sequence.held.append(sequence.last)
             sequence.last = tokens[sequence.slot]
+            sequence.logprob = self.samplers.accept(sequence.slot, sequence.last)
         for index, slot in enumerate(self._slots):  # a replay counts on the device only, recording on the host too
             at_work = slot.sequence is not None and slot.sequence.running
             self.cache.filled[index] = len(slot.held) if at_work else 0
