@@ -19,7 +19,7 @@ import torch
 
 from benchmarks.machine import describe_machine, use_device
 from benchmarks.timing import copy_gb_per_s
-from kernels import quantize_int8
+from kernels import pack_for_triton, quantize_int8
 from qvl_edge.config import Config
 from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.options import GenerationOptions
@@ -80,7 +80,7 @@ class Bench:
         if head not in self.decoders:
             exact = self.decoders["float16"]
             assert isinstance(exact.lm_head, torch.Tensor)
-            lm_head = quantize_int8(exact.lm_head)
+            lm_head = pack_for_triton(quantize_int8(exact.lm_head))
             self.decoders[head] = FusedDecoder(
                 self.config, wte=exact.wte, blocks=exact.blocks, ln_f=exact.ln_f, lm_head=lm_head
             )

@@ -14,6 +14,7 @@ from qvl_edge.answer import Answer
 from qvl_edge.bundle import Bundle, is_bundle
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.engine.budget import Plan, choose, estimate
+from qvl_edge.engine.constraint import constraint_for
 from qvl_edge.engine.features import FeatureCache
 from qvl_edge.engine.generate import generate
 from qvl_edge.engine.image import ImageLike, load_image
@@ -220,6 +221,13 @@ class Runtime:
         chat_format = chat_format or self.chat_format
         return self._prepare(query, history, system, chat_format, generation, markup_images=False)
 
+    def sampler(self, run: Run) -> Sampler:
+        """How `run`'s tokens are to be chosen. ConfigError if its response_format cannot be used."""
+        constraint = constraint_for(
+            run.options.response_format, self.tokenizer, self.config.vocab_size, run.stop_ids or frozenset({0})
+        )
+        return Sampler(run.options, run.prompt.ids, constraint=constraint, device=self.decoder.device)
+
     def encode(self, run: Run) -> Inputs:
         """The prompt of `run` with its images encoded."""
         if self.plan.vision == "released" and not self.slots.sequences and not self.vision.holds(run.images):
@@ -331,8 +339,7 @@ class Runtime:
 
     def _pieces(self, run: Run) -> Iterator[str]:
         """Generate: pieces of text, none of them empty."""
-        inputs, slots = self.encode(run), self._free_slots()
-        sampler = Sampler(run.options, run.prompt.ids, device=self.decoder.device)
+        inputs, slots, sampler = self.encode(run), self._free_slots(), self.sampler(run)
         run.start()
         steps = generate(slots, [inputs], [sampler], stop_ids=run.stop_ids, max_new_tokens=[run.room])
         with contextlib.closing(steps):  # frees the slot at once, wherever this is left

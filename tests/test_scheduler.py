@@ -27,7 +27,7 @@ def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
 
 @pytest.fixture
 def scheduler(runtime: Runtime):
-    made = Scheduler(runtime.slots, runtime.encode)
+    made = Scheduler(runtime.slots, runtime.encode, runtime.sampler)
     yield made
     made.close()
     assert runtime.slots.free == 3
@@ -44,7 +44,8 @@ class Asked:
         self.job = Job(lambda: runtime.prepare(query, **options), self._piece, self._end.put, deadline)
         scheduler.submit(self.job)
 
-    def _piece(self, piece: str) -> None:
+    def _piece(self, run: Run, piece: str) -> None:
+        assert run.text.endswith(piece)
         self.pieces.append(piece)
         self.first.set()
 
@@ -169,7 +170,7 @@ def test_a_failure_says_nothing_of_the_prompt(
 
 
 def test_closing_ends_everybody(runtime: Runtime) -> None:
-    scheduler = Scheduler(runtime.slots, runtime.encode)
+    scheduler = Scheduler(runtime.slots, runtime.encode, runtime.sampler)
     asked = [Asked(scheduler, runtime, f"much {i}", max_new_tokens=900, ignore_eos=True) for i in range(8)]
     assert asked[0].first.wait(WAIT)
     scheduler.close()

@@ -24,6 +24,7 @@ class GenerationOptions:
     seed: int | None = None  # None: different at every call
     stop: tuple[str, ...] = ()  # strings that end the answer; they are not part of it
     logprobs: int | None = None  # log-probabilities of each token and of so many likeliest ones; None: of none
+    response_format: Mapping[str, Any] | None = None  # as OpenAI's, see engine.constraint; None: anything may come
     ignore_eos: bool = False  # go on past the model's own end, to max_new_tokens: for benchmarks
 
     def __post_init__(self) -> None:

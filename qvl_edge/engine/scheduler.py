@@ -46,15 +46,17 @@ class OutOfMemory(Exception):
 
 @dataclass(eq=False)
 class Job:
-    """One request. `on_piece` gets text, `on_end` the finished Run or what went wrong; both on a scheduler's thread."""
+    """One request. `on_piece` gets its Run and more text, `on_end` the finished Run or what went wrong; both on a
+    scheduler's thread."""
 
     prepare: Callable[[], Run]
-    on_piece: Callable[[str], None]
+    on_piece: Callable[[Run, str], None]
     on_end: Callable[[Run | Exception], None]
     deadline: float = float("inf")  # of time.monotonic()
     cancelled: threading.Event = field(default_factory=threading.Event)
     run: Run | None = None
     inputs: Inputs | None = None
+    sampler: Sampler | None = None
     sequence: Sequence | None = None
 
     def check(self) -> None:
@@ -66,10 +68,14 @@ class Job:
 
 
 class Scheduler:
-    """Runs jobs over `slots`. encode: a Run's Inputs, its images encoded; it is called on the preparing thread."""
+    """Runs jobs over `slots`.
 
-    def __init__(self, slots: Slots, encode: Callable[[Run], Inputs]):
-        self._slots, self._encode = slots, encode
+    encode: a Run's Inputs, its images encoded; sampler: how its tokens are chosen. Both are called on the preparing
+    thread.
+    """
+
+    def __init__(self, slots: Slots, encode: Callable[[Run], Inputs], sampler: Callable[[Run], Sampler]):
+        self._slots, self._encode, self._sampler = slots, encode, sampler
         self._waiting: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
         self._ready: deque[Job] = deque()
         self._active: list[Job] = []
@@ -117,6 +123,7 @@ class Scheduler:
                     raise Closed
                 job.check()
                 job.run = job.prepare()
+                job.sampler = self._sampler(job.run)
                 job.inputs = self._encode(job.run)
             except Exception as error:
                 self._drop(job, error)
@@ -176,9 +183,8 @@ class Scheduler:
                 self._changed.notify_all()
             try:
                 job.check()
-                assert job.run is not None and job.inputs is not None
-                sampler = Sampler(job.run.options, job.run.prompt.ids, device=self._slots.model.device)
-                job.sequence = self._slots.begin(job.inputs, sampler)
+                assert job.run is not None and job.inputs is not None and job.sampler is not None
+                job.sequence = self._slots.begin(job.inputs, job.sampler)
             except (QvlError, Cancelled, TimeLimit) as error:
                 self._drop(job, error)
                 continue
@@ -200,7 +206,7 @@ class Scheduler:
         assert job.sequence is not None
         piece = job.run.push(token, job.sequence.logprob)
         if piece:
-            job.on_piece(piece)
+            job.on_piece(job.run, piece)
         if job.run.finish_reason:
             self._end(job, job.run)
 

@@ -14,7 +14,6 @@ from torch import Tensor
 
 from kernels import (
     Int4Weight,
-    Int8Weight,
     Rows,
     TritonWeight,
     int4_gemm,
@@ -100,7 +99,7 @@ class FusedDecoder:
         wte: Tensor,
         blocks: list[FusedBlock],
         ln_f: Tensor,
-        lm_head: Tensor | Int8Weight,
+        lm_head: Tensor | TritonWeight,
         backend: str = "triton",
     ):
         if ln_f.dtype not in DTYPES:
@@ -109,7 +108,7 @@ class FusedDecoder:
             )
         self.config, self.backend = config, backend
         self.wte, self.blocks, self.ln_f = wte, blocks, ln_f
-        self.lm_head = pack_for_triton(lm_head) if isinstance(lm_head, Int8Weight) else lm_head
+        self.lm_head = lm_head
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,5 +211,5 @@ class FusedDecoder:
             wte=normal(config.vocab_size, hidden, scale=1.0),
             blocks=[block() for _ in range(config.num_hidden_layers)],
             ln_f=ones,
-            lm_head=quantize_int8(lm_head) if head == "int8" else lm_head,
+            lm_head=pack_for_triton(quantize_int8(lm_head)) if head == "int8" else lm_head,
         )

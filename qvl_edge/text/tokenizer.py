@@ -32,14 +32,12 @@ class Tokenizer:
     """Text <-> token ids.
 
     `ranks` maps byte strings to ids 0 … n-1 as qwen.tiktoken lists them; the special tokens follow from n on. The
-    published file has 151,643 ranks, a small model ships the first few thousand.
+    published file has 151,643 ranks, a small model ships the first few thousand. encoding: tiktoken's own object.
     """
 
     def __init__(self, ranks: dict[bytes, int]):
         self.specials = {token: len(ranks) + index for index, token in enumerate(SPECIALS)}
-        self._encoding = tiktoken.Encoding(
-            "qwen_vl", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.specials
-        )
+        self.encoding = tiktoken.Encoding("qwen_vl", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.specials)
         self._special_ids = frozenset(self.specials.values())
 
     @classmethod
@@ -73,12 +71,12 @@ class Tokenizer:
     @property
     def vocab_size(self) -> int:
         """Ids in use: ranks and special tokens (151,860 in the published model, whose embedding has 151,936 rows)."""
-        return self._encoding.n_vocab
+        return self.encoding.n_vocab
 
     def encode(self, text: str, allowed_special: Collection[str] = GROUNDING) -> list[int]:
         """NFC-normalize and encode; special tokens not in `allowed_special` are plain text, never an error."""
         text = unicodedata.normalize("NFC", text)
-        return self._encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+        return self.encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False, errors: str = "replace") -> str:
         """Token ids -> text; bytes that are no UTF-8 are handled as `errors` says.
@@ -112,4 +110,4 @@ class Tokenizer:
         """Token ids -> bytes, for streaming. Ids past the vocabulary (padding rows of the embedding) give nothing."""
         limit = self.vocab_size
         kept = [i for i in ids if i < limit and not (skip_special_tokens and i in self._special_ids)]
-        return self._encoding.decode_bytes(kept)
+        return self.encoding.decode_bytes(kept)

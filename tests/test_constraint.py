@@ -1,0 +1,188 @@
+"""Structured answers: whatever the model would rather say, boxes are well formed and JSON keeps to its schema."""
+
+import json
+import random
+import re
+
+import pytest
+import torch
+from conftest import byte_tokenizer, write_small_checkpoint
+
+from qvl_edge import ConfigError, Runtime
+from qvl_edge.engine.constraint import constraint_for
+from qvl_edge.text.box_grammar import BoxGrammar, BoxTables, _can_go_on
+from qvl_edge.text.tokenizer import BOX, BOX_END, IM_END, REF, REF_END, Tokenizer
+
+VOCAB = 512
+NUMBER = r"(0|[1-9]\d{0,2})"
+WELL_FORMED = re.compile(rf"<box>\({NUMBER},{NUMBER}\),\({NUMBER},{NUMBER}\)</box>")
+LABELLED = re.compile(rf"<ref>[^<]+</ref>({WELL_FORMED.pattern})+".replace(NUMBER, r"\d{1,3}"))
+
+
+def merged_tokenizer() -> Tokenizer:
+    """Bytes, and tokens that hold several characters of a box."""
+    tokens = [bytes([byte]) for byte in range(256)] + [
+        b"),",
+        b"),(",
+        b",(",
+        b"12",
+        b"0,",
+        b"00",
+        b"(0",
+        b"1)",
+        b"((",
+        b"x)",
+    ]
+    return Tokenizer({token: rank for rank, token in enumerate(tokens)})
+
+
+@pytest.mark.parametrize("tokenizer", [byte_tokenizer(), merged_tokenizer()], ids=["bytes", "merged"])
+def test_every_walk_that_the_grammar_allows_is_well_formed_and_none_gets_stuck(tokenizer: Tokenizer) -> None:
+    stop = tokenizer.specials[IM_END]
+    tables, rng = BoxTables(tokenizer, VOCAB, frozenset({stop})), random.Random(0)
+    favoured = [tokenizer.specials[name] for name in (REF, REF_END, BOX, BOX_END)]
+    seen, boxes = set(), 0
+    for _ in range(300):
+        grammar, ids = BoxGrammar(tables), []
+        for _ in range(60):
+            allowed = grammar.allowed().nonzero().flatten().tolist()
+            assert allowed, f"stuck after {tokenizer.decode(ids)!r}"
+            # letters for labels and text, as bytes that are no characters would hide what is between them
+            letters = [token for token in allowed if token in range(97, 123)]
+            wanted = [token for token in allowed if token in favoured]
+            token = rng.choice(wanted if wanted and rng.random() < 0.6 else letters or allowed)
+            if token == stop:
+                break
+            seen.add(token)
+            ids.append(token)
+            grammar.accept(token)
+        text = tokenizer.decode(ids)
+        whole = text[: text.rfind("</box>") + 6] if "</box>" in text else ""
+        found = WELL_FORMED.findall(whole)
+        assert len(found) == whole.count("<box>") == whole.count("</box>")
+        assert whole.count("<ref>") == len(LABELLED.findall(whole))
+        boxes += len(found)
+    assert boxes > 100 and set(favoured) <= seen
+    if tokenizer.vocab_size > byte_tokenizer().vocab_size:
+        assert {256, 257, 258, 259, 260}.issubset(seen)
+
+
+def test_a_prefix_can_go_on_exactly_if_some_box_begins_with_it() -> None:
+    rng = random.Random(1)
+    boxes = [f"({','.join(map(str, a))}),({','.join(map(str, b))})" for a, b in _corners(rng, 400)]
+    for box in boxes:
+        for end in range(len(box) + 1):
+            assert _can_go_on(box[:end]), box[:end]
+    prefixes = {box[:end] for box in boxes for end in range(len(box) + 1)}
+    whole = re.compile(rf"\({NUMBER},{NUMBER}\),\({NUMBER},{NUMBER}\)")
+    for prefix in rng.sample(sorted(prefixes), 300):
+        for character in "0123456789(),":
+            text = prefix + character
+            endings = [
+                "",
+                *"0(),",
+                "0)",
+                ",0)",
+                "0,0)",
+                "(0,0)",
+                ",(0,0)",
+                "),(0,0)",
+                "0),(0,0)",
+                ",0),(0,0)",
+                "0,0),(0,0)",
+            ]
+            assert _can_go_on(text) == any(whole.fullmatch(text + ending) for ending in endings), text
+
+
+def _corners(rng: random.Random, count: int) -> list:
+    def corner() -> tuple[int, int]:
+        return rng.choice([rng.randrange(1000), rng.randrange(10), 0]), rng.randrange(1000)
+
+    return [(corner(), corner()) for _ in range(count)]
+
+
+@pytest.fixture(scope="module")
+def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+    folder = tmp_path_factory.mktemp("constraint")
+    path = write_small_checkpoint(folder / "checkpoint")
+    return Runtime.from_pretrained(path, cache_dir=folder / "cache", max_context=1024)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_random_model_gives_json_that_keeps_to_the_schema(runtime: Runtime, seed: int) -> None:
+    pytest.importorskip("llguidance")
+    schema = {
+        "type": "object",
+        "properties": {
+            "colour": {"enum": ["red", "blue"]},
+            "count": {"type": "integer", "minimum": 0, "maximum": 99},
+            "box": {
+                "type": "array",
+                "items": {"type": "integer", "minimum": 0, "maximum": 999},
+                "minItems": 4,
+                "maxItems": 4,
+            },
+        },
+        "required": ["colour", "count", "box"],
+        "additionalProperties": False,
+    }
+    wanted = {"type": "json_schema", "json_schema": {"name": "thing", "schema": schema}}
+    answer = runtime.answer("What is it?", response_format=wanted, do_sample=True, seed=seed, max_new_tokens=200)
+    found = json.loads(answer.text)
+    assert answer.finish_reason == "stop"
+    assert set(found) == {"colour", "count", "box"} and found["colour"] in ("red", "blue")
+    assert 0 <= found["count"] <= 99 and len(found["box"]) == 4 and all(0 <= x <= 999 for x in found["box"])
+
+
+def test_a_random_model_gives_well_formed_boxes(runtime: Runtime) -> None:
+    text = "".join(
+        runtime.answer("Where?", response_format={"type": "boxes"}, do_sample=True, seed=seed, temperature=3.0).text
+        for seed in range(20)
+    )
+    assert text.count("</box>") == len(WELL_FORMED.findall(text))
+
+
+def test_a_constraint_does_not_change_what_keeps_to_it_anyway(runtime: Runtime) -> None:
+    free = runtime.answer("Hello", do_sample=False, max_new_tokens=12)
+    assert (
+        runtime.answer("Hello", do_sample=False, max_new_tokens=12, response_format={"type": "text"}).token_ids
+        == free.token_ids
+    )
+
+
+@pytest.mark.parametrize(
+    ("wanted", "said"),
+    [
+        ({"type": "xml"}, "type 'xml', known are 'text', 'boxes'"),
+        ("json", "type None"),
+        ({"type": "json_schema"}, "no schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}, "cannot be used"),
+        ({"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 100_000]}}}, "characters, at most"),
+    ],
+)
+def test_a_format_that_cannot_be_used_says_why(wanted, said: str) -> None:
+    pytest.importorskip("llguidance")
+    with pytest.raises(ConfigError, match=said):
+        constraint_for(wanted, byte_tokenizer(), VOCAB, frozenset({300}))
+
+
+def test_without_the_package_json_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    import sys
+
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    with pytest.raises(ConfigError, match="pip install 'qvl-edge"):
+        constraint_for(
+            {"type": "json_object"},
+            Tokenizer(dict(byte_tokenizer().encoding._mergeable_ranks)),
+            VOCAB,
+            frozenset({300}),
+        )
+
+
+def test_masks_cover_the_whole_vocabulary() -> None:
+    pytest.importorskip("llguidance")
+    for kind in ("boxes", "json_object"):
+        constraint = constraint_for({"type": kind}, byte_tokenizer(), VOCAB, frozenset({300}))
+        assert constraint is not None
+        mask = constraint.allowed()
+        assert mask.shape == (VOCAB,) and mask.dtype == torch.bool and bool(mask.any())
