@@ -6,6 +6,7 @@ from setuptools import find_packages, setup
 
 RUNTIME = ["torch>=2.6", "numpy>=1.26", "pillow>=11", "safetensors>=0.4.5", "tiktoken>=0.7"]
 EXPORT = ["onnx>=1.17"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.14", "llguidance>=1.0"]
 TRITON = "triton>=3.6; platform_system == 'Linux'"
 
 setup(
@@ -20,6 +21,7 @@ setup(
     package_data={
         "kernels": ["tiles/*.json"],
         "qvl_edge.demo": ["checkpoint/*"],
+        "qvl_edge.server": ["static/*"],
         "qvl_edge.text": ["fonts/*"],
     },
     install_requires=RUNTIME,
@@ -29,6 +31,7 @@ setup(
         "cuda": ["onnxruntime-gpu>=1.20", TRITON],
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
+        "serve": SERVE,
         # partners whose files we share; their pins exclude current transformers: an environment of their own
         "interop": [
             "auto-gptq==0.7.1",
@@ -37,7 +40,20 @@ setup(
             "datasets==2.21.0",
             "peft==0.11.1",
         ],
-        "dev": [*EXPORT, TRITON, "pytest>=8", "ruff>=0.8", "mypy>=1.13", "matplotlib>=3.9"],
+        "dev": [
+            *EXPORT,
+            *SERVE,
+            TRITON,
+            "pytest>=8",
+            "ruff>=0.8",
+            "mypy>=1.13",
+            "matplotlib>=3.9",
+            # the server's tests: OpenAI's client, raw requests, fuzzing, and a browser that is found, not downloaded
+            "openai>=1.60",
+            "httpx>=0.27",
+            "schemathesis>=4",
+            "playwright>=1.45",
+        ],
     },
     entry_points={"console_scripts": ["qvl-edge=qvl_edge.__main__:main"]},
 )

@@ -9,6 +9,7 @@ from qvl_edge import QvlError, __version__
 COMMANDS = {
     "run": "answer one question about images",
     "chat": "talk about images, turn by turn",
+    "serve": "an OpenAI-compatible API, and a page that draws the boxes",
     "fit": "what a model will take of memory, before it is loaded or downloaded",
     "demo": "quantize, export and run the small model that ships with this package",
 }

@@ -67,6 +67,7 @@ def load(args: argparse.Namespace) -> "Runtime":
         dtype=args.dtype,
         profile=args.profile,
         max_context=args.max_context,
+        slots=getattr(args, "slots", 1),
         max_memory=args.max_memory,
         kv_cache=args.kv_cache,
         head=args.head,

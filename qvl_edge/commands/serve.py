@@ -1,0 +1,137 @@
+"""Serve an OpenAI-compatible API under /v1, and a page that draws the boxes: qvl-edge serve BUNDLE [--port 8000]"""
+
+import argparse
+import ipaddress
+import logging
+import os
+import socket
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvl_edge.commands import loading
+from qvl_edge.errors import ConfigError, QvlError
+
+if TYPE_CHECKING:
+    from qvl_edge.server.media import Media
+
+KEY_VARIABLE = "QVL_EDGE_API_KEY"
+UVICORN: dict[str, Any] = {
+    "http": "h11",
+    "ws": "none",
+    "loop": "asyncio",
+    "lifespan": "on",
+    "log_config": None,
+    "access_log": False,  # paths are the caller's words
+    "server_header": False,
+    "proxy_headers": False,
+    "timeout_graceful_shutdown": 30,  # seconds that a stop leaves running answers to end
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `qvl-edge serve`; Qwen-VL's own openai_api.py and web_demo_mm.py spell some of them differently."""
+    loading.add_arguments(parser)
+    path = next(action for action in parser._actions if action.dest == "path")
+    path.nargs, path.required = "?", False
+    parser.add_argument("-c", "--checkpoint-path", metavar="PATH", help="the same as BUNDLE")
+    parser.add_argument("--cpu-only", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
+    parser.add_argument("--max-model-len", dest="max_context", type=int, metavar="N", help="the same as --max-context")
+    group = parser.add_argument_group("server")
+    group.add_argument("--host", "--server-name", default="127.0.0.1", help="address to listen on (127.0.0.1)")
+    group.add_argument("--port", "--server-port", type=int, default=8000, help="0 takes a free one (8000)")
+    group.add_argument("--api-key", metavar="KEY", help=f"needed to use the API (better: in {KEY_VARIABLE})")
+    group.add_argument("--served-model-name", metavar="NAME", help="the model's name (the folder's)")
+    group.add_argument(
+        "--slots", "--parallel", type=int, default=4, metavar="N", help="answers at once (4)"
+    )
+    group.add_argument("--max-concurrent-requests", type=int, default=32, metavar="N", help="more get 429 (32)")
+    group.add_argument("--time-limit", type=float, default=300.0, metavar="S", help="seconds for one request (300)")
+    group.add_argument("--max-body-mb", type=int, default=32, metavar="N", help="of one request (32)")
+    group.add_argument("--max-images", type=int, default=16, metavar="N", help="in one request (16)")
+    group.add_argument("--max-n", type=int, default=8, metavar="N", help="draws in one request (8)")
+    group.add_argument(
+        "--allowed-local-media-path", type=Path, metavar="FOLDER", help="file:// images below it may be read (none)"
+    )
+    group.add_argument(
+        "--allowed-media-domains",
+        nargs="+",
+        default=[],
+        metavar="HOST",
+        help="http(s) images of these hosts are fetched, with :PORT if it is not the usual one (none)",
+    )
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Check what can be checked, load the model, serve until SIGINT or SIGTERM."""
+    try:
+        import uvicorn
+
+        from qvl_edge.server.api import Settings, create_app
+        from qvl_edge.server.chat import Limits
+        from qvl_edge.server.guard import Access
+    except ImportError as error:
+        raise QvlError(f"the server needs {error.name}; install it with: pip install 'qvl-edge[serve]'") from None
+    from qvl_edge.server.engine import BatchEngine
+
+    args.path = _path(args)
+    if args.release_vision:
+        raise ConfigError("--release-vision drops the cache of answers that are being made; leave it out here")
+    access = Access(args.host, args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE))
+    media = _media(args)
+    listening = _bind(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    runtime = loading.load(args)
+    engine = BatchEngine(runtime, max_waiting=args.max_concurrent_requests, time_limit_s=args.time_limit)
+    settings = Settings(
+        model=args.served_model_name or Path(args.path).resolve().name,
+        max_model_len=runtime.max_context,
+        access=access,
+        limits=Limits(images=args.max_images, n=args.max_n),
+        media=media,
+        defaults=loading.generation_of(args),
+        max_body_bytes=args.max_body_mb << 20,
+        max_concurrent=args.max_concurrent_requests,
+    )
+    config = uvicorn.Config(create_app(engine, settings), **UVICORN)
+    host, port = listening.getsockname()[:2]
+    name = f"[{host}]" if ":" in host else host
+    loading.say(f"serving {settings.model!r}: page http://{name}:{port}/  API http://{name}:{port}/v1")
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def _path(args: argparse.Namespace) -> str:
+    paths = [path for path in (args.path, args.checkpoint_path) if path is not None]
+    if len(paths) != 1:
+        raise ConfigError("give one BUNDLE (or -c PATH)")
+    return str(paths[0])
+
+
+def _media(args: argparse.Namespace) -> "Media":
+    from qvl_edge.server.fetch import Fetcher
+    from qvl_edge.server.media import Media
+
+    root = args.allowed_local_media_path
+    if root is not None and not root.is_dir():
+        raise ConfigError(f"--allowed-local-media-path {root} is not a folder")
+    domains = frozenset(domain.lower() for domain in args.allowed_media_domains)
+    for domain in domains:
+        if "/" in domain or "*" in domain:
+            raise ConfigError(f"--allowed-media-domains {domain}: give hosts alone, as in images.example.org")
+    return Media(local_root=root, fetcher=Fetcher(domains) if domains else None)
+
+
+def _bind(host: str, port: int) -> socket.socket:
+    """A socket bound to the address; uvicorn begins to listen once the model is there."""
+    try:
+        version6 = ipaddress.ip_address(host).version == 6
+    except ValueError:
+        version6 = False
+    bound = socket.socket(socket.AF_INET6 if version6 else socket.AF_INET)
+    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        bound.bind((host, port))
+    except (OSError, OverflowError) as error:
+        bound.close()
+        raise ConfigError(f"{host}:{port} cannot be used: {error}; take another --host or --port") from None
+    return bound

@@ -1,0 +1,195 @@
+"""What stands before every route: who may come in, how much is read, and what is said to browsers."""
+
+import asyncio
+import hmac
+import ipaddress
+import json
+import logging
+import re
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from qvl_edge.errors import ConfigError
+from qvl_edge.server.refusal import AUTHENTICATION, Refusal, invalid
+
+log = logging.getLogger("qvl_edge.server")
+
+MAX_DEPTH = 16  # of JSON; a request with a schema in response_format needs about ten
+MAX_MARKS = 100_000  # brackets and commas of JSON: what bounds the objects that 32 MB can become
+BODY_TIMEOUT_S = 60.0  # for the whole body, so that slow senders end
+
+PAGE_CSP = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
+API_CSP = "default-src 'none'; frame-ancestors 'none'"
+HEADERS = {
+    "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",
+    "referrer-policy": "no-referrer",
+    "cross-origin-resource-policy": "same-origin",
+    "cross-origin-opener-policy": "same-origin",
+}
+# without a key: the probe of whoever runs the server, and files that everybody who has the package has
+OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/style.css", "/favicon.svg"})
+LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
+
+# a string that never ends is taken up to the end of the body: trying again at each quote would take square time
+_MARKS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[\]{},]', re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may come in. Without a key only this machine can, under one of its own names."""
+
+    host: str
+    api_key: str | None
+
+    def __post_init__(self) -> None:
+        if self.api_key is not None and not self.api_key.strip():
+            raise ConfigError("the API key is empty; give one, or none at all to serve this machine only")
+        if self.api_key is None and not is_loopback(self.host):
+            raise ConfigError(
+                f"--host {self.host} lets other machines in, and there is no API key; set QVL_EDGE_API_KEY "
+                "(or --api-key), or use --host 127.0.0.1"
+            )
+
+    def check(self, path: str, headers: dict[bytes, bytes]) -> None:
+        """Refusal 401 without the key; 400 for a Host header that a page from elsewhere made the browser send."""
+        if self.api_key is None:
+            host = headers.get(b"host", b"").decode("latin-1").lower()
+            # a name of the attacker's that resolves to 127.0.0.1 would make his page this server's own
+            if re.sub(r":[0-9]*$", "", host) not in LOOPBACK_NAMES | {self.host.lower()}:
+                raise Refusal(400, "the Host header is not a name of this machine", code="host_not_allowed")
+            return
+        if path in OPEN_PATHS:
+            return
+        scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
+        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
+            raise Refusal(
+                401,
+                "the API key is missing or wrong; send it as Authorization: Bearer KEY",
+                code="invalid_api_key",
+                kind=AUTHENTICATION,
+                headers={"www-authenticate": "Bearer"},
+            )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine reaches a server that is bound to `host`."""
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+class Guard:
+    """ASGI: checks Access before anything else is looked at, gives every response its security headers, counts it."""
+
+    def __init__(self, app: ASGIApp, access: Access, count: Callable[[str, int], None]):
+        self.app, self.access, self.count = app, access, count
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        csp = PAGE_CSP if scope["path"] in OPEN_PATHS else API_CSP
+        extra = [(k.encode(), v.encode()) for k, v in {**HEADERS, "content-security-policy": csp}.items()]
+
+        async def guarded(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.count(scope["path"], message["status"])
+                message = {**message, "headers": [*message["headers"], *extra]}
+            await send(message)
+
+        try:
+            self.access.check(scope["path"], dict(scope["headers"]))
+            await self.app(scope, receive, guarded)
+        except Refusal as refusal:
+            log_refusal(refusal, scope["method"])
+            await send_refusal(refusal, guarded)
+        except Exception as error:  # the 500 is sent; the message stays out of the log, it may quote the request
+            log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+
+
+async def send_refusal(refusal: Refusal, send: Send) -> None:
+    """The refusal as a whole response."""
+    body = refusal.to_json()
+    headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
+    encoded = [(k.encode(), v.encode()) for k, v in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
+    await send({"type": "http.response.body", "body": body})
+
+
+def log_refusal(refusal: Refusal, method: str) -> None:
+    """What was refused and why, without a word of the request's content."""
+    log.info("refused %s: %s %s", method, refusal.status, refusal.code or refusal.kind)
+
+
+async def read_body(request: Request, limit: int) -> bytes:
+    """The body of a JSON request. Refusal: 415, 413 past `limit` bytes as they come, 400 when it takes too long."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":  # also what makes a browser ask before a foreign page may post here
+        raise Refusal(415, "the Content-Type must be application/json", code="unsupported_media_type")
+    if request.headers.get("content-encoding", "identity") != "identity":
+        raise Refusal(415, "a compressed body is not read; send it as it is", code="unsupported_media_type")
+    declared = request.headers.get("content-length", "")
+    body = bytearray()
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            if declared.isascii() and declared.isdigit() and int(declared) > limit:
+                raise _too_large(limit)
+            async for chunk in request.stream():
+                body += chunk
+                if len(body) > limit:
+                    raise _too_large(limit)
+    except TimeoutError:
+        message = f"the body did not come within {BODY_TIMEOUT_S:g} s"
+        raise Refusal(400, message, code="body_timeout", headers={"connection": "close"}) from None
+    except ClientDisconnect:
+        raise Refusal(400, "the connection ended within the body", code="body_cut") from None
+    return bytes(body)
+
+
+def _too_large(limit: int) -> Refusal:
+    return Refusal(
+        413,
+        f"the body has more than {limit} bytes; shrink the images (the model sees 448 x 448)",
+        code="request_too_large",
+        headers={"connection": "close"},
+    )
+
+
+def parse_json(body: bytes) -> Any:
+    """JSON with bounded depth and number of values. Refusal 400 says what is wrong."""
+    depth = 0
+    for count, mark in enumerate(_MARKS.finditer(body)):
+        if mark[0] in (b"[", b"{"):
+            depth += 1
+        elif mark[0] in (b"]", b"}"):
+            depth -= 1
+        if depth > MAX_DEPTH:
+            raise invalid(None, f"the JSON is more than {MAX_DEPTH} levels deep", code="invalid_json")
+        if count > MAX_MARKS:
+            raise invalid(None, f"the JSON has more than {MAX_MARKS} values", code="invalid_json")
+    try:
+        return json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_int=_integer)
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
+        where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
+        raise invalid(None, f"the body is not valid JSON{where}", code="invalid_json") from None
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not JSON")
+
+
+def _integer(digits: str) -> int:
+    if len(digits) > 20:  # past 64 bits; Python would take seconds to read the longest ones
+        raise ValueError("an integer is too large")
+    return int(digits)

@@ -1,0 +1,62 @@
+"""Counters and histograms in Prometheus' text format (version 0.0.4). Used from the event loop only."""
+
+from bisect import bisect_left
+from collections import Counter
+
+FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+WHOLE_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
+
+
+class Histogram:
+    """How many observations were at most each bound."""
+
+    def __init__(self, bounds: tuple[float, ...]):
+        self.bounds, self.counts, self.total = bounds, [0] * (len(bounds) + 1), 0.0
+
+    def observe(self, value: float) -> None:
+        """Count `value`."""
+        self.counts[bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def lines(self, name: str) -> list[str]:
+        """Cumulative buckets, sum and count."""
+        seen, lines = 0, []
+        for bound, count in zip([*map(str, self.bounds), "+Inf"], self.counts, strict=True):
+            seen += count
+            lines.append(f'{name}_bucket{{le="{bound}"}} {seen}')
+        return [*lines, f"{name}_sum {self.total}", f"{name}_count {seen}"]
+
+
+class Metrics:
+    """What the server counts about itself: no texts, no addresses."""
+
+    def __init__(self) -> None:
+        self.requests: Counter[tuple[str, int]] = Counter()  # (route, status); status 499: the caller left
+        self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.images = self.cached_images = 0
+        self.first_token_s, self.request_s = Histogram(FIRST_TOKEN_S), Histogram(WHOLE_S)
+
+    def render(self, *, waiting: int, running: int) -> str:
+        """The text of /metrics."""
+        lines = [
+            "# HELP qvl_edge_requests_total Requests by route and status.",
+            "# TYPE qvl_edge_requests_total counter",
+        ]
+        for (route, status), count in sorted(self.requests.items()):
+            lines.append(f'qvl_edge_requests_total{{route="{route}",status="{status}"}} {count}')
+        for name, kind, value, what in (
+            ("requests_waiting", "gauge", waiting, "Requests that have not begun."),
+            ("requests_running", "gauge", running, "Requests that are being answered."),
+            ("prompt_tokens_total", "counter", self.prompt_tokens, "Tokens of prompts, images included."),
+            ("cached_tokens_total", "counter", self.cached_tokens, "Tokens of prompts that were not computed again."),
+            ("completion_tokens_total", "counter", self.completion_tokens, "Tokens of answers."),
+            ("images_total", "counter", self.images, "Images in prompts."),
+            ("cached_images_total", "counter", self.cached_images, "Images that were not encoded again."),
+        ):
+            lines += [f"# HELP qvl_edge_{name} {what}", f"# TYPE qvl_edge_{name} {kind}", f"qvl_edge_{name} {value}"]
+        for name, histogram, what in (
+            ("time_to_first_token_seconds", self.first_token_s, "From the complete request to the first text."),
+            ("request_seconds", self.request_s, "From the complete request to the complete answer."),
+        ):
+            lines += [f"# HELP qvl_edge_{name} {what}", f"# TYPE qvl_edge_{name} histogram"]
+            lines += histogram.lines(f"qvl_edge_{name}")
+        return "\n".join(lines) + "\n"

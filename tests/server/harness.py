@@ -1,0 +1,151 @@
+"""A real uvicorn on loopback in a thread, requests to it, and an engine that does as a test says."""
+
+import asyncio
+import base64
+import contextlib
+import io
+import threading
+import time
+from collections.abc import AsyncGenerator, Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+import uvicorn
+from PIL import Image
+
+from qvl_edge.answer import Answer, Timing, Usage
+from qvl_edge.commands.serve import UVICORN
+from qvl_edge.server.api import Settings, create_app
+from qvl_edge.server.engine import ChatRequest, Delta, Engine, Event, Finished
+from qvl_edge.server.guard import Access
+from qvl_edge.text.boxes import parse_boxes
+
+MODEL = "small"
+WAIT_S = 30.0  # the longest that a test waits for something that happens at once
+
+
+@dataclass
+class Server:
+    """A server that runs, and ways to talk to it."""
+
+    url: str
+    engine: Engine
+    key: str | None = None
+
+    @property
+    def client(self) -> openai.OpenAI:
+        """The client that people use, as it is."""
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key or "none", max_retries=0, timeout=WAIT_S)
+
+    def post(self, body: Any = None, **options: Any) -> httpx.Response:
+        """POST a body (JSON, or `content=` as it is) to the chat completions."""
+        if body is not None:
+            options["json"] = body
+        options.setdefault("headers", {"content-type": "application/json"})
+        return httpx.post(f"{self.url}/v1/chat/completions", timeout=WAIT_S, **options)
+
+    def ask(self, content: Any, **fields: Any) -> httpx.Response:
+        """POST one user message."""
+        return self.post({"model": MODEL, "messages": [{"role": "user", "content": content}], **fields})
+
+    def metric(self, name: str) -> float:
+        """The value of a line of /metrics."""
+        lines = httpx.get(f"{self.url}/metrics").text.splitlines()
+        return float(next(line for line in lines if line.startswith(name + " ")).split()[-1])
+
+
+@contextlib.contextmanager
+def serving(engine: Engine, *, key: str | None = None, host: str = "127.0.0.1", **settings: Any) -> Iterator[Server]:
+    """Serve `engine` on a free port; it is closed at the end."""
+    given = {"model": MODEL, "max_model_len": 8192, "access": Access(host, key), **settings}
+    app = create_app(engine, Settings(**given))
+    server = uvicorn.Server(uvicorn.Config(app, host=host, port=0, **UVICORN | {"timeout_graceful_shutdown": 1}))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    until(lambda: server.started)
+    try:
+        yield Server(f"http://{host}:{server.servers[0].sockets[0].getsockname()[1]}", engine, key)
+    finally:
+        server.should_exit = True
+        thread.join(WAIT_S)
+        assert not thread.is_alive(), "the server did not stop"
+
+
+def until(holds: Callable[[], Any]) -> None:
+    """Wait until something holds."""
+    end = time.monotonic() + WAIT_S
+    while not holds():
+        assert time.monotonic() < end, "it never came true"
+        time.sleep(0.005)
+
+
+def data_uri(image: Image.Image | bytes, kind: str = "PNG") -> str:
+    """An image, or the bytes of a file, as a data URI."""
+    if isinstance(image, Image.Image):
+        buffer = io.BytesIO()
+        image.save(buffer, kind)
+        image = buffer.getvalue()
+    return f"data:image/{kind.lower()};base64,{base64.b64encode(image).decode()}"
+
+
+def picture(url: str) -> dict[str, Any]:
+    """An image_url part."""
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def text(words: str) -> dict[str, Any]:
+    """A text part."""
+    return {"type": "text", "text": words}
+
+
+class ScriptedEngine:
+    """Says `pieces` for every draw and remembers what it was asked; `before(index)` runs before each piece."""
+
+    waiting = running = 0
+
+    def __init__(self, *pieces: str | Delta, before: Callable[[int], Any] | None = None, forgets: int = 0):
+        self.pieces, self.before = pieces, before
+        self.forgets = forgets  # images that its window has no room for
+        self.requests: list[ChatRequest] = []
+        self.cancelled = threading.Event()
+
+    async def submit(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
+        """See Engine.submit."""
+        self.requests.append(request)
+        turns = [request.query, *(asked for asked, _ in request.history)]
+        images = sum("image" in element for turn in turns for element in turn) - self.forgets
+        complete = False
+        try:
+            for draw in range(request.n):
+                said = ""
+                for index, piece in enumerate(self.pieces):
+                    if self.before is not None and (waits := self.before(index)) is not None:
+                        await waits
+                    delta = piece if isinstance(piece, Delta) else Delta(draw, piece)
+                    said += delta.text
+                    yield delta
+                boxes = parse_boxes(said, image_sizes=[(100, 50)] * images)
+                usage = Usage(
+                    prompt_tokens=5,
+                    cached_tokens=3,
+                    completion_tokens=len(self.pieces),
+                    image_tokens=256 * images,
+                    images=images,
+                    cached_images=0,
+                )
+                timing = Timing(0.0, 0.0, 0.0, 5, 0)
+                yield Finished(draw, Answer(said.strip(), boxes, [1] * len(self.pieces), "stop", usage, timing))
+            complete = True
+        finally:
+            if not complete:
+                self.cancelled.set()
+
+    def close(self) -> None:
+        """Nothing runs on its own."""
+
+
+async def for_ever() -> None:
+    """Wait without an end."""
+    await asyncio.Event().wait()
