@@ -23,7 +23,7 @@ from qvl_edge.engine.memory import free_memory, parse_bytes
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.run import Run
 from qvl_edge.engine.sampling import Sampler
-from qvl_edge.engine.slots import Slots
+from qvl_edge.engine.slots import CHUNK, Slots
 from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.decoder import QWenLMHeadModel
@@ -53,6 +53,8 @@ class Runtime:
         tokenizer: Tokenizer,
         generation_config: dict[str, Any],
         plan: Plan,
+        *,
+        lookup: int = 0,
     ):
         self.config = decoder.config
         self.decoder, self.vision, self.tokenizer = decoder, vision, tokenizer
@@ -60,7 +62,7 @@ class Runtime:
         self.options = GenerationOptions.from_config(generation_config)
         self.chat_format = str(generation_config.get("chat_format", "raw"))
         self.max_window_size = int(generation_config.get("max_window_size", 6144))
-        self.plan, self.max_context = plan, plan.context
+        self.plan, self.max_context, self.lookup = plan, plan.context, lookup
         self.slots = self._make_slots()
 
     @classmethod
@@ -79,6 +81,7 @@ class Runtime:
         embeddings: Embeddings = "host",
         vision_device: str | None = None,
         release_vision: bool = False,
+        lookup: int = 0,
         verify: bool = False,
         cache_dir: str | PathLike[str] | None = None,
         progress: Progress | None = None,
@@ -97,7 +100,9 @@ class Runtime:
         from the mapped file, "device" puts it beside the rest. vision_device is where onnxruntime encodes images
         (default: as `device`); release_vision has the tower in memory only meanwhile, and the cache only otherwise.
 
-        verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`. progress gets lines.
+        lookup: how many tokens a lone greedy answer may guess at once from what was said before; the answer stays the
+        same, and gets faster where it repeats its prompt or itself and a step of several tokens costs little more than
+        one. verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`. progress gets lines.
         BundleError, CheckpointError and ConfigError name what is missing and the command that makes it; FitError comes
         before anything is allocated, with both numbers and what would fit.
         """
@@ -118,6 +123,8 @@ class Runtime:
             raise ConfigError(
                 f"max_context is {max_context}, this model takes 1 to {config.max_position_embeddings} positions"
             )
+        if not 0 <= lookup < CHUNK:
+            raise ConfigError(f"lookup is {lookup}, 0 (off) to {CHUNK - 1} tokens can be guessed at once; 7 is usual")
         if not 1 <= slots <= MOST_SEQUENCES:
             raise ConfigError(f"slots is {slots}, a decode step takes 1 to {MOST_SEQUENCES} sequences")
         tokenizer = _tokenizer(checkpoint)
@@ -155,7 +162,7 @@ class Runtime:
         released = {"release": True} if release_vision else {}
         encoder = VisionEncoder(vit, config.visual, device=encoding, max_batch=plan.images, **released)
         vision = FeatureCache(encoder, config.visual.image_size)
-        return cls(decoder, vision, tokenizer, checkpoint.generation, plan)
+        return cls(decoder, vision, tokenizer, checkpoint.generation, plan, lookup=lookup)
 
     def answer(
         self,
@@ -331,7 +338,13 @@ class Runtime:
 
     def _make_slots(self) -> Slots:
         kv_cache = torch.int8 if self.plan.kv_cache == "int8" else None
-        return Slots(self.decoder, capacity=self.plan.context, count=self.plan.slots, kv_cache=kv_cache)
+        return Slots(
+            self.decoder,
+            capacity=self.plan.context,
+            count=self.plan.slots,
+            kv_cache=kv_cache,
+            lookup=self.lookup,
+        )
 
     def _free_slots(self) -> Slots:
         """The runtime's own, or others for a stream that is begun while another one is not through."""

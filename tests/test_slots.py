@@ -17,6 +17,7 @@ from qvl_edge.config import Config
 from qvl_edge.engine.generate import generate
 from qvl_edge.engine.graph import BUCKETS
 from qvl_edge.engine.inputs import Inputs, common_prefix
+from qvl_edge.engine.lookup import propose
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import NOT_FINITE, Sampler, Samplers
 from qvl_edge.engine.slots import Sequence, Slots
@@ -392,3 +393,61 @@ def test_a_constraint_decides_what_may_come(model) -> None:
     assert [*free.held[6:], free.last] == expected
     slots.end(sequence)
     assert run(slots, prompt_of(6), 5) == plain(model, prompt_of(6), 5)  # nothing of it is left
+
+
+@pytest.mark.parametrize(
+    ("elements", "most", "expected"),
+    [
+        ([1, 2, 3, 4, 9, 1, 2, 3], 3, [4, 9, 1]),
+        ([1, 2, 3, 4, 9, 1, 2, 3], 1, [4]),
+        ([5, 6, 7, 5, 6, 8, 5, 6], 2, [8, 5]),  # the latest
+        ([1, 2, 3, 7, 2, 3, 8, 1, 2, 3], 2, [7, 2]),  # the longest match before the latest
+        ([1, 2, 3], 4, []),
+        ([1, 1], 4, []),
+        ([1, 2, "picture", "picture", 3, 1, 2], 4, []),
+        ([1, 2, 4, "picture", 3, 1, 2], 4, [4]),
+    ],
+)
+def test_a_guess_is_what_followed_the_latest_longest_match(elements: list, most: int, expected: list[int]) -> None:
+    assert propose(elements, most) == expected
+
+
+@pytest.mark.parametrize("lookup", [1, 3, 7])
+def test_guessing_changes_no_token(model, long_model, lookup: int) -> None:
+    for kind, length in ((model, 30), (long_model, 120)):
+        text = prompt_of(length // 3).ids
+        inputs = Inputs([*text, *text, *text])  # full of repetitions
+        slots = Slots(kind, capacity=260, lookup=lookup)
+        verified: list[int] = []
+        real = slots._verify
+
+        def watched(
+            sequence: Sequence, guess: list[int], real: Any = real, verified: list[int] = verified
+        ) -> list[int]:
+            found = real(sequence, guess)
+            verified.append(len(found))
+            return found
+
+        slots._verify = watched  # type: ignore[method-assign]
+        assert run(slots, inputs, 60) == plain(kind, inputs, 60)
+        assert verified and max(verified) <= lookup + 1
+        # what it holds is right too: the next turn reuses it
+        again = Inputs([*inputs.ids, *plain(kind, inputs, 20), 1])
+        assert run(slots, again, 9) == plain(kind, again, 9)
+
+
+def test_a_guess_keeps_within_the_cache(model) -> None:
+    text = prompt_of(10).ids
+    inputs = Inputs([*text, *text])
+    assert run(Slots(model, capacity=26, lookup=7), inputs, 6) == plain(model, inputs, 6)
+
+
+def test_who_samples_or_is_not_alone_is_not_guessed_for(model, monkeypatch: pytest.MonkeyPatch) -> None:
+    text = prompt_of(10).ids
+    inputs = Inputs([*text, *text])
+    monkeypatch.setattr(Slots, "_verify", None)
+    slots = Slots(model, capacity=60, count=2, lookup=7)
+    assert run(slots, inputs, 9, SAMPLED) == plain(model, inputs, 9, SAMPLED)
+    begun(slots, inputs)
+    begun(slots, inputs)
+    assert all(len(tokens) == 1 for tokens in slots.advance().values())

@@ -36,6 +36,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--release-vision", action="store_true", help="have the vision tower in memory only while it encodes"
     )
+    parser.add_argument(
+        "--lookup", type=int, default=0, metavar="N", help="guess N tokens at once from earlier text, exactly (0: off)"
+    )
     parser.add_argument("--verify", action="store_true", help="check the hash of every file of the bundle first")
     group = parser.add_argument_group("generation (defaults are the model's)")
     group.add_argument("--max-new-tokens", type=int, metavar="N")
@@ -74,6 +77,7 @@ def load(args: argparse.Namespace) -> "Runtime":
         embeddings=args.embeddings,
         vision_device=args.vision_device,
         release_vision=args.release_vision,
+        lookup=args.lookup,
         verify=args.verify,
         progress=say,
     )

@@ -26,21 +26,25 @@ def generate(
     try:
         for prompt, sampler in zip(prompts, samplers, strict=True):
             sequences.append(slots.begin(prompt, sampler))
-        tokens: list[int | None] = []
+        tokens: list[list[int]] = []
         for sequence in sequences:
             while (first := slots.prefill(sequence)) is None:
                 pass
-            tokens.append(first)
-        for count in itertools.count(1):
-            check_tokens([0 if token is None else token for token in tokens])
-            yield tokens
-            for index, (sequence, token) in enumerate(zip(sequences, tokens, strict=True)):
-                if token is not None and (token in stop_ids or count >= max_new_tokens[index]):
-                    slots.end(sequence)
-            if not any(sequence.running for sequence in sequences):
-                return
-            found = slots.step()
-            tokens = [found.get(sequence) for sequence in sequences]
+            tokens.append([first])
+        counts = [0] * len(sequences)
+        while True:
+            # several at once come from a lone sequence only
+            for row in itertools.zip_longest(*tokens) if len(tokens) == 1 else [[t[0] if t else None for t in tokens]]:
+                check_tokens([0 if token is None else token for token in row])
+                yield list(row)
+                for index, (sequence, token) in enumerate(zip(sequences, row, strict=True)):
+                    counts[index] += token is not None
+                    if token is not None and (token in stop_ids or counts[index] >= max_new_tokens[index]):
+                        slots.end(sequence)
+                if not any(sequence.running for sequence in sequences):
+                    return
+            found = slots.advance()
+            tokens = [found.get(sequence, []) for sequence in sequences]
     finally:  # also where the caller stops early
         for sequence in sequences:
             slots.end(sequence)

@@ -47,6 +47,13 @@ class Sampler:
         else:
             self.generator.manual_seed(options.seed)
 
+    @property
+    def plainly_greedy(self) -> bool:
+        """Whether the choice is the largest logit and nothing else is wanted of it."""
+        options = self.options
+        chosen = not options.do_sample and options.repetition_penalty == 1.0
+        return chosen and options.logprobs is None and self.constraint is None
+
 
 class Kind(NamedTuple):
     """What some sequence of a step wants: what a CUDA graph is recorded for."""

@@ -168,10 +168,11 @@ class Scheduler:
             if token is not None:
                 self._push(filling, token)
         if any(job.sequence and job.sequence.running for job in self._active):
-            tokens = self._slots.step()
+            found = self._slots.advance()
             for job in [*self._active]:
-                if job.sequence in tokens:
-                    self._push(job, tokens[job.sequence])
+                for token in found.get(job.sequence, ()) if job.sequence else ():
+                    if job in self._active:  # it may have ended with the one before
+                        self._push(job, token)
 
     def _admit(self) -> Job | None:
         """Give a slot to the next job: once the prompt before it is through, so that it can share its beginning."""

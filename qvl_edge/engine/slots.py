@@ -16,7 +16,8 @@ from qvl_edge.answer import TokenLogprob
 from qvl_edge.engine.decoder import Decoder
 from qvl_edge.engine.graph import StepGraphs, bucket_of
 from qvl_edge.engine.inputs import Element, Inputs, common_prefix
-from qvl_edge.engine.sampling import Kind, Sampler, Samplers
+from qvl_edge.engine.lookup import propose
+from qvl_edge.engine.sampling import NOT_FINITE, Kind, Sampler, Samplers
 from qvl_edge.errors import PromptError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import place_sequence, prompt_alpha
@@ -55,7 +56,7 @@ class Slots:
     """A batch of slots over one cache of `capacity` positions each, allocated once.
 
     kv_cache: dtype of keys and values (None: the model's). graph: decode steps as CUDA graphs (None: for a FusedDecoder
-    on CUDA).
+    on CUDA). lookup: tokens that `advance` may guess at once for a lone greedy sequence.
     """
 
     def __init__(
@@ -66,9 +67,10 @@ class Slots:
         count: int = 1,
         kv_cache: torch.dtype | None = None,
         graph: bool | None = None,
+        lookup: int = 0,
     ):
         device = model.device
-        self.model, self.capacity, self._kv_cache = model, capacity, kv_cache or model.dtype
+        self.model, self.capacity, self._kv_cache, self._lookup = model, capacity, kv_cache or model.dtype, lookup
         self.samplers = Samplers(count, model.config.vocab_size, device=device)
         self._slots = [_Slot() for _ in range(count)]
         self._clock = itertools.count(1)
@@ -203,6 +205,35 @@ class Slots:
         self._tokens[sequence.slot] = token
         self.cache.lengths[sequence.slot] = self.cache.filled[sequence.slot] = len(sequence.held)
         sequence.last = token
+
+    def advance(self) -> dict[Sequence, list[int]]:
+        """The next token of every running sequence, or several where a guess was right; otherwise as `step`."""
+        running = [sequence for sequence in self.sequences if sequence.running]
+        if self._lookup and len(running) == 1 and running[0].sampler.plainly_greedy:
+            (sequence,) = running
+            assert sequence.last is not None
+            room = self.capacity - len(sequence.held) - 1
+            guess = propose([*sequence.held, sequence.last], min(self._lookup, room))
+            if guess:
+                return {sequence: self._verify(sequence, guess)}
+        return {sequence: [token] for sequence, token in self.step().items()}
+
+    @torch.inference_mode()
+    def _verify(self, sequence: Sequence, guess: list[int]) -> list[int]:
+        """Run the last token and a guess at once: the guess as far as it is what the model would say, and one more.
+
+        What the cache holds past that is not looked at, and is written again by what comes.
+        """
+        assert sequence.last is not None
+        given = [sequence.last, *guess]
+        logits = self._append(
+            sequence, self.model.embed(torch.tensor([given], device=self.model.device)), all_logits=True
+        )
+        said = torch.where(logits[0].sum(1).isfinite(), logits[0].argmax(1), NOT_FINITE).tolist()
+        right = next((i for i, (one, other) in enumerate(zip(guess, said, strict=False)) if one != other), len(guess))
+        sequence.held += given[: right + 1]
+        self.start(sequence, said[right])
+        return said[: right + 1]
 
     @torch.inference_mode()
     def step(self) -> dict[Sequence, int]:
