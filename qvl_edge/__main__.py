@@ -11,6 +11,7 @@ COMMANDS = {
     "chat": "talk about images, turn by turn",
     "serve": "an OpenAI-compatible API, and a page that draws the boxes",
     "fit": "what a model will take of memory, before it is loaded or downloaded",
+    "doctor": "check this machine: what is installed, the card, every kernel, a bundle",
     "demo": "quantize, export and run the small model that ships with this package",
 }
 
