@@ -41,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--port", "--server-port", type=int, default=8000, help="0 takes a free one (8000)")
     group.add_argument("--api-key", metavar="KEY", help=f"needed to use the API (better: in {KEY_VARIABLE})")
     group.add_argument("--served-model-name", metavar="NAME", help="the model's name (the folder's)")
-    group.add_argument(
-        "--slots", "--parallel", type=int, default=4, metavar="N", help="answers at once (4)"
-    )
+    group.add_argument("--slots", "--parallel", type=int, default=4, metavar="N", help="answers at once (4)")
     group.add_argument("--max-concurrent-requests", type=int, default=32, metavar="N", help="more get 429 (32)")
     group.add_argument("--time-limit", type=float, default=300.0, metavar="S", help="seconds for one request (300)")
     group.add_argument("--max-body-mb", type=int, default=32, metavar="N", help="of one request (32)")

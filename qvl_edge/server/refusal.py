@@ -29,13 +29,17 @@ class Refusal(Exception):
 
     def to_dict(self) -> dict[str, Any]:
         """The body."""
-        # a message may quote a lone surrogate out of the request; it cannot be sent as it is
-        message = str(self).encode("utf-8", "backslashreplace").decode()
-        return {"error": {"message": message, "type": self.kind, "param": self.param, "code": self.code}}
+        param = None if self.param is None else _sendable(self.param)
+        return {"error": {"message": _sendable(str(self)), "type": self.kind, "param": param, "code": self.code}}
 
     def to_json(self) -> bytes:
         """The body, encoded."""
         return json.dumps(self.to_dict(), ensure_ascii=False).encode()
+
+
+def _sendable(text: str) -> str:
+    """A message or a field's name may quote a lone surrogate out of the request, which no UTF-8 has."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def invalid(param: str | None, message: str, *, code: str | None = None) -> Refusal:
