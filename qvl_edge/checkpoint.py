@@ -1,9 +1,7 @@
 """A published checkpoint on disk: its settings, and its tensors by name, memory-mapped, one at a time."""
 
-import ctypes
 import hashlib
 import json
-import mmap
 import pickle
 import struct
 import zipfile
@@ -19,6 +17,7 @@ from torch import Tensor
 
 from qvl_edge.config import Config, read_json
 from qvl_edge.errors import CheckpointError
+from qvl_edge.pages import forget_pages
 
 VISUAL = "transformer.visual."  # prefix of the vision tower's tensors
 SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -104,7 +103,7 @@ class Checkpoint:
         """
         shard = self._shard(name)
         if shard.mapped:
-            _forget_pages(shard.tensor(name))
+            forget_pages(shard.tensor(name))
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name`, without reading it."""
@@ -127,17 +126,6 @@ class Checkpoint:
             for part in (flat[:ends], flat[-ends:]):
                 digest.update(part.contiguous().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
-
-
-def _forget_pages(tensor: Tensor) -> None:
-    """madvise(MADV_DONTNEED) on the whole pages inside of a mapped tensor, which nobody writes to."""
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "madvise") or not hasattr(mmap, "MADV_DONTNEED"):
-        return
-    first = -(-tensor.data_ptr() // mmap.PAGESIZE) * mmap.PAGESIZE
-    size = (tensor.data_ptr() + tensor.nbytes) // mmap.PAGESIZE * mmap.PAGESIZE - first
-    if size > 0:
-        libc.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), mmap.MADV_DONTNEED)
 
 
 class _Shard(ABC):

@@ -31,7 +31,7 @@ LAYERS = (
     ("vit_cache", "answer", "engine", "demo"),
     ("model", "text"),
     ("bundle", "checkpoint"),
-    ("published",),
+    ("published", "pages"),
     ("config", "profile"),
     ("errors",),
 )

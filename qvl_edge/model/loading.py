@@ -13,12 +13,14 @@ from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder, fuse_block
 from qvl_edge.model.linear import Int4Linear, Int8Linear, read_gptq
 from qvl_edge.model.vit import VisionTransformer
+from qvl_edge.pages import trim_heap
 from qvl_edge.profile import Embeddings, Head
 
 QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # of every block, in the order they run
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
 OnBytes = Callable[[int], None]
 """Called with the bytes of each tensor that was read."""
+_TRIMMED_AFTER = 200_000_000  # bytes that are read
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that some fine-tuning tools save along
 
@@ -89,6 +91,7 @@ class _Reader:
     ):
         self.checkpoint, self.dtype, self.device = checkpoint, dtype, device
         self._on_bytes = on_bytes or (lambda _: None)
+        self._untrimmed = 0
 
     def __call__(self, name: str) -> Tensor:
         """The tensor in `dtype`. Always a copy: a mapped one would be read from the disk while the model runs."""
@@ -125,8 +128,13 @@ class _Reader:
 
     def done(self, name: str) -> None:
         """Count a tensor that was read, and give its pages back."""
-        self._on_bytes(self.checkpoint[name].nbytes)
+        size = self.checkpoint[name].nbytes
+        self._on_bytes(size)
         self.checkpoint.release(name)
+        self._untrimmed += size
+        if self._untrimmed > _TRIMMED_AFTER:
+            self._untrimmed = 0
+            trim_heap()
 
 
 def load_decoder(
