@@ -1,6 +1,6 @@
 """Export the vision tower of a checkpoint as an ONNX graph, and put it into a bundle once it has passed a comparison.
 
-    python -m export.vit CHECKPOINT BUNDLE [--dtype float16|float32|int8|int4]
+    python -m export.vit CHECKPOINT BUNDLE [--dtype float16|float32|int8|int4] [--lora DIR]
 
 Progress goes to stderr, the parity report to stdout.
 """
@@ -12,8 +12,9 @@ from pathlib import Path
 from export.part import export_vit
 from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
 from qvl_edge.bundle import VIT, VIT_DATA
-from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.engine.memory import peak_host_bytes
 from qvl_edge.errors import QvlError
+from qvl_edge.lora import open_checkpoint
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -21,7 +22,7 @@ def main(argv: list[str] | None = None) -> int:
     args = _parser().parse_args(argv)
     try:
         export_vit(
-            Checkpoint(args.checkpoint),
+            open_checkpoint(args.checkpoint, args.lora),
             args.bundle,
             dtype=args.dtype,
             block_size=args.block_size,
@@ -35,7 +36,8 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"stopped; {args.bundle} is as it was. Run the same command again to start anew")
         return 130
     size = sum((args.bundle / name).stat().st_size for name in (VIT, VIT_DATA))
-    _say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB")
+    peak = f"; took {peak_host_bytes() / 1e9:.2f} GB of memory at most" if sys.platform == "linux" else ""
+    _say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB{peak}")
     return 0
 
 
@@ -48,6 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and the weights")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write to; made if needed")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="merge this PEFT adapter (quantize.gptq needs it too)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     blocks = ", ".join(f"{size} for {dtype}" for dtype, size in BLOCK_SIZES.items())
     parser.add_argument(

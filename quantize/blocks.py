@@ -1,14 +1,15 @@
 """One decoder block: collect Hessians in the order its projections run, quantize them, run the quantized block."""
 
-from collections.abc import Callable
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.rotary_attention_torch import rotate
+from quantize.parts import load_part
 from quantize.progress import LayerReport, Tick
-from quantize.solver import Hessian, Quantized, quantize_weight, relative_error, round_weight
+from quantize.solver import Hessian, Quantized, output_energy, quantize_weight, relative_error, round_weight
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import CalibrationError, CheckpointError
@@ -55,41 +56,34 @@ def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str) -
     """Block `index` of a float checkpoint in float32. Biases of projections are rounded to float16 as on disk."""
     with torch.device("meta"):
         block = QWenBlock(checkpoint.config)
-    for name, _ in list(block.named_parameters()):
-        full = f"{block_name(index)}.{name}"
-        # a copy always: a mapped file is read again and again, and its alignment can change the last bit of a product
-        tensor = checkpoint[full].to(device=device, dtype=torch.float32, copy=True)
-        if name.removesuffix(".bias") in QUANTIZED:
-            tensor = tensor.half().float()
-        if not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{full} holds NaN, infinity or a bias beyond float16; the checkpoint is damaged")
-        owner, _, attribute = name.rpartition(".")
-        setattr(block.get_submodule(owner), attribute, nn.Parameter(tensor, requires_grad=False))
+    load_part(block, checkpoint, f"{block_name(index)}.", device)
+    for layer in QUANTIZED:
+        bias = projection(block, layer).bias
+        if bias is not None:
+            bias.copy_(bias.half())
+            if not bool(torch.isfinite(bias).all()):
+                name = f"{block_name(index)}.{layer}.bias"
+                raise CheckpointError(f"{name} has values beyond 65504, the largest of float16, the dtype on disk")
     return block.eval()
 
 
-def _run(
-    block: QWenBlock,
-    config: Config,
-    inputs: list[Tensor],
-    device: torch.device | str,
-    done: Callable[[int, Tensor], None],
-) -> None:
-    """Run each sample (T, hidden) through the block; `done` gets its number and its output (T, hidden)."""
-    for number, sample in enumerate(inputs):
+def _outputs(
+    block: QWenBlock, config: Config, inputs: Sequence[Tensor], device: torch.device | str
+) -> Iterator[Tensor]:
+    """The block's output (T, hidden) on each sample, on `device`."""
+    for sample in inputs:
         x = sample.to(device)[None]
-        attend = causal_attention(config, len(sample), device)
         try:
-            output = block(x, attend)[0]
+            x = block(x, causal_attention(config, len(sample), device))
         except _Stop:
-            output = x[0]
-        done(number, output)
+            pass
+        yield x[0]
 
 
 def collect_hessians(
     block: QWenBlock,
     config: Config,
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor],
     stages: tuple[tuple[str, ...], ...],
     device: torch.device | str,
     tick: Tick,
@@ -112,7 +106,8 @@ def collect_hessians(
         watch(stage[0], last=stage is stages[-1])
     try:
         what = f"inputs of {stages[-1][0] if len(stages) == 1 else 'all projections'}"
-        _run(block, config, inputs, device, lambda number, _: tick((number + 1) / len(inputs), what))
+        for number, _ in enumerate(_outputs(block, config, inputs, device), 1):
+            tick(number / len(inputs), what)
     finally:
         for hook in hooks:
             hook.remove()
@@ -123,7 +118,7 @@ def quantize_block(
     block: QWenBlock,
     config: Config,
     index: int,
-    inputs: list[Tensor],
+    inputs: Sequence[Tensor],
     quant: QuantConfig,
     device: torch.device | str,
     tick: Tick,
@@ -151,19 +146,22 @@ def quantize_block(
             module = projection(block, layer)
             weight = module.weight
             result = quantized[layer] = quantize_weight(weight, hessian, quant, name=name)
+            whole = output_energy(weight, hessian)
             rounded = round_weight(weight, quant, name=name).weight()
+            rounding_error = relative_error(weight, rounded, hessian, whole=whole)
+            del rounded  # before the next one of this size
+            module.weight = nn.Parameter(result.weight(), requires_grad=False)
             reports.append(
                 LayerReport(
                     name=name,
                     in_features=weight.shape[1],
                     out_features=weight.shape[0],
-                    error=relative_error(weight, result.weight(), hessian),
-                    round_to_nearest_error=relative_error(weight, rounded, hessian),
+                    error=relative_error(weight, module.weight, hessian, whole=whole),
+                    round_to_nearest_error=rounding_error,
                     damp_percent=result.damp_percent,
                     dead_channels=result.dead_channels,
                 )
             )
-            module.weight = nn.Parameter(result.weight(), requires_grad=False)
             tick((number + 1) / parts, layer)
     return quantized, reports
 
@@ -185,20 +183,17 @@ def round_block(
 
 
 def run_block(
-    block: QWenBlock, config: Config, index: int, inputs: list[Tensor], device: torch.device | str, tick: Tick
-) -> None:
-    """Replace each of `inputs` by the block's output, which enters the next block.
+    block: QWenBlock, config: Config, index: int, inputs: Sequence[Tensor], device: torch.device | str, tick: Tick
+) -> Iterator[Tensor]:
+    """The block's output (T, hidden) float32 on each of `inputs`, on the CPU: what enters the next block.
 
     CalibrationError names the block if a value is not finite.
     """
-
-    def keep(number: int, output: Tensor) -> None:
+    for number, output in enumerate(_outputs(block, config, inputs, device), 1):
         if not bool(torch.isfinite(output).all()):
-            raise CalibrationError(f"{block_name(index)} gives NaN or infinity on calibration sample {number + 1}")
-        inputs[number] = output.cpu()
-        tick((len(STAGES) + (number + 1) / len(inputs)) / (len(STAGES) + 1), "running the quantized block")
-
-    _run(block, config, inputs, device, keep)
+            raise CalibrationError(f"{block_name(index)} gives NaN or infinity on calibration sample {number}")
+        tick((len(STAGES) + number / len(inputs)) / (len(STAGES) + 1), "running the quantized block")
+        yield output.cpu()
 
 
 def block_tensors(

@@ -20,11 +20,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from quantize.activations import Put
+from quantize.pictures import encode_pictures
+from quantize.progress import Tick
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import IMAGE_TOKENS, Config
-from qvl_edge.engine.image import ImageLike, content_key, load_image, to_pixels
+from qvl_edge.engine.image import ImageLike, content_key, load_image
 from qvl_edge.errors import CalibrationError, ConfigError, ImageError, PromptError
-from qvl_edge.model.loading import load_visual
 from qvl_edge.text.prompt import Prompt, Query, chat_prompt, raw_prompt
 from qvl_edge.text.tokenizer import GROUNDING, IM_END, Tokenizer
 
@@ -32,6 +34,7 @@ SYSTEM = "You are a helpful assistant."  # of Qwen-VL's fine-tuning (finetune.py
 EXAMPLE = """[{"id": "1", "conversations": [
   {"from": "user", "value": "Picture 1: <img>street.jpg</img>\\nWhere is the red car?"},
   {"from": "assistant", "value": "<ref>The red car</ref><box>(131,412),(389,640)</box>"}]}]"""
+WTE = "transformer.wte.weight"
 _ROLES = ("user", "assistant")
 
 
@@ -204,39 +207,29 @@ def digest_of(samples: Sequence[Sample]) -> str:
     return digest.hexdigest()
 
 
-def embed_samples(
-    checkpoint: Checkpoint, samples: Sequence[Sample], *, device: str, tick: Callable[[float, str], None]
-) -> list[Tensor]:
-    """What enters the first block: (T, hidden) float32 on the CPU a sample, features in the picture slots.
+def embed_samples(checkpoint: Checkpoint, samples: Sequence[Sample], put: Put, *, device: str, tick: Tick) -> None:
+    """Put what enters the first block: embeddings, and the features of its pictures in each one's slots.
 
-    The ViT is in memory only while pictures are encoded. CalibrationError names a sample whose values are not finite.
+    CalibrationError names a sample whose values are not finite.
     """
-    features = _encode_images(checkpoint, samples, device, tick)
-    table = checkpoint["transformer.wte.weight"]
-    embedded = []
-    for sample in samples:
-        x = table[torch.tensor(sample.ids)].to(torch.float32, copy=True)
-        for start, key in zip(sample.image_starts, sample.image_keys, strict=True):
-            x[start : start + IMAGE_TOKENS] = features[key]
-        if not bool(torch.isfinite(x).all()):
-            raise CalibrationError(f"{sample.where}: its embeddings or picture features hold NaN or infinity")
-        embedded.append(x)
-    return embedded
+    table = checkpoint[WTE]
+    pictures: dict[str, ImageLike] = {}
+    slots: dict[str, list[tuple[int, int]]] = {}  # where the features of each picture go: sample, first row
+    for number, sample in enumerate(samples):
+        rows = table[torch.tensor(sample.ids)].float()
+        if not bool(torch.isfinite(rows).all()):
+            raise CalibrationError(f"{sample.where}: its embeddings hold NaN or infinity")
+        put(number, 0, rows)
+        checkpoint.release(WTE)
+        for start, key, image in zip(sample.image_starts, sample.image_keys, sample.images, strict=True):
+            pictures[key] = image
+            slots.setdefault(key, []).append((number, start))
 
+    def place(key: str, features: Tensor) -> None:
+        if not bool(torch.isfinite(features).all()):
+            raise CalibrationError(f"{samples[slots[key][0][0]].where}: its picture's features hold NaN or infinity")
+        for number, start in slots[key]:
+            put(number, start, features)
 
-def _encode_images(
-    checkpoint: Checkpoint, samples: Sequence[Sample], device: str, tick: Callable[[float, str], None]
-) -> dict[str, Tensor]:
-    """Features (256, hidden) float32 of every different picture, by content."""
-    pictures = {key: image for s in samples for key, image in zip(s.image_keys, s.images, strict=True)}
-    if not pictures:
-        return {}
-    tick(0.0, "loading the vision tower")
-    visual = load_visual(checkpoint, dtype=torch.float32, device=device)
-    features = {}
-    with torch.inference_mode():
-        for number, (key, image) in enumerate(pictures.items(), 1):
-            pixels = to_pixels([load_image(image)], checkpoint.config.visual.image_size).to(device)
-            features[key] = visual(pixels)[0].cpu()
-            tick(number / len(pictures), f"encoding picture {number}/{len(pictures)}")
-    return features
+    if pictures:
+        encode_pictures(checkpoint, pictures, place, device=device, tick=tick)

@@ -17,6 +17,7 @@ from qvl_edge.bundle import COMMANDS, MANIFEST, VIT
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig, read_json
 from qvl_edge.errors import CalibrationError, ConfigError, QvlError
+from qvl_edge.lora import open_checkpoint
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
 
 _QUANT_OPTIONS = ("bits", "group_size", "damp_percent", "desc_act", "static_groups", "sym", "true_sequential")
@@ -32,6 +33,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    parser.add_argument("--lora", type=Path, metavar="DIR", help="merge this PEFT adapter (export.vit needs it too)")
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--calibration", type=Path, metavar="FILE", help="conversations (.json, .jsonl) or texts (.jsonl, .txt)"
@@ -75,7 +77,10 @@ class Printer:
             self._row(event.layer)
             if event.text == "finished by an earlier run":
                 self._began, self._from = now, event.fraction
-        if self._live or now - self._shown > 10:
+        if event.lasting:
+            self._clear()
+            print(event.text, file=sys.stderr, flush=True)
+        elif self._live or now - self._shown > 10:
             self._shown = now
             line = f"{event.fraction:4.0%}  {event.text}{self._left(event.fraction, now)}"
             print(
@@ -146,7 +151,7 @@ def check_repack(args: argparse.Namespace, quant: QuantConfig) -> None:
 
 def run(args: argparse.Namespace, progress: Printer) -> Result:
     """Do what was asked for."""
-    checkpoint = Checkpoint(args.checkpoint)
+    checkpoint = open_checkpoint(args.checkpoint, args.lora)
     if checkpoint.config.quantization is not None:
         check_repack(args, checkpoint.config.quantization)
         made = repack_checkpoint(checkpoint, args.bundle, overwrite=args.overwrite, progress=progress)

@@ -1,20 +1,21 @@
 """A float checkpoint -> the int4 decoder of a bundle, block by block, resumable."""
 
+import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
-from torch import Tensor
 
+from quantize.activations import Activations, activation_bytes, writing
 from quantize.blocks import block_tensors, load_block, quantize_block, round_block, run_block
 from quantize.calibration import Sample, digest_of, embed_samples
-from quantize.layout import check_source, decoder_bytes, int4_config, shard_name, write_outer, write_settings
+from quantize.estimate import Job, check_memory, duration, seconds, size
+from quantize.layout import REPORT, check_source, decoder_bytes, int4_config, shard_name, write_outer, write_settings
 from quantize.progress import Event, LayerReport, Progress, Tick, ignore
-from quantize.work import WorkFolder, open_work
-from qvl_edge.bundle import check_free_space, write_json, write_tensors
+from quantize.work import WorkFolder, held_bytes, open_work
+from qvl_edge.bundle import write_json, write_tensors
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig, read_json
 from qvl_edge.errors import BundleError, CalibrationError, ConfigError
@@ -85,14 +86,23 @@ def quantize_checkpoint(
         "calibration": calibration,
         "device": device,  # another one rounds differently in the last bits
     }
-    work = open_work(folder, checkpoint.path, settings, overwrite=overwrite)
-    if work is None:
-        return Result(_read_rows(folder / "quantize_report.json"), already_done=True)
-    resumed = _blocks_done(work, config)
-    if not work.is_ready:
-        # the inputs of a block and of the next one exist side by side for a moment
-        inputs_bytes = 0 if samples is None else 2 * tokens * config.hidden_size * 4
-        check_free_space(folder, decoder_bytes(checkpoint, quantized_config) + inputs_bytes - work.nbytes)
+    job = Job(
+        config,
+        quant,
+        [len(sample.ids) for sample in samples or ()],
+        len({key for sample in samples or () for key in sample.image_keys}),
+        on_cuda=device != "cpu",
+    )
+    with open_work(folder, checkpoint.path, settings, overwrite=overwrite) as work:
+        if work is None:
+            return Result(_read_rows(folder / REPORT), already_done=True)
+        resumed = _blocks_done(work, config)
+        if work.is_ready:
+            layers = _all_rows(work, config)
+            work.publish()
+            return Result(layers, resumed_blocks=resumed)
+        _check(job, checkpoint, folder, quantized_config, device, progress)
+        work.begin()
         with torch.inference_mode():
             _Walk(checkpoint, work, quant, samples, device, progress).run(resumed)
         layers = _all_rows(work, config)
@@ -102,12 +112,27 @@ def quantize_checkpoint(
             "calibration": calibration,
             "layers": [layer.to_dict() for layer in layers],
         }
-        files = write_settings(work, checkpoint, quant, report)
-        work.publish(files)
-    else:
-        layers = _all_rows(work, config)
-        work.publish()
+        work.publish(write_settings(work, checkpoint, quant, report))
     return Result(layers, resumed_blocks=resumed)
+
+
+def _check(job: Job, checkpoint: Checkpoint, folder: Path, quantized: Config, device: str, progress: Progress) -> None:
+    """Say what the job will take. BundleError or ConfigError if the disk or a memory is too small for it."""
+    decoder = decoder_bytes(checkpoint, quantized)
+    inputs = 2 * activation_bytes(job.lengths, job.config.hidden_size)  # of a block and of the next one, side by side
+    check_memory(job, device)
+    needed, free = decoder + inputs - held_bytes(folder), shutil.disk_usage(folder).free
+    if free < needed:
+        smaller = f"; --samples and --seqlen make the {size(inputs)} for calibration less" if inputs else ""
+        raise BundleError(
+            f"{folder} needs {size(needed)} and its disk has {size(free)} free; free some space, or choose a folder on "
+            f"another disk{smaller}"
+        )
+    takes, rate = seconds(job, device)
+    memory = f"{size(job.host_bytes)} of memory" + (f", {size(job.device_bytes)} on the GPU" if job.on_cuda else "")
+    disk = f"{size(decoder + inputs)} of disk, of which {size(decoder)} stay"
+    time = f"about {duration(takes)} at the {rate / 1e9:.0f} GFLOP/s just measured"
+    progress(Event(0.0, f"estimate: {memory}; {disk}; {time}", lasting=True))
 
 
 def _rows_name(index: int) -> str:
@@ -115,7 +140,7 @@ def _rows_name(index: int) -> str:
 
 
 def _inputs_name(index: int) -> str:
-    return f"inputs-{index:05d}.safetensors"
+    return f"inputs-{index:05d}.float32"
 
 
 def _blocks_done(work: WorkFolder, config: Config) -> int:
@@ -150,31 +175,33 @@ class _Walk:
         self.samples, self.device, self.progress = samples, device, progress
         self.config = checkpoint.config
         self.blocks = self.config.num_hidden_layers
+        self.lengths = [len(sample.ids) for sample in samples or ()]
 
     def run(self, start: int) -> None:
         """From block `start` to the last shard."""
         for index in range(start):
             for row in _read_rows(self.work / _rows_name(index)):
                 self.progress(Event((index + 1) / self.blocks, "finished by an earlier run", row))
-        inputs = self._inputs(start) if start < self.blocks and self.samples is not None else []
         for index in range(start, self.blocks):
-            self._block(index, inputs)
+            self._block(index)
         self.progress(Event(1.0, "writing embeddings and head"))
         write_outer(self.work, self.checkpoint)
 
-    def _inputs(self, index: int) -> list[Tensor]:
-        """What enters block `index`, (T, hidden) float32 a sample: from the work folder, else from the samples."""
+    def _inputs(self, index: int) -> Activations:
+        """What enters block `index`: in the work folder already, or made of the samples."""
         path = self.work / _inputs_name(index)
         if not path.exists():
-            if index > 0 or self.samples is None:
+            if index > 0:
                 raise BundleError(f"{path} is missing, so the run cannot go on; add --overwrite to start again")
-            inputs = embed_samples(
-                self.checkpoint, self.samples, device=self.device, tick=lambda f, t: self.progress(Event(0.0, t))
-            )
-            write_tensors(path, {f"{number:06d}": sample for number, sample in enumerate(inputs)})
-            return inputs
-        # copies, aligned like those of an uninterrupted run: alignment can change the last bit of a product
-        return [sample.clone() for _, sample in sorted(load_file(path).items())]
+            with writing(path, self.lengths, self.config.hidden_size) as put:
+                embed_samples(
+                    self.checkpoint,
+                    self.samples or (),
+                    put,
+                    device=self.device,
+                    tick=lambda _, text: self.progress(Event(0.0, text)),
+                )
+        return Activations(path, self.lengths, self.config.hidden_size)
 
     def _tick(self, index: int) -> Tick:
         def tick(share: float, text: str) -> None:
@@ -182,18 +209,19 @@ class _Walk:
 
         return tick
 
-    def _block(self, index: int, inputs: list[Tensor]) -> None:
-        """Quantize block `index` and write it; `inputs` become the next block's. Rows, written last, say it is done."""
+    def _block(self, index: int) -> None:
+        """Quantize block `index`, write what enters the next one, and its shard. Rows, written last, say it is done."""
         tick = self._tick(index)
+        inputs = None if self.samples is None else self._inputs(index)
         block = load_block(self.checkpoint, index, self.device)
-        if self.samples is None:
+        if inputs is None:
             quantized, rows = round_block(block, index, self.quant, tick)
         else:
             quantized, rows = quantize_block(block, self.config, index, inputs, self.quant, self.device, tick)
             if index + 1 < self.blocks:
-                run_block(block, self.config, index, inputs, self.device, tick)
-                path = self.work / _inputs_name(index + 1)
-                write_tensors(path, {f"{number:06d}": sample for number, sample in enumerate(inputs)})
+                with writing(self.work / _inputs_name(index + 1), self.lengths, self.config.hidden_size) as put:
+                    for number, output in enumerate(run_block(block, self.config, index, inputs, self.device, tick)):
+                        put(number, 0, output)
         tensors = block_tensors(block, self.checkpoint, index, quantized, self.quant)
         write_tensors(self.work / shard_name(index, self.blocks), tensors)
         write_json(self.work / _rows_name(index), {"layers": [row.to_dict() for row in rows]})

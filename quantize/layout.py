@@ -1,6 +1,6 @@
 """The files of a finished decoder besides its blocks: the last shard, the index, and the settings."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +9,10 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from quantize.finite import is_finite
+from quantize.shard import write_shard
 from quantize.work import WorkFolder
-from qvl_edge.bundle import copy_file, write_json, write_tensors
+from qvl_edge.bundle import copy_file, write_json
 from qvl_edge.checkpoint import SAFETENSORS_INDEX, Checkpoint
 from qvl_edge.config import Config, QuantConfig, read_json
 from qvl_edge.errors import CheckpointError, ConfigError
@@ -53,13 +55,17 @@ def decoder_bytes(checkpoint: Checkpoint, quantized: Config) -> int:
 
 def write_outer(work: WorkFolder, checkpoint: Checkpoint) -> None:
     """The last shard, in the source's dtype. CheckpointError if a value is not finite."""
-    tensors: dict[str, Tensor] = {name: checkpoint[name] for name in OUTER}
-    for name, tensor in tensors.items():
-        # in slices: isfinite on the whole table would hold a second copy of it
-        if not all(bool(torch.isfinite(rows).all()) for rows in tensor.split(4096)):
-            raise CheckpointError(f"{name} holds NaN or infinity; the checkpoint is damaged, copy it again")
+
+    def pieces(name: str) -> Iterator[Tensor]:
+        for rows in checkpoint[name].split(4096):  # 34 MB of the published tables
+            if not is_finite(rows):
+                raise CheckpointError(f"{name} holds NaN or infinity; the checkpoint is damaged, copy it again")
+            yield rows
+            checkpoint.release(name)
+
     blocks = checkpoint.config.num_hidden_layers
-    write_tensors(work / shard_name(blocks, blocks), tensors)
+    layout = {name: (checkpoint[name].dtype, checkpoint.shape(name)) for name in OUTER}
+    write_shard(work / shard_name(blocks, blocks), layout, pieces)
 
 
 def write_settings(

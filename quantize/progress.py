@@ -33,6 +33,7 @@ class Event:
     fraction: float
     text: str
     layer: LayerReport | None = None
+    lasting: bool = False  # the text is to stay, rather than to give way to the next event's
 
 
 Progress = Callable[[Event], None]

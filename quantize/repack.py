@@ -9,7 +9,7 @@ from kernels import Int4Weight
 from kernels.int4_layout import check_gptq
 from quantize.layout import check_source, decoder_bytes, shard_name, write_outer, write_settings
 from quantize.progress import Event, Progress, ignore
-from quantize.work import open_work
+from quantize.work import held_bytes, open_work
 from qvl_edge.bundle import check_free_space, write_tensors
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
@@ -37,23 +37,27 @@ def repack_checkpoint(
         "calibration": None,
         "device": None,
     }
-    work = open_work(folder, checkpoint.path, settings, overwrite=overwrite)
-    if work is None:
-        return False
-    if work.is_ready:
-        work.publish()
-        return True
-    check_free_space(folder, decoder_bytes(checkpoint, checkpoint.config) - work.nbytes)
-    blocks = checkpoint.config.num_hidden_layers
-    by_block = _names_by_block(checkpoint.config)
-    for index in range(blocks):
-        shard = work / shard_name(index, blocks)
-        if not shard.exists():
-            write_tensors(shard, _checked_block(checkpoint, index, by_block[index]))
-        progress(Event((index + 1) / (blocks + 1), f"block {index + 1}/{blocks}: checked and copied"))
-    write_outer(work, checkpoint)
-    progress(Event(1.0, "embeddings and head copied"))
-    work.publish(write_settings(work, checkpoint, quant, None))
+    needed = decoder_bytes(checkpoint, checkpoint.config)
+    with open_work(folder, checkpoint.path, settings, overwrite=overwrite) as work:
+        if work is None:
+            return False
+        if work.is_ready:
+            work.publish()
+            return True
+        check_free_space(folder, needed - held_bytes(folder))
+        work.begin()
+        blocks = checkpoint.config.num_hidden_layers
+        by_block = _names_by_block(checkpoint.config)
+        for index in range(blocks):
+            shard = work / shard_name(index, blocks)
+            if not shard.exists():
+                write_tensors(shard, _checked_block(checkpoint, index, by_block[index]))
+                for name in by_block[index]:
+                    checkpoint.release(name)
+            progress(Event((index + 1) / (blocks + 1), f"block {index + 1}/{blocks}: checked and copied"))
+        write_outer(work, checkpoint)
+        progress(Event(1.0, "embeddings and head copied"))
+        work.publish(write_settings(work, checkpoint, quant, None))
     return True
 
 

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from kernels.int4_layout import pack_levels, pack_zeros
+from quantize.finite import is_finite
 from quantize.grid import fit_grid, from_levels, to_levels
 from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CalibrationError, CheckpointError
 
 BLOCK = 128  # columns between two updates of all that follow (the paper's lazy batches)
+_ROWS = 1024  # of a matrix at a time, where an intermediate result would be as large as the matrix
 
 
 class Hessian:
@@ -32,10 +34,10 @@ class Hessian:
         self.rows += len(x)
 
     def matrix(self) -> Tensor:
-        """H (K, K) float32. CalibrationError if nothing was added."""
+        """H (K, K) float32, in the memory of the sum: the last call. CalibrationError if nothing was added."""
         if self.rows == 0:
             raise CalibrationError("no calibration input reached this projection; add samples")
-        return self._sum * (2 / self.rows)
+        return self._sum.mul_(2 / self.rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,8 +56,12 @@ class Quantized:
 
     def weight(self) -> Tensor:
         """W (N, K) float32, as every reader of the file computes it."""
-        group = self.g_idx.long()
-        return ((self.levels.float() - self.zeros.float()[group]) * self.scales.float()[group]).T.contiguous()
+        weight = torch.empty(self.levels.shape[::-1], dtype=torch.float32, device=self.levels.device)
+        zeros, scales = self.zeros.float(), self.scales.float()
+        parts = zip(weight.split(_ROWS, dim=1), self.levels.split(_ROWS), self.g_idx.long().split(_ROWS), strict=True)
+        for part, levels, group in parts:
+            part.copy_(((levels - zeros[group]) * scales[group]).T)
+        return weight
 
     def packed(self, quant: QuantConfig) -> dict[str, Tensor]:
         """qweight, qzeros, scales and g_idx in the order of the disk, on the CPU."""
@@ -67,36 +73,60 @@ class Quantized:
         }
 
 
-def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None) -> float:
-    """|(W - Q) X|² / |W X|² by way of the Hessian of X; the error of the weights alone if it is None. 0 for 0 / 0."""
-    weight = weight.to(quantized.dtype if hessian is None else hessian.dtype)
-    difference = weight - quantized.to(weight)
+def output_energy(weight: Tensor, hessian: Tensor | None, *, minus: Tensor | None = None) -> float:
+    """|W X|² or, with `minus`, |(W - minus) X|², by way of the Hessian of X; X = I if that is None. Up to a factor."""
+    total = 0.0
+    for start in range(0, len(weight), _ROWS):
+        rows = weight[start : start + _ROWS].to(weight.dtype if hessian is None else hessian.dtype)
+        if minus is not None:
+            rows = rows - minus[start : start + _ROWS].to(rows)
+        total += float((rows if hessian is None else rows @ hessian).mul(rows).sum(dtype=torch.float64))
+    return total
 
-    def energy(matrix: Tensor) -> float:
-        return float(((matrix if hessian is None else matrix @ hessian) * matrix).sum(dtype=torch.float64))
 
-    lost = energy(difference)
-    return lost / energy(weight) if lost else 0.0
+def relative_error(weight: Tensor, quantized: Tensor, hessian: Tensor | None, *, whole: float | None = None) -> float:
+    """|(W - Q) X|² / |W X|²; 0 for 0 / 0. `whole` is output_energy(weight, hessian) where that is known."""
+    lost = output_energy(weight, hessian, minus=quantized)
+    return lost / (output_energy(weight, hessian) if whole is None else whole) if lost else 0.0
 
 
-def inverse_factor(hessian: Tensor, damp_percent: float, *, name: str = "weight") -> tuple[Tensor, float]:
+def _mean_energy(hessian: Tensor) -> Tensor:
+    """Mean of the diagonal; 1 where nothing was ever active."""
+    mean = hessian.diagonal().mean()
+    return torch.where(mean == 0, torch.ones_like(mean), mean)
+
+
+def inverse_factor(
+    hessian: Tensor, damp_percent: float, *, order: Tensor | None = None, name: str = "weight"
+) -> tuple[Tensor, float]:
     """U (K, K) upper triangular with U.T @ U = (H + damp * mean(diag H) * I)^-1, and the damping that it took.
 
-    Starts at `damp_percent` and doubles it while the matrix is not positive definite (fewer samples than channels, or
-    channels that repeat one another). CalibrationError if a damping of 1 does not suffice.
+    H is taken in `order` (K,), and a channel that was never active as one of mean energy: its row and column are 0, so
+    that it stands alone. Starts at `damp_percent` and doubles it while the matrix is not positive definite (fewer
+    samples than channels, or channels that repeat one another). CalibrationError if a damping of 1 does not suffice.
     """
-    mean = hessian.diagonal().mean()
+    if order is None:
+        order = torch.arange(len(hessian), device=hessian.device)
+    backwards = order.flip(0)
+    mean = _mean_energy(hessian)
+    dead = torch.where(hessian.diagonal() == 0, mean, 0.0)[backwards]
     damp = damp_percent
     while True:
-        damped = hessian.clone()
-        damped.diagonal().add_(damp * mean)
         # With J the reversal of order, J H J = L L.T gives H = (J L J)(J L J).T, whose first factor R is upper
         # triangular; then U = R^-1. One factorization and one triangular inverse instead of two and a full inverse.
-        lower, info = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        # At K = 11,008 each of these matrices is 485 MB, so each takes the place of one that is not needed any more.
+        matrix = hessian[backwards[:, None], backwards]
+        matrix.diagonal().add_(damp * mean).add_(dead)
+        info = torch.empty((), dtype=torch.int32, device=hessian.device)
+        lower = matrix.T  # the same, being symmetric, in the order that LAPACK works in
+        torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
-            identity = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
-            factor = torch.linalg.solve_triangular(lower.flip(0, 1), identity, upper=True)
-            if bool(torch.isfinite(factor).all()):
+            upper = lower.flip(0, 1)
+            del matrix, lower
+            factor = torch.eye(len(hessian), dtype=hessian.dtype, device=hessian.device)
+            torch.linalg.solve_triangular(upper, factor, upper=True, out=factor)
+            del upper
+            if is_finite(factor):
                 return factor, damp
         if damp >= 1:
             raise CalibrationError(
@@ -107,9 +137,9 @@ def inverse_factor(hessian: Tensor, damp_percent: float, *, name: str = "weight"
 
 
 def _check_finite(weight: Tensor, hessian: Tensor | None, name: str) -> None:
-    if not bool(torch.isfinite(weight).all()):
+    if not is_finite(weight):
         raise CheckpointError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged, copy it again")
-    if hessian is not None and not bool(torch.isfinite(hessian).all()):
+    if hessian is not None and not is_finite(hessian):
         raise CalibrationError(
             f"the inputs of {name} hold NaN or infinity; look for a damaged layer before it, or an unusual sample"
         )
@@ -135,14 +165,10 @@ def quantize_weight(weight: Tensor, hessian: Tensor, quant: QuantConfig, *, name
     group = n_in // count
     energy = hessian.diagonal()
     order = torch.argsort(energy, descending=True, stable=True) if quant.desc_act else torch.arange(n_in, device=device)
-    work = weight.to(device=device, dtype=dtype)[:, order].clone()
-    ordered = hessian[order][:, order]
-    dead = ordered.diagonal() == 0
-    mean = energy.mean() if bool(energy.any()) else torch.ones_like(energy[0])
-    ordered.diagonal()[dead] = mean  # its row and column are 0: the channel stands alone
-    factor, damp = inverse_factor(ordered, quant.damp_percent, name=name)
-    del ordered
-    importance = energy[order] + damp * mean  # the damping keeps nearly silent channels from being clipped at will
+    work = weight.to(device=device, dtype=dtype)[:, order]  # a copy
+    factor, damp = inverse_factor(hessian, quant.damp_percent, order=order, name=name)
+    # the damping keeps nearly silent channels from being clipped at will
+    importance = energy[order] + damp * _mean_energy(hessian)
 
     natural = torch.arange(n_in, device=device) // group
     g_idx = natural[order] if quant.static_groups else natural  # in working order
@@ -173,11 +199,16 @@ def quantize_weight(weight: Tensor, hessian: Tensor, quant: QuantConfig, *, name
             block[:, k:] -= error * triangle[k, k:]
             errors[:, k] = error[:, 0]
             levels[start + k] = level[:, 0].to(torch.uint8)
-        work[:, end:] -= errors @ factor[start:end, end:]
+        work[:, end:].addmm_(errors, factor[start:end, end:], alpha=-1)
 
     back = torch.argsort(order)
     return Quantized(
-        levels[back], scales.half(), zeros.int(), g_idx[back].int(), damp_percent=damp, dead_channels=int(dead.sum())
+        levels[back],
+        scales.half(),
+        zeros.int(),
+        g_idx[back].int(),
+        damp_percent=damp,
+        dead_channels=int((energy == 0).sum()),
     )
 
 

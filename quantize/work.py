@@ -3,11 +3,13 @@
 BUNDLE/.gptq-work holds settings.json (written first, removed first), finished files of the bundle, whatever else the
 run needs to go on, and ready.json once all files are finished. The bundle's own files appear at the end, by renaming.
 Whatever point a run is stopped at, the next one reaches the same bytes; an older decoder in the bundle stays whole
-until the new one is complete.
+until the new one is complete. A lock on the folder keeps a second run out; the system lifts it when its holder ends.
 """
 
-import shutil
-from collections.abc import Mapping
+import fcntl
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from qvl_edge.bundle import MANIFEST, WORK, add_part, check_same_source, sha256_
 from qvl_edge.config import read_json
 from qvl_edge.errors import BundleError
 
-SETTINGS, READY = "settings.json", "ready.json"
+SETTINGS, READY, LOCK = "settings.json", "ready.json", "lock"
 PART = "decoder"
 
 
@@ -51,6 +53,12 @@ def _intact(folder: Path, entry: Mapping[str, Any]) -> bool:
     )
 
 
+def held_bytes(folder: Path) -> int:
+    """Bytes that an earlier run has left in the work folder of the bundle `folder`."""
+    work = folder / WORK
+    return sum(file.stat().st_size for file in work.iterdir()) if work.exists() else 0
+
+
 class WorkFolder:
     """The work folder of one bundle; made by `open_work`."""
 
@@ -63,17 +71,17 @@ class WorkFolder:
         return self.path / name
 
     @property
-    def nbytes(self) -> int:
-        """Bytes that the folder holds."""
-        return sum(file.stat().st_size for file in self.path.iterdir())
-
-    @property
     def is_ready(self) -> bool:
         """Whether an earlier run finished every file and was stopped while publishing them."""
         return (self.path / READY).exists()
 
+    def begin(self) -> None:
+        """Write the settings down, if that is not done: from here on the folder is a run that can be resumed."""
+        if not (self.path / SETTINGS).exists():
+            write_json(self.path / SETTINGS, self.settings)
+
     def publish(self, files: list[str] | None = None) -> None:
-        """Move the finished files into the bundle, enter them into bundle.json, and remove the work folder.
+        """Move the finished files into the bundle, enter them into bundle.json, and empty the work folder.
 
         `files` is None to go on with what an earlier run began to publish (`is_ready`).
         """
@@ -93,21 +101,77 @@ class WorkFolder:
                 (self.path / name).replace(self.folder / name)
         info = {key: value for key, value in self.settings.items() if key != "fingerprint"}
         add_part(self.folder, PART, files, fingerprint=self.settings["fingerprint"], info=info)
-        self.clear()
+        self.empty()
 
-    def clear(self) -> None:
-        """Remove the folder."""
-        # without its settings the folder is rubbish that the next run sweeps away
+    def empty(self) -> None:
+        """Remove all but the lock."""
+        # without its settings the rest is rubbish that the next run sweeps away
         (self.path / SETTINGS).unlink(missing_ok=True)
-        shutil.rmtree(self.path)
+        for file in self.path.iterdir():
+            if file.name != LOCK:
+                file.unlink()
 
 
-def open_work(folder: Path, source: Path, settings: Mapping[str, Any], *, overwrite: bool) -> WorkFolder | None:
-    """The work folder for these settings, new or to be resumed; None if the bundle is finished with these settings.
+def _already_done(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Whether the bundle is finished with these settings. BundleError if it is with others, or is damaged."""
+    entry = _finished(folder)
+    if entry is None:
+        return False
+    found = difference({key: entry.get(key) for key in settings}, settings)
+    if found is None and _intact(folder, entry):
+        return True
+    raise BundleError(
+        f"{folder} holds a finished decoder "
+        + (f"with other settings: {found}" if found else "whose files are damaged or missing")
+        + "; add --overwrite to replace it, or give another folder"
+    )
+
+
+@contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Be the only one at work in the folder `path`, which is made, and goes again if nothing else is put into it.
+
+    BundleError if another process is at work there.
+    """
+    made = [parent for parent in (path, *path.parents) if not parent.exists()] or [path]
+    while True:
+        path.mkdir(parents=True, exist_ok=True)
+        try:
+            file = os.open(path / LOCK, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # its holder has just removed the folder
+            continue
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(file)
+            raise BundleError(
+                f"another quantization is at work in {path.parent}; wait for it to end, or give another folder"
+            ) from None
+        if os.fstat(file).st_nlink:
+            break
+        os.close(file)  # the lock of a folder that was just removed
+    try:
+        yield
+    finally:
+        if os.listdir(path) == [LOCK]:
+            (path / LOCK).unlink()
+            for folder in made:
+                try:
+                    folder.rmdir()
+                except OSError:  # not empty: it holds the bundle, or the next run has begun
+                    break
+        os.close(file)
+
+
+@contextmanager
+def open_work(
+    folder: Path, source: Path, settings: Mapping[str, Any], *, overwrite: bool
+) -> Iterator[WorkFolder | None]:
+    """The work folder for these settings, new or to be resumed (see `begin`); None if the bundle is finished with them.
 
     settings: JSON values, with the source's "fingerprint". BundleError if the folder is the checkpoint itself or holds
-    something else, if a run was begun or finished with other settings (unless `overwrite`), or if its ViT is another
-    model's.
+    something else, if a run was begun or finished with other settings (unless `overwrite`), if its ViT is another
+    model's, or if another process is at work there: nobody else is while the context lasts.
     """
     if folder.resolve() == source.resolve():
         raise BundleError(
@@ -122,28 +186,23 @@ def open_work(folder: Path, source: Path, settings: Mapping[str, Any], *, overwr
             f"{folder} holds {foreign[0].name} and is not a bundle; give a new or an empty folder: nothing is lost"
         )
     check_same_source(folder, PART, fingerprint=settings["fingerprint"])
-    if (work / SETTINGS).exists():
-        found = difference(read_json(work / SETTINGS), settings)
-        if found is None:
-            return work
-        if not overwrite:
-            raise BundleError(
-                f"{folder} holds an unfinished quantization with other settings: {found}. Repeat its settings to "
-                "resume it, or add --overwrite to start again"
-            )
-        work.clear()
-    elif work.path.exists():
-        shutil.rmtree(work.path)
-    entry = _finished(folder)
-    if entry is not None and not overwrite:
-        found = difference({key: entry.get(key) for key in settings}, settings)
-        if found is None and _intact(folder, entry):
-            return None
-        raise BundleError(
-            f"{folder} holds a finished decoder "
-            + (f"with other settings: {found}" if found else "whose files are damaged or missing")
-            + "; add --overwrite to replace it, or give another folder"
-        )
-    work.path.mkdir(parents=True)
-    write_json(work / SETTINGS, settings)
-    return work
+    # asked without the lock where nothing is to be swept away: a finished bundle is only read
+    if not overwrite and not work.path.exists() and _already_done(folder, settings):
+        yield None
+        return
+    with _locked(work.path):
+        if (work / SETTINGS).exists():
+            found = difference(read_json(work / SETTINGS), settings)
+            if found is not None:
+                if not overwrite:
+                    raise BundleError(
+                        f"{folder} holds an unfinished quantization with other settings: {found}. Repeat its settings "
+                        "to resume it, or add --overwrite to start again"
+                    )
+                work.empty()
+        else:
+            work.empty()
+            if not overwrite and _already_done(folder, settings):
+                yield None
+                return
+        yield work

@@ -30,7 +30,7 @@ LAYERS = (
     ("runtime",),
     ("vit_cache", "answer", "engine", "demo"),
     ("model", "text"),
-    ("bundle", "checkpoint"),
+    ("bundle", "checkpoint", "lora"),
     ("published", "pages"),
     ("config", "profile"),
     ("errors",),

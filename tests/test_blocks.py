@@ -1,9 +1,10 @@
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import write_small_checkpoint
+from conftest import SMALL, write_small_checkpoint
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -63,7 +64,8 @@ def test_walking_the_blocks_equals_the_model(checkpoint: Checkpoint, inputs: lis
             for sample in inputs
         ]
         for index in range(checkpoint.config.num_hidden_layers):
-            run_block(load_block(checkpoint, index, "cpu"), checkpoint.config, index, inputs, "cpu", silent)
+            block = load_block(checkpoint, index, "cpu")
+            inputs = list(run_block(block, checkpoint.config, index, inputs, "cpu", silent))
         for sample, logits in zip(inputs, expected, strict=True):
             found = model.lm_head(model.transformer.ln_f(sample))
             assert float((found - logits).norm() / logits.norm()) < TOLERANCE
@@ -136,7 +138,30 @@ def test_biases_are_those_of_the_disk_while_the_block_runs(tmp_path: Path) -> No
 def test_a_block_that_overflows_is_named(checkpoint: Checkpoint, inputs: list[Tensor]) -> None:
     inputs[1] = inputs[1] * float("inf")
     with pytest.raises(CalibrationError, match=r"transformer\.h\.1 gives NaN or infinity on calibration sample 2"):
-        run_block(load_block(checkpoint, 1, "cpu"), checkpoint.config, 1, inputs, "cpu", silent)
+        list(run_block(load_block(checkpoint, 1, "cpu"), checkpoint.config, 1, inputs, "cpu", silent))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_loaded_block_leaves_none_of_the_file_in_memory(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 1024, "num_attention_heads": 16, "intermediate_size": 8192, "num_hidden_layers": 1}
+    source = Checkpoint(write_small_checkpoint(tmp_path / "a", visual=SMALL["visual"] | {"output_dim": 1024}, **sizes))
+
+    def mapped_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile"))) * 1024
+
+    before = mapped_bytes()
+    load_block(source, 0, "cpu")
+    assert mapped_bytes() - before < 5e6  # of 34e6
+
+
+def test_a_bias_beyond_float16_is_named(tmp_path: Path) -> None:
+    folder = write_small_checkpoint(tmp_path / "checkpoint", num_hidden_layers=1)
+    tensors = {name: tensor.float() for name, tensor in load_file(folder / "model.safetensors").items()}
+    tensors["transformer.h.0.attn.c_attn.bias"][3] = 70_000
+    save_file(tensors, folder / "model.safetensors")
+    with pytest.raises(CheckpointError, match=r"transformer\.h\.0\.attn\.c_attn\.bias has values beyond 65504"):
+        load_block(Checkpoint(folder), 0, "cpu")
 
 
 def test_a_weight_that_is_not_finite_is_named(tmp_path: Path) -> None:

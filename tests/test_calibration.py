@@ -6,6 +6,7 @@ import pytest
 import torch
 from conftest import write_small_checkpoint
 from PIL import Image
+from torch import Tensor
 
 from quantize.calibration import check_tokenizer, conversation_sample, digest_of, embed_samples, read_samples
 from qvl_edge.checkpoint import Checkpoint
@@ -52,6 +53,17 @@ def write(folder: Path, content: Any, name: str = "data.json") -> Path:
     return file
 
 
+def embed(checkpoint: Checkpoint, samples: list[Any]) -> list[Tensor]:
+    """What embed_samples puts; NaN where it puts nothing."""
+    embedded = [torch.full((len(sample.ids), checkpoint.config.hidden_size), torch.nan) for sample in samples]
+
+    def put(sample: int, first: int, rows: Tensor) -> None:
+        embedded[sample][first : first + len(rows)] = rows
+
+    embed_samples(checkpoint, samples, put, device="cpu", tick=lambda share, text: None)
+    return embedded
+
+
 RED = entry("Picture 1: <img>pictures/red.png</img>\nColour?", "Red.", "And the shape?", "A square.")
 
 
@@ -77,7 +89,7 @@ def test_features_of_each_picture_stand_in_its_slots_and_embeddings_elsewhere(
 ) -> None:
     both = entry("<img>pictures/blue.png</img> and <img>pictures/red.png</img>", "Two.")
     samples = read(write(folder, [RED, both, entry("Hello", "Hi")]), tokenizer)
-    embedded = embed_samples(checkpoint, samples, device="cpu", tick=lambda share, text: None)
+    embedded = embed(checkpoint, samples)
     visual = load_visual(checkpoint, dtype=torch.float32)
     images = [load_image(folder / "pictures" / f"{name}.png") for name in ("red", "blue")]
     with torch.inference_mode():
@@ -89,6 +101,30 @@ def test_features_of_each_picture_stand_in_its_slots_and_embeddings_elsewhere(
             expected[start : start + IMAGE_TOKENS] = feature
         assert x.dtype == torch.float32
         assert float((x - expected).norm() / expected.norm()) < TOLERANCE
+
+
+def test_pictures_in_groups_give_the_features_of_the_whole_tower(
+    folder: Path, tokenizer: Tokenizer, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five pictures in groups of two, one of them in two samples, against the tower with all its weights."""
+    monkeypatch.setattr("quantize.pictures.GROUP", 2)
+    noise = torch.Generator().manual_seed(3)
+    names = [f"pictures/{number}.png" for number in range(5)]
+    for name in names:
+        pixels = torch.randint(0, 256, (40, 50, 3), generator=noise, dtype=torch.uint8)
+        Image.fromarray(pixels.numpy()).save(folder / name)
+    entries = [entry("".join(f"<img>{name}</img>" for name in part), "Ok.") for part in (names, names[:1])]
+    samples = read(write(folder, entries), tokenizer)
+    many, one = embed(checkpoint, samples)
+    images = [load_image(folder / name) for name in names]
+    with torch.inference_mode():
+        expected = load_visual(checkpoint, dtype=torch.float32)(to_pixels(images, checkpoint.config.visual.image_size))
+    for start, features in zip(samples[0].image_starts, expected, strict=True):
+        found = many[start : start + IMAGE_TOKENS]
+        assert float((found - features).norm() / features.norm()) < TOLERANCE
+    assert torch.equal(
+        one[samples[1].image_starts[0] :][:IMAGE_TOKENS], many[samples[0].image_starts[0] :][:IMAGE_TOKENS]
+    )
 
 
 def test_pictures_are_found_from_the_files_folder_and_by_absolute_path(folder: Path, tokenizer: Tokenizer) -> None:

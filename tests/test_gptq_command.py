@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -11,14 +12,19 @@ import pytest
 import torch
 from conftest import DATA, SMALL, write_small_checkpoint
 from PIL import Image
+from safetensors.torch import load_file
 
-from quantize import gptq, job
+from kernels import dequantize_gptq
+from quantize import estimate, gptq, job
+from quantize.activations import Activations
+from quantize.blocks import causal_attention, load_block, projection
 from quantize.calibration import Sample
 from quantize.job import quantize_checkpoint
 from quantize.progress import Event
 from qvl_edge import bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
+from qvl_edge.engine.memory import Memory
 from qvl_edge.errors import BundleError, CheckpointError, ConfigError
 from qvl_edge.model.loading import check_tensors, load_decoder, read_projection
 
@@ -364,9 +370,105 @@ def test_a_full_disk_is_named_before_anything_is_computed(
     usage = shutil.disk_usage(tmp_path)
     events: list[Event] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(BundleError, match=r"needs \d+\.\d MB and its disk has 0\.1 MB free"):
-        quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples, progress=events.append)
+    with pytest.raises(BundleError, match=r"needs \d+\.\d MB and its disk has 0\.1 MB free.*--samples and --seqlen"):
+        quantize_checkpoint(checkpoint, tmp_path / "made" / "bundle", QUANT, samples, progress=events.append)
     assert events == []
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_disk_that_holds_the_bundle_but_not_the_activations_is_refused(
+    checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two files of 92 tokens of 128 channels in float32 are 94,208 bytes."""
+    quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples)
+    shards = sum(file.stat().st_size for file in (tmp_path / "bundle").glob("*.safetensors"))
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=shards + 80_000))
+    with pytest.raises(BundleError, match=r"--samples and --seqlen make the 0\.1 MB for calibration less"):
+        quantize_checkpoint(checkpoint, tmp_path / "other", QUANT, samples)
+    quantize_checkpoint(checkpoint, tmp_path / "rounded", QUANT, None)
+
+
+def test_too_little_memory_is_named_before_anything_is_written(
+    checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(estimate, "host_memory", lambda: Memory(total=10_000_000, free=1_000_000))
+    message = r"about \d+\.\d MB of host memory, and 1\.0 MB is free.*--device cuda, or give a --seqlen below 45"
+    with pytest.raises(ConfigError, match=message):
+        quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples)
+    assert not (tmp_path / "bundle").exists()
+
+
+def test_an_estimate_of_memory_disk_and_time_comes_first(
+    checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample]
+) -> None:
+    events: list[Event] = []
+    quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples, progress=events.append)
+    assert events[0].lasting
+    assert re.fullmatch(
+        r"estimate: .* of memory; .* of disk, of which .* stay; .* at the \d+ GFLOP/s just measured", events[0].text
+    )
+    stay = float(re.findall(r"([\d.]+) MB stay", events[0].text.replace(" of disk, of which", "", 1))[0])
+    shards = sum(file.stat().st_size for file in (tmp_path / "bundle").glob("*.safetensors"))
+    assert abs(stay - shards / 1e6) < 0.1  # the headers are left out
+
+
+HOLD = """
+import sys
+from pathlib import Path
+from quantize.work import open_work
+
+with open_work(Path(sys.argv[1]), Path("nowhere"), {"fingerprint": ""}, overwrite=False):
+    print("locked", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_two_quantizations_of_one_bundle_at_once_are_refused(
+    checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample]
+) -> None:
+    folder = tmp_path / "bundle"
+    other = subprocess.Popen(
+        [sys.executable, "-c", HOLD, folder],
+        cwd=Path(__file__).parent.parent,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert other.stdout is not None and other.stdin is not None
+    assert other.stdout.readline() == "locked\n"
+    for overwrite in (False, True):
+        with pytest.raises(BundleError, match="another quantization is at work in"):
+            quantize_checkpoint(checkpoint, folder, QUANT, samples, overwrite=overwrite)
+    other.kill()  # without a word: its lock goes with it
+    other.wait()
+    other.stdin.close()
+    other.stdout.close()
+    quantize_checkpoint(checkpoint, folder, QUANT, samples)
+    assert {path.name for path in folder.iterdir()} == FILES
+
+
+def test_activations_are_in_a_file_and_one_sample_in_memory(
+    checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample]
+) -> None:
+    """What enters block 2 is on the disk in float32, sample after sample, while that block is at work."""
+    with pytest.raises(Stop):
+        quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples, progress=stop_in_block(1))
+    (file,) = (tmp_path / "bundle" / bundle.WORK).glob("inputs-*")
+    assert file.stat().st_size == 92 * 128 * 4
+    stored = Activations(file, [30, 17, 45], 128)
+    block = load_block(checkpoint, 0, "cpu")
+    name = "transformer.h.0"
+    made = load_file(tmp_path / "bundle" / bundle.WORK / "model-00001-of-00003.safetensors")
+    for layer in ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj"):
+        parts = [made[f"{name}.{layer}.{part}"] for part in ("qweight", "qzeros", "scales", "g_idx")]
+        projection(block, layer).weight.copy_(dequantize_gptq(*parts, bits=4, group_size=32))
+    table = checkpoint["transformer.wte.weight"].float()
+    for sample, found in zip(samples, stored, strict=True):
+        expected = block(table[torch.tensor(sample.ids)][None], causal_attention(checkpoint.config, len(found), "cpu"))
+        assert float((found - expected[0]).norm() / expected.norm()) < 1e-5  # the same products in the same order
+    with pytest.raises(BundleError, match=r"has 47104 bytes, and these samples have 46592"):
+        Activations(file, [30, 17, 44], 128)
 
 
 def test_the_checkpoint_itself_and_foreign_folders_are_left_alone(

@@ -1,0 +1,194 @@
+"""What a quantization will take: memory by counting what is held at once, time from the rates of this machine.
+
+The counts were compared with measured peaks; docs/quantize.md has them.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from quantize.blocks import STAGES
+from quantize.layout import int4_config
+from quantize.pictures import GROUP
+from quantize.solver import quantize_weight
+from qvl_edge.config import IMAGE_TOKENS, Config, QuantConfig, VisualConfig
+from qvl_edge.engine.memory import device_memory, host_memory
+from qvl_edge.errors import ConfigError
+from qvl_edge.model.loading import QUANTIZED, gptq_shapes
+
+PROGRAM = 600 << 20  # bytes of Python with torch and this package, and of what their allocators keep
+_CONTEXT = {"host": 2 << 30, "device": 1 << 30}  # allowance for CUDA's own libraries and workspaces; not measured
+
+
+def size(nbytes: float) -> str:
+    """1.23 GB, or 4.5 MB below one gigabyte."""
+    return f"{nbytes / 1e9:.2f} GB" if nbytes >= 1e9 else f"{nbytes / 1e6:.1f} MB"
+
+
+@dataclass(frozen=True)
+class Projection:
+    """The sizes of one projection."""
+
+    outputs: int
+    inputs: int
+
+    @property
+    def weights(self) -> int:
+        """N * K."""
+        return self.outputs * self.inputs
+
+
+@dataclass(frozen=True)
+class Job:
+    """A quantization, as far as its cost goes."""
+
+    config: Config
+    quant: QuantConfig
+    lengths: Sequence[int]  # tokens of each sample; none for rounding to nearest
+    pictures: int  # different ones
+    on_cuda: bool
+
+    def projections(self) -> dict[str, Projection]:
+        """Of one block."""
+        config = int4_config(self.config, self.quant)
+        shapes = {layer: gptq_shapes(config, layer) for layer in QUANTIZED}
+        return {layer: Projection(shape["bias"][0], shape["g_idx"][0]) for layer, shape in shapes.items()}
+
+    def block_bytes(self) -> int:
+        """Peak of one block's work: its weights in float32, the levels found so far, and the larger of two things.
+
+        While inputs are collected: the Hessian, and one sample's activations. While a projection is solved: the
+        Hessian, two more matrices of its size, and two of the weight's.
+        """
+        layers = self.projections()
+        tokens, h, f = max(self.lengths, default=0), self.config.hidden_size, self.config.ffn_size
+        activations = 4 * tokens * (8 * h + 4 * f)
+        work = []
+        hessians = [4 * layers[stage[0]].inputs ** 2 for stage in STAGES] if self.lengths else [0] * len(STAGES)
+        for stage, hessian in zip(STAGES, hessians, strict=True):
+            held = hessian if self.quant.true_sequential else sum(hessians)
+            solver = 2 * hessian + 8 * max(layers[layer].weights for layer in stage)
+            work.append(held + max(solver, activations))
+        return 5 * sum(layer.weights for layer in layers.values()) + max(work)
+
+    def tower_bytes(self) -> int:
+        """Peak of encoding the pictures: the largest part of the tower in float32, and a group's activations."""
+        if not self.pictures:
+            return 0
+        visual, group = self.config.visual, min(self.pictures, GROUP)
+        block = 4 * (4 * visual.width**2 + 2 * visual.width * visual.mlp_width)
+        resampler = 4 * (4 * visual.output_dim**2 + visual.width * visual.output_dim)
+        patches = 4 * group * visual.patches
+        in_block = block + patches * (3 * visual.width + 2 * visual.mlp_width)
+        return 4 * visual.output_dim**2 + max(in_block, resampler + patches * (visual.width + 5 * visual.output_dim))
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak of this process in the host's memory."""
+        if not self.on_cuda:
+            return PROGRAM + max(self.block_bytes(), self.tower_bytes())
+        largest = max(layer.weights for layer in self.projections().values())
+        sample = 4 * max(self.lengths, default=0) * self.config.hidden_size
+        return PROGRAM + _CONTEXT["host"] + 4 * largest + 2 * sample
+
+    @property
+    def device_bytes(self) -> int:
+        """Peak on the GPU; 0 on the CPU."""
+        return _CONTEXT["device"] + max(self.block_bytes(), self.tower_bytes()) if self.on_cuda else 0
+
+    def flops(self) -> float:
+        """Floating-point operations in matrix products and factorizations."""
+        layers, tokens = self.projections(), sum(self.lengths)
+        if not tokens:
+            return 0.0
+        attention = 2 * sum(length**2 for length in self.lengths) * self.config.hidden_size  # half is masked
+        hessians = sum(2 * tokens * layers[stage[0]].inputs ** 2 for stage in STAGES)
+        forward = total = 0.0
+        for stage in STAGES:  # every stage runs the block up to its own inputs
+            if self.quant.true_sequential or stage is STAGES[-1]:
+                total += forward
+            forward += sum(2 * tokens * layers[layer].weights for layer in stage)
+            forward += attention if stage is STAGES[0] else 0
+        solver = sum(
+            4 / 3 * layer.inputs**3 + 7 * layer.weights * layer.inputs  # factor; updates and three errors
+            for layer in layers.values()
+        )
+        block = total + forward + hessians + solver
+        return self.config.num_hidden_layers * block + self.pictures * _tower_flops(self.config.visual)
+
+    @property
+    def weights(self) -> int:
+        """Weights to be quantized."""
+        return self.config.num_hidden_layers * sum(layer.weights for layer in self.projections().values())
+
+
+def _tower_flops(visual: VisualConfig) -> float:
+    """Of one picture."""
+    block = 2 * (4 * visual.width**2 + 2 * visual.width * visual.mlp_width) + 4 * visual.patches * visual.width
+    resampler = 2 * visual.output_dim * (visual.width + 2 * visual.output_dim) + 4 * IMAGE_TOKENS * visual.output_dim
+    return float(visual.patches * (visual.layers * block + resampler))
+
+
+def check_memory(job: Job, device: str) -> None:
+    """ConfigError if the host or the GPU has too little free for the job; where free memory is unknown, nothing."""
+    try:
+        free = host_memory().free
+    except ConfigError:  # not Linux
+        pass
+    else:
+        # the program itself is there already
+        _require(job, "host", job.host_bytes - PROGRAM, free, "" if job.on_cuda else ", use --device cuda")
+    if job.on_cuda:
+        _require(job, "GPU", job.device_bytes, device_memory(torch.device(device)).free, ", use --device cpu")
+
+
+def _require(job: Job, where: str, needed: int, free: int, option: str) -> None:
+    longest = max(job.lengths, default=0)
+    shorter = f", or give a --seqlen below {longest}" if longest else ""
+    if free < needed:
+        raise ConfigError(
+            f"quantizing this model takes about {size(needed)} of {where} memory, and {size(free)} is free; close "
+            f"other programs{option}{shorter}"
+        )
+
+
+def seconds(job: Job, device: str) -> tuple[float, float]:
+    """An estimate of the seconds that the job takes, and the FLOP/s it rests on, from short runs on this device."""
+    width = min(max(job.config.hidden_size, 256), 2048)
+    a, b = (torch.randn(width, width, device=device) for _ in range(2))
+
+    def product() -> None:
+        for _ in range(3):
+            torch.mm(a, b)
+
+    group = QuantConfig().group_size
+    sample, hessian = torch.randn(width, group, device=device), torch.eye(group, device=device)
+
+    def solve() -> None:
+        quantize_weight(sample, hessian, QuantConfig())
+
+    rate = 3 * 2 * width**3 / _time(product, device)
+    columns = _time(solve, device) / sample.numel()  # seconds a weight, for what is not a product: grids, columns
+    return job.flops() / rate + job.weights * columns, rate
+
+
+def _time(function: Callable[[], None], device: str) -> float:
+    """Seconds of the fastest of three runs: other programs, and the first run's own costs, only add to it."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        function()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - start)
+    return min(times)
+
+
+def duration(value: float) -> str:
+    """90 s, 12 min or 3.4 h."""
+    if value < 120:
+        return f"{math.ceil(value)} s"
+    return f"{value / 60:.0f} min" if value < 7200 else f"{value / 3600:.1f} h"

@@ -1,0 +1,198 @@
+"""A checkpoint with a LoRA adapter merged into it, tensor by tensor, as it is read.
+
+The adapter is a folder that PEFT wrote (Qwen-VL's finetune.py --use_lora does): adapter_config.json, and
+adapter_model.safetensors or .bin with tensors named base_model.model.NAME, where NAME is
+    transformer.h.0.attn.c_attn.lora_A.weight  A (r, in), and lora_B.weight  B (out, r):  W + scale * B @ A
+    transformer.wte.weight                     a whole tensor, trained along (modules_to_save), in place of the base's
+with scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. Source: PEFT 0.11, tuners/lora/layer.py and
+utils/save_and_load.py.
+"""
+
+import hashlib
+import math
+import re
+from collections.abc import Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from qvl_edge.checkpoint import Checkpoint, _BinShard, _SafetensorsShard, _Shard
+from qvl_edge.config import read_json
+from qvl_edge.errors import CheckpointError, ConfigError
+from qvl_edge.pages import forget_pages
+
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+_PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
+# options under which A and B are more, or something else, than a sum of W and their product
+_OTHER_KINDS = (
+    "use_dora",
+    "use_qalora",
+    "lora_bias",
+    "layer_replication",
+    "trainable_token_indices",
+    "target_parameters",
+    "alora_invocation_tokens",
+)
+_INIT = (True, False, None, "gaussian")  # others (PiSSA, OLoRA, LoftQ, …) change the base's weights
+
+
+class LoraCheckpoint(Checkpoint):
+    """The float checkpoint at `path` with the adapter in the folder `adapter`.
+
+    Opening reads headers only. ConfigError for an adapter of another kind than LoRA and for a quantized base,
+    CheckpointError for an adapter that was made for another model, or is not complete.
+    """
+
+    def __init__(self, path: str | Path, adapter: str | Path):
+        super().__init__(path)
+        self.adapter = Path(adapter)
+        if self.config.quantization is not None:
+            raise ConfigError(
+                f"{self.path} is quantized, and a LoRA cannot be merged into packed levels; give the float checkpoint "
+                "that it was quantized from"
+            )
+        settings = read_json(self.adapter / ADAPTER_CONFIG)
+        _check_kind(settings, self.adapter / ADAPTER_CONFIG)
+        self._adapter = _open_adapter(self.adapter)
+        self._scales: dict[str, float] = {}  # by name of the base's tensor
+        self._whole: dict[str, str] = {}  # tensors that take a base's place
+        for key in sorted(self._adapter.names()):
+            self._sort(key, settings)
+        self._check_complete(settings)
+
+    def _sort(self, key: str, settings: Mapping[str, Any]) -> None:
+        """Find the place of one of the adapter's tensors. CheckpointError if it has none, or another shape."""
+        name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
+        if name.endswith((_A, _B)):
+            module = name.removesuffix(_A).removesuffix(_B)
+            target = f"{module}.weight"
+            missing = {f"{_PREFIX}{module}{part}" for part in (_A, _B)} - set(self._adapter.names())
+            if missing:
+                raise CheckpointError(f"{self._adapter.path} has {key} and not {missing.pop()}; copy the adapter again")
+            if target in self and target not in self._scales:
+                a, b = (self._adapter.shape(f"{_PREFIX}{module}{part}") for part in (_A, _B))
+                rank, self._scales[target] = _rank_and_scale(module, settings)
+                expected = self.shape(target)
+                if len(expected) != 2 or a != (rank, expected[1]) or b != (expected[0], rank):
+                    raise CheckpointError(
+                        f"{self._adapter.path}: {module} has A {a} and B {b} with rank {rank}, and {target} of "
+                        f"{self.path} is {expected}; the adapter was made for another model"
+                    )
+        else:
+            target = name
+            self._whole[target] = key
+            if target in self and self._adapter.shape(key) != self.shape(target):
+                raise CheckpointError(
+                    f"{self._adapter.path}: {key} is {self._adapter.shape(key)}, and {target} of {self.path} is "
+                    f"{self.shape(target)}; the adapter was made for another model"
+                )
+        if not key.startswith(_PREFIX) or target not in self:
+            raise CheckpointError(
+                f"{self._adapter.path} has {key}, and {self.path} has no tensor {target} that it could belong to; the "
+                "adapter was made for another model, or is not a plain LoRA"
+            )
+
+    def _check_complete(self, settings: Mapping[str, Any]) -> None:
+        """CheckpointError if tensors that the adapter's settings name are not in its file."""
+        modules = [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
+
+        def ending(ends: Any) -> list[str]:
+            return [f"{module}.weight" for module in modules if f".{module}".endswith(tuple(f".{end}" for end in ends))]
+
+        targets = settings.get("target_modules") or ()
+        if targets == "all-linear" or any(settings.get(key) for key in ("layers_to_transform", "exclude_modules")):
+            targets = ()  # what was meant is not said by the names alone
+        if isinstance(targets, str):
+            wanted = [f"{module}.weight" for module in modules if re.fullmatch(targets, module)]
+        else:
+            wanted = ending(targets)
+        biases = [name.replace(".weight", ".bias") for name in self._scales]  # PEFT 0.11 loses those of "lora_only"
+        for option, names, found in (
+            ("target_modules", wanted, self._scales),
+            ("modules_to_save", ending(settings.get("modules_to_save") or ()), self._whole),
+            ("bias", [] if settings.get("bias", "none") == "none" else [b for b in biases if b in self], self._whole),
+        ):
+            missing = [name for name in names if name not in found]
+            if missing:
+                raise CheckpointError(
+                    f"{self._adapter.path} lacks {len(missing)} of the {len(names)} tensors that {option} in "
+                    f"{ADAPTER_CONFIG} speaks of, such as that of {missing[0]}: they were not saved, or the copy is "
+                    f"not complete. To take the base's instead, change {option}"
+                )
+
+    def __getitem__(self, name: str) -> Tensor:
+        """The tensor `name` in the base's dtype, as the merged checkpoint would hold it; sums are in float32."""
+        if name in self._whole:
+            return self._adapter.tensor(self._whole[name]).to(super().__getitem__(name).dtype)
+        base = super().__getitem__(name)
+        if name not in self._scales:
+            return base
+        module = f"{_PREFIX}{name.removesuffix('.weight')}"
+        a, b = (self._adapter.tensor(f"{module}{part}").float() for part in (_A, _B))
+        return base.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scales[name]).to(base.dtype)
+
+    def release(self, name: str) -> None:
+        """Give back the pages of the base's tensor, and of the adapter's in its place."""
+        super().release(name)
+        if name in self._whole and self._adapter.mapped:
+            forget_pages(self._adapter.tensor(self._whole[name]))
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """The base's and the adapter's together: sha256 over the base's, each scale, and all of the adapter's bytes."""
+        digest = hashlib.sha256(Checkpoint(self.path).fingerprint.encode())
+        for key in sorted(self._adapter.names()):
+            tensor = self._adapter.tensor(key)
+            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        digest.update(repr(sorted(self._scales.items())).encode())
+        return digest.hexdigest()
+
+
+def open_checkpoint(path: str | Path, lora: str | Path | None) -> Checkpoint:
+    """The checkpoint at `path`, with the adapter `lora` merged into it if there is one."""
+    return Checkpoint(path) if lora is None else LoraCheckpoint(path, lora)
+
+
+def _open_adapter(folder: Path) -> _Shard:
+    for name, shard in zip(ADAPTER_FILES, (_SafetensorsShard, _BinShard), strict=True):
+        if (folder / name).is_file():
+            return shard(folder / name)
+    raise CheckpointError(
+        f"{folder} holds neither {ADAPTER_FILES[0]} nor {ADAPTER_FILES[1]}; is it an adapter's folder?"
+    )
+
+
+def _check_kind(settings: Mapping[str, Any], file: Path) -> None:
+    """ConfigError if this is not a plain LoRA."""
+    if settings.get("peft_type") != "LORA":
+        raise ConfigError(f"{file}: peft_type is {settings.get('peft_type')!r}, only 'LORA' can be merged here")
+    other = next((option for option in _OTHER_KINDS if settings.get(option)), None)
+    if other is None and settings.get("init_lora_weights", True) not in _INIT:
+        other = "init_lora_weights"
+    if other is not None:
+        raise ConfigError(
+            f"{file}: {other} is {settings[other]!r}, and only plain LoRA can be merged here; merge the adapter with "
+            "PEFT (merge_and_unload), and give the checkpoint that this makes"
+        )
+    for option in ("r", "lora_alpha"):
+        if isinstance(settings.get(option), bool) or not isinstance(settings.get(option), int | float):
+            raise ConfigError(f"{file}: {option} is {settings.get(option)!r}, expected a number")
+
+
+def _rank_and_scale(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:
+    """r of a module and what its product B @ A is multiplied by; patterns are ends of names, as regular expressions."""
+
+    def of(default: str, patterns: str) -> Any:
+        for pattern, value in (settings.get(patterns) or {}).items():
+            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+                return value
+        return settings[default]
+
+    rank, alpha = int(of("r", "rank_pattern")), float(of("lora_alpha", "alpha_pattern"))
+    if rank < 1:
+        raise ConfigError(f"{ADAPTER_CONFIG}: the rank of {module} is {rank}, expected at least 1")
+    return rank, alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank)
