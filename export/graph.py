@@ -82,7 +82,8 @@ class GraphBuilder:
         parts = zip(("levels", "scales", "zeros"), packed, strict=True)
         inputs = [x, *(self.weight(f"{name}.{part}", tensor, tensor.dtype) for part, tensor in parts)]
         sizes = {"K": k, "N": n, "bits": bits, "block_size": block_size}
-        return self.node("MatMulNBits", inputs, f"{name}.product", domain=MICROSOFT, **sizes)
+        level = self._precision.accuracy_level
+        return self.node("MatMulNBits", inputs, f"{name}.product", domain=MICROSOFT, accuracy_level=level, **sizes)
 
     def linear(self, x: str, name: str, weight: Tensor, bias: Tensor) -> str:
         """x @ weightᵀ + bias; bias (N,), or (L, N) to add another one at each of L positions."""

@@ -6,7 +6,10 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+
+import onnx
 
 from export.external import ALIGNMENT, ExternalData
 from export.graph import OPSET, build_vit
@@ -63,6 +66,11 @@ def export_vit(
         _write(work, visual, weights or checkpoint, precision, metadata, say)
         say("comparing with the definition in float32")
         parity = compare(checkpoint, visual, work / VIT, dtype, progress=say)
+        if precision.accuracy_level and not parity.passed:
+            say("int8 activations on the CPU lose too much with these weights; comparing with float16 ones")
+            precision = replace(precision, accuracy_level=0)
+            _set_accuracy_level(work / VIT, 0)
+            parity = compare(checkpoint, visual, work / VIT, dtype, progress=say)
         if on_parity:
             on_parity(parity)
         require(parity)
@@ -72,7 +80,7 @@ def export_vit(
             (work / name).replace(folder / name)
     info = {"dtype": dtype, "opset": OPSET, "parity": parity.summary()}
     if precision.block_size is not None:
-        info["block_size"] = precision.block_size
+        info |= {"block_size": precision.block_size, "accuracy_level": precision.accuracy_level}
     info["self_test"] = self_test_values(parity.self_test_features)
     add_part(folder, "vit", [VIT, VIT_DATA], fingerprint=fingerprint, info=info)
     return parity
@@ -96,6 +104,17 @@ def _write(
             progress=progress,
         )
     with replacing(work / VIT) as partial:
+        partial.write_bytes(model.SerializeToString(deterministic=True))
+
+
+def _set_accuracy_level(path: Path, level: int) -> None:
+    """Of every MatMulNBits of the graph at `path`; its weights are the same at any level."""
+    model = onnx.load(str(path), load_external_data=False)
+    for node in model.graph.node:
+        for attribute in node.attribute:
+            if attribute.name == "accuracy_level":
+                attribute.i = level
+    with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))
 
 

@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from qvl_edge.checkpoint import VISUAL
+from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import VisualConfig
 from qvl_edge.errors import CheckpointError
 from qvl_edge.model.vit import LAYER_NORM_EPS, interpolate_positions
@@ -18,6 +18,14 @@ class TensorSource(Protocol):
     def __getitem__(self, name: str) -> Tensor: ...
 
 
+def read_float(source: TensorSource, name: str) -> Tensor:
+    """The tensor `name` as a float32 copy; a mapped source gives back the pages that reading it has taken."""
+    tensor = source[name].to(torch.float32, copy=True)
+    if isinstance(source, Checkpoint):
+        source.release(name)
+    return tensor
+
+
 class VisualWeights:
     """Float32 tensors of the vision tower, each read from `source` when asked for and kept by nobody."""
 
@@ -26,7 +34,7 @@ class VisualWeights:
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor at `transformer.visual.{name}`. CheckpointError if it holds a NaN or an infinity."""
-        return self._finite(name, self._source[VISUAL + name].float())
+        return self._finite(name, read_float(self._source, VISUAL + name))
 
     def _finite(self, name: str, tensor: Tensor) -> Tensor:
         if not torch.isfinite(tensor).all():
@@ -72,5 +80,5 @@ class VisualWeights:
         """Weight (D, D) and bias (D,) of the resampler's projection: q (0), k (1), v (2), one after another there."""
         rows = slice(index * self._visual.output_dim, (index + 1) * self._visual.output_dim)
         name = "attn_pool.attn.in_proj_"
-        weight, bias = (self._source[f"{VISUAL}{name}{part}"][rows].float() for part in ("weight", "bias"))
+        weight, bias = (read_float(self._source, f"{VISUAL}{name}{part}")[rows] for part in ("weight", "bias"))
         return self._finite(f"{name}weight", weight), self._finite(f"{name}bias", bias)

@@ -102,7 +102,9 @@ class Runtime:
 
         lookup: how many tokens a lone greedy answer may guess at once from what was said before; the answer stays the
         same, and gets faster where it repeats its prompt or itself and a step of several tokens costs little more than
-        one. verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`. progress gets lines.
+        one.
+
+        verify hashes every file of a bundle. A checkpoint's ViT is exported once into `cache_dir`. progress gets lines.
         BundleError, CheckpointError and ConfigError name what is missing and the command that makes it; FitError comes
         before anything is allocated, with both numbers and what would fit.
         """
@@ -159,8 +161,7 @@ class Runtime:
         )
         vit = bundle.vit if bundle else exported_vit(checkpoint, dtype=plan.vit, cache_dir=cache_dir, progress=progress)
         decoder = _load(checkpoint, plan, place, say)
-        released = {"release": True} if release_vision else {}
-        encoder = VisionEncoder(vit, config.visual, device=encoding, max_batch=plan.images, **released)
+        encoder = VisionEncoder(vit, config.visual, device=encoding, max_batch=plan.images, release=release_vision)
         vision = FeatureCache(encoder, config.visual.image_size)
         return cls(decoder, vision, tokenizer, checkpoint.generation, plan, lookup=lookup)
 

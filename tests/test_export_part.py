@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import onnx
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -176,6 +177,28 @@ def test_a_weight_past_float16_or_not_finite_is_named(long: Checkpoint, tmp_path
     assert not (tmp_path / "bundle").exists()
 
 
+def test_int8_activations_are_given_up_where_a_large_one_would_drown_the_others(
+    long: Checkpoint, tmp_path: Path
+) -> None:
+    """One channel of ln_2 is 500 times as large, and no output uses it: it only sets its block's scale."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(GOLDEN / "tiny-long" / "checkpoint", folder)
+    tensors = load_file(folder / "model.safetensors")
+    block = f"{VISUAL}transformer.resblocks.0"
+    tensors[f"{block}.ln_2.weight"][3] *= 500
+    tensors[f"{block}.mlp.c_fc.weight"][:, 3] = 0
+    save_file(tensors, folder / "model.safetensors")
+    said: list[str] = []
+    for checkpoint, level in ((long, 4), (Checkpoint(folder), 0)):
+        bundle = tmp_path / f"level-{level}"
+        assert export_vit(checkpoint, bundle, dtype="int8", progress=said.append).passed
+        assert json.loads((bundle / "bundle.json").read_text())["parts"]["vit"]["accuracy_level"] == level
+        nodes = onnx.load(str(bundle / VIT), load_external_data=False).graph.node
+        levels = {a.i for node in nodes for a in node.attribute if a.name == "accuracy_level"}
+        assert levels == {level}
+    assert sum("int8 activations" in line for line in said) == 1
+
+
 def test_a_dtype_or_block_size_that_does_not_exist_is_refused(long: Checkpoint, tmp_path: Path) -> None:
     for dtype, block_size in (("bfloat16", None), ("float16", 32), ("int4", 48)):
         with pytest.raises(ConfigError):
@@ -184,9 +207,9 @@ def test_a_dtype_or_block_size_that_does_not_exist_is_refused(long: Checkpoint, 
 
 
 def test_weights_are_read_one_at_a_time(tiny: Checkpoint, tmp_path: Path) -> None:
-    """Peak memory of the whole command on a tower of 100 MB in float16, which is compared in float32."""
+    """Peak memory of the whole command on a tower of 150 MB in float16, which is compared in float32."""
     section = json.loads((tiny.path / "config.json").read_text())
-    section["visual"] |= {"width": 512, "heads": 8, "layers": 16, "image_size": 56, "mlp_ratio": 4.0}
+    section["visual"] |= {"width": 512, "heads": 8, "layers": 24, "image_size": 56, "mlp_ratio": 4.0}
     folder = tmp_path / "checkpoint"
     folder.mkdir()
     (folder / "config.json").write_text(json.dumps(section))
@@ -210,9 +233,9 @@ def test_weights_are_read_one_at_a_time(tiny: Checkpoint, tmp_path: Path) -> Non
     )
     grew, code = (int(word) for word in done.stdout.splitlines()[-1].split()[1:])
     assert code == 0
-    # MiB: the mapped checkpoint (98) counts, a few blocks and onnxruntime itself come on top (100 measured);
-    # with the float32 tower (196) and the new graph (98) in memory it would be 490
-    assert 98 < grew < 300
+    # MiB: a few blocks and onnxruntime itself, 90 to 165 measured; the float32 tower alone has 293, and the checkpoint,
+    # whose pages are given back, and the new graph have 146 each
+    assert 20 < grew < 250
 
 
 def test_the_command_reports_on_stdout_and_tells_its_progress_on_stderr(

@@ -23,7 +23,8 @@ def cuda_mismatch(ort_version: str, torch_cuda: str | None) -> str | None:
     found = int(torch_cuda.partition(".")[0]) if torch_cuda else None
     if found == built:
         return None
-    said = f"onnxruntime-gpu {ort_version} is built for CUDA {built} and torch for {f'CUDA {found}' if found else 'CPU'}"
+    torch_side = f"CUDA {found}" if found else "CPU"
+    said = f"onnxruntime-gpu {ort_version} is built for CUDA {built} and torch for {torch_side}"
     if found in PACKAGES:
         return f"{said}; pip install '{PACKAGES[found]}'"
     # what PyPI has under the name torch is for CUDA 13 (2.14)
