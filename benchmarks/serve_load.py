@@ -17,7 +17,9 @@ import sys
 import threading
 import time
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,9 @@ def cases(runtime: Runtime, count: int) -> list[Case]:
     return made
 
 
+_LOCK = threading.Lock()
+
+
 @dataclass
 class Tally:
     """What happened to the requests."""
@@ -74,10 +79,9 @@ class Tally:
     wrong: list[str] = field(default_factory=list)
     tokens: int = 0
     seconds: list[float] = field(default_factory=list)
-    lock: threading.Lock = field(default_factory=threading.Lock)
 
     def add(self, outcome: str, *, tokens: int = 0, seconds: float | None = None, wrong: str = "") -> None:
-        with self.lock:
+        with _LOCK:
             self.counts[outcome] += 1
             self.tokens += tokens
             if seconds is not None:
@@ -95,6 +99,7 @@ def ask_once(client: httpx.Client, case: Case, rng: random.Random, tally: Tally,
         if response.status_code != 200:
             retry = response.headers.get("retry-after")
             tally.add(f"{response.status_code}" if response.status_code != 429 or retry else "429 without Retry-After")
+            time.sleep(float(retry or 1) * (0.5 + rng.random()))
             return
         for line in response.iter_lines():
             if leave is not None and time.perf_counter() > leave:
@@ -114,7 +119,13 @@ def ask_once(client: httpx.Client, case: Case, rng: random.Random, tally: Tally,
         tally.add("wrong", wrong=f"{text.strip()!r} for {case.text!r}")
 
 
-def crowd(url: str, made: list[Case], clients: int, seconds: float, hang_up: float) -> tuple[Tally, float]:
+def crowd(*arguments: Any) -> tuple[Tally, float]:
+    """`clients` in a process of their own, so that they do not hold up the server's threads."""
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        return pool.submit(_crowd, *arguments).result()
+
+
+def _crowd(url: str, made: list[Case], clients: int, seconds: float, hang_up: float) -> tuple[Tally, float]:
     """`clients` at once for `seconds`; the tally and the time until all were through."""
     tally, end, began = Tally(), time.perf_counter() + seconds, time.perf_counter()
 
@@ -128,8 +139,6 @@ def crowd(url: str, made: list[Case], clients: int, seconds: float, hang_up: flo
                     tally.add("hangs")
                 except httpx.HTTPError as error:
                     tally.add(type(error).__name__)
-                if tally.counts["429"] and rng.random() < 0.5:
-                    time.sleep(rng.random() / 10)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(clients)]
     for thread in threads:
