@@ -32,6 +32,7 @@ setup(
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         "serve": SERVE,
+        "ray": [*SERVE, *EXPORT, "ray[serve,data]==2.60.0"],  # examples/ray, with the release that was tested
         # partners whose files we share; their pins exclude current transformers: an environment of their own
         "interop": [
             "auto-gptq==0.7.1",

@@ -1,0 +1,162 @@
+"""The same question about every image of a folder, on Ray Data: python -m examples.ray.batch IMAGES OUT --question "…"
+
+OUT gets Parquet files with a row for each image: path (below IMAGES), text, boxes (JSON), tokens, seconds, error.
+Stopped and run again, the job answers what has no row yet.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import sys
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import ray
+
+from examples.ray.answerer import Answerer, add_arguments, loading_of, start_ray
+from qvl_edge.bundle import replacing, write_json
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import read_json
+from qvl_edge.engine.run import Run
+from qvl_edge.errors import ConfigError, QvlError
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+JOB = "_job.json"  # what the rows answer; readers of Parquet folders skip names that begin with _
+PARTS = "part-*.parquet"
+SCHEMA = pa.schema(
+    [
+        ("path", pa.string()),
+        ("text", pa.string()),
+        ("boxes", pa.string()),  # JSON: the boxes of Answer.to_dict()
+        ("tokens", pa.int32()),  # of the answer
+        ("seconds", pa.float64()),  # image, prompt and decoding, beside the others of the batch
+        ("error", pa.string()),  # null, or why there is no answer
+    ]
+)
+
+
+class Writer:
+    """An actor: one Runtime. Called with the paths of a batch it answers all of them and writes their rows."""
+
+    def __init__(self, loading: dict[str, Any], images: Path, out: Path, question: str, generation: dict[str, Any]):
+        self._answerer = Answerer(**loading)
+        self._images, self._out, self._question, self._generation = images, out, question, generation
+
+    def __call__(self, batch: "dict[str, np.ndarray[Any, Any]]") -> dict[str, list[int]]:
+        """How many rows were written, and how many of them have an error.
+
+        The rows are written here, not by a sink after this: what is on the disk counts as done, and a sink would need
+        cores beside those of the actors. The file is named after its images, so a batch that is run again because
+        its actor died writes the same file.
+        """
+        paths = [str(path) for path in batch["path"]]
+        runs = [self._submit(path) for path in paths]
+        rows = [_row(path, run) for path, run in zip(paths, runs, strict=True)]
+        name = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
+        with replacing(self._out / PARTS.replace("*", name)) as partial:
+            pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
+        return {"images": [len(rows)], "errors": [sum("error" in row for row in rows)]}
+
+    def _submit(self, path: str) -> Future[Run]:
+        query: list[dict[str, Any]] = [{"image": self._images / path}, {"text": self._question}]
+        return self._answerer.submit(query, **self._generation)[0]
+
+
+def _row(path: str, run: Future[Run]) -> dict[str, Any]:
+    """What went wrong with this image becomes its row; anything else ends the job."""
+    try:
+        answer = run.result().answer()
+    except QvlError as error:
+        return {"path": path, "error": str(error)}
+    timing = answer.timing
+    return {
+        "path": path,
+        "text": answer.text,
+        "boxes": json.dumps([box.to_dict() for box in answer.boxes], ensure_ascii=False),
+        "tokens": answer.usage.completion_tokens,
+        "seconds": timing.image_s + timing.prefill_s + timing.decode_s,
+    }
+
+
+def find_images(folder: Path) -> list[str]:
+    """Paths of the images below `folder`. ConfigError if there is no folder, or for a name that no column can hold."""
+    if not folder.is_dir():
+        raise ConfigError(f"{folder} is not a folder; give the one that holds the images")
+    paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
+    for path in paths:
+        if not path.isprintable():  # half a surrogate, which stands for a byte that is not UTF-8, or a line's end
+            raise ConfigError(f"the name {path!r} in {folder} is not plain UTF-8 text; rename the file")
+    return paths
+
+
+def resume(out: Path, job: dict[str, Any]) -> set[str]:
+    """Paths that have a row in `out`. ConfigError if its rows are those of another job."""
+    out.mkdir(parents=True, exist_ok=True)
+    if not (out / JOB).exists():
+        write_json(out / JOB, job)
+    for name, value in read_json(out / JOB).items():
+        if job.get(name) != value:
+            raise ConfigError(f"{out} holds a job with {name} {value!r}, not {job.get(name)!r}; choose another folder")
+    for partial in out.glob(f"{PARTS}.partial"):  # of a job that was killed; readers of the folder would open it
+        partial.unlink()
+    return {path for part in out.glob(PARTS) for path in pq.read_table(part, columns=["path"])["path"].to_pylist()}
+
+
+def run(args: argparse.Namespace) -> None:
+    """Answer what has no row yet."""
+    images, out = args.images.resolve(), args.out.resolve()
+    paths = find_images(images)
+    generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
+    model = Checkpoint(args.bundle).fingerprint
+    done = resume(out, {"model": model, "images": str(images), "question": args.question, **generation})
+    left = [path for path in paths if path not in done]
+    print(f"{len(paths)} images, {len(paths) - len(left)} have a row, {len(left)} to answer", flush=True)
+    if not left:
+        return
+    batch = min(args.batch, math.ceil(len(left) / args.actors))  # work for every actor
+    start_ray(args.address)
+    ray.data.DataContext.get_current().enable_progress_bars = False  # the lines below say it
+    written = ray.data.from_items(
+        [{"path": path} for path in left], override_num_blocks=math.ceil(len(left) / batch)
+    ).map_batches(
+        Writer,
+        fn_constructor_args=(loading_of(args), images, out, args.question, generation),
+        batch_size=batch,
+        batch_format="numpy",
+        compute=ray.data.ActorPoolStrategy(size=args.actors),
+        num_cpus=args.num_cpus,
+        num_gpus=args.num_gpus,
+    )
+    count = errors = 0
+    for part in written.iter_rows():
+        count, errors = count + part["images"], errors + part["errors"]
+        print(f"{count} of {len(left)} images, {errors} with an error", flush=True)
+    ray.shutdown()
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run the job; a QvlError becomes its message and exit code 1."""
+    parser = argparse.ArgumentParser(prog="python -m examples.ray.batch", description=__doc__)
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder; those below it count too")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the rows; every machine has to see both")
+    parser.add_argument("--question", required=True)
+    add_arguments(parser)
+    parser.add_argument("--actors", type=int, default=1, metavar="N", help="processes with a model each (1)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images in one file of rows (64)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (256)")
+    args = parser.parse_args(arguments)
+    try:
+        run(args)
+    except QvlError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

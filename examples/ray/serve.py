@@ -1,0 +1,184 @@
+"""Answers over HTTP from several replicas, on Ray Serve: python -m examples.ray.serve [--bundle BUNDLE] [--replicas 2]
+
+POST /answer {"images": ["data:image/png;base64,…"], "question": "…", "options": {"temperature": 0}} -> Answer.to_dict()
+"""
+
+import argparse
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+import sys
+import time
+from typing import Any, TypeAlias
+
+import ray
+from ray import serve
+from ray.exceptions import RayActorError
+from ray.serve.handle import DeploymentHandle
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from examples.ray.answerer import Answerer, add_arguments, loading_of, start_ray
+from qvl_edge.engine.scheduler import AHEAD, OutOfMemory, TimeLimit
+from qvl_edge.errors import QvlError
+from qvl_edge.server.chat import Limits, parse_chat
+from qvl_edge.server.guard import Access, parse_json, read_body
+from qvl_edge.server.media import Media
+from qvl_edge.server.refusal import RATE_LIMIT, SERVER, Refusal, invalid
+
+NAME, ROUTE = "qvl-edge", "/answer"
+TIME_LIMIT_S = 300.0  # for a request, all its tries together
+TRIES = 3  # replicas that one request may see die: a request that kills them must not take down all, one by one
+PAUSE_S = 0.1  # before another try: a replica that cannot be reached for a moment must not use up all tries at once
+MAX_BODY_BYTES = 32 << 20
+MAX_IMAGES = 16
+OPTIONS = frozenset({"max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"})
+MEDIA = Media()  # data URIs and nothing else: no files, nothing is fetched
+
+Query: TypeAlias = list[dict[str, Any]]
+log = logging.getLogger("ray.serve")
+
+
+class Model:
+    """A replica: one Runtime, whose scheduler batches the requests that are here at the same time."""
+
+    def __init__(self, loading: dict[str, Any]):
+        self._answerer = Answerer(**loading)
+
+    async def answer(self, query: Query, generation: dict[str, Any], seconds: float) -> tuple[int, dict[str, Any]]:
+        """Status and body of the response. When the caller leaves, Serve cancels this, and that ends the decoding."""
+        run, cancelled = self._answerer.submit(query, deadline=time.monotonic() + seconds, **generation)
+        try:
+            return 200, (await asyncio.wrap_future(run)).answer().to_dict()
+        except QvlError as error:
+            refusal = Refusal(400, str(error))
+        except TimeLimit:
+            refusal = _too_slow()
+        except OutOfMemory:
+            refusal = Refusal(503, "there is not enough memory for this request; send fewer images", kind=SERVER)
+        except RuntimeError as error:  # a bug: the scheduler has logged where, without the request's words
+            refusal = Refusal(500, str(error), kind=SERVER)
+        finally:
+            cancelled.set()
+        return refusal.status, refusal.to_dict()
+
+
+class Ingress:
+    """What HTTP reaches: checks a request, hands it to a replica, and to another one if that dies over it.
+
+    Serve itself sends a request again only if it had not reached its replica. An answer changes nothing anywhere, so
+    here it may be made twice.
+    """
+
+    def __init__(self, model: DeploymentHandle, access: Access, room: int):
+        self._model, self._access, self._room = model, access, room
+        self._here = 0
+
+    async def __call__(self, request: Request) -> Response:
+        """One request. The header x-tries says how many replicas worked on it."""
+        self._here += 1
+        try:
+            self._access.check(ROUTE, dict(request.scope["headers"]))
+            if request.method != "POST":
+                raise Refusal(405, "send a POST", headers={"allow": "POST"})
+            if self._here > self._room:  # before the body is read: what waits is in memory
+                message = f"{self._room} requests are here already; try again later"
+                raise Refusal(429, message, kind=RATE_LIMIT, headers={"retry-after": "1"})
+            query, generation = await read_question(await read_body(request, MAX_BODY_BYTES))
+            return await self._answer(query, generation)
+        except Refusal as refusal:
+            return Response(refusal.to_json(), refusal.status, refusal.headers, "application/json")
+        finally:
+            self._here -= 1
+
+    async def _answer(self, query: Query, generation: dict[str, Any]) -> Response:
+        deadline = time.monotonic() + TIME_LIMIT_S
+        for tries in range(1, TRIES + 1):
+            try:
+                async with asyncio.timeout(deadline - time.monotonic()):  # also while there is no replica at all
+                    left = deadline - time.monotonic()
+                    status, body = await self._model.answer.remote(query, generation, left)
+                return JSONResponse(body, status, {"x-tries": str(tries)})
+            except RayActorError as error:
+                log.warning("%s with a request in flight, which goes to another replica", type(error).__name__)
+                await asyncio.sleep(PAUSE_S)
+            except TimeoutError:
+                raise _too_slow() from None
+        raise Refusal(503, f"{TRIES} replicas died while they worked on this request", kind=SERVER)
+
+
+async def read_question(body: bytes) -> tuple[Query, dict[str, Any]]:
+    """(query, generation options) of a request's JSON; an image is bytes from here on. Refusal 400 names the field."""
+    asked = parse_json(body)
+    if not isinstance(asked, dict) or asked.keys() - {"images", "question", "options"}:
+        raise invalid(None, "expected an object with images, question and options, and nothing else")
+    images, question, options = asked.get("images", []), asked.get("question"), asked.get("options", {})
+    if not isinstance(question, str):
+        raise invalid("question", "expected a string")
+    if not isinstance(images, list) or len(images) > MAX_IMAGES or not all(isinstance(url, str) for url in images):
+        raise invalid("images", f"expected at most {MAX_IMAGES} data URIs (data:image/png;base64,…)")
+    if not isinstance(options, dict) or options.keys() - OPTIONS:
+        raise invalid("options", f"expected an object; known are {', '.join(sorted(OPTIONS))}")
+    # the rest of the checks, value by value, are those of the one-process server
+    chat = {"model": NAME, "messages": [{"role": "user", "content": question}], **options}
+    request = parse_chat(chat, model=NAME, limits=Limits(), defaults={}).request
+    pictures = [{"image": await MEDIA.load(url, f"images[{index}]")} for index, url in enumerate(images)]
+    return [*pictures, *request.query], request.generation
+
+
+def _too_slow() -> Refusal:
+    return Refusal(503, f"the request took longer than the {TIME_LIMIT_S:g} s that are allowed", kind=SERVER)
+
+
+def application(args: argparse.Namespace, access: Access) -> serve.Application:
+    """The two deployments. Replicas grow with the queue: a replica more for every `slots` requests."""
+    most = max(args.replicas, args.max_replicas or 0)
+    model = serve.deployment(
+        autoscaling_config={
+            "min_replicas": args.replicas,
+            "max_replicas": most,
+            "target_ongoing_requests": args.slots,
+        },
+        # what a replica can decode or prepare; the others wait in Ingress, free to go where there is room first
+        max_ongoing_requests=args.slots + AHEAD,
+        graceful_shutdown_timeout_s=TIME_LIMIT_S,  # a replica that is no longer needed ends its answers first
+        ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
+    )(Model)
+    room = 4 * most * args.slots  # three waiting for one that is decoded
+    ingress = serve.deployment(
+        max_ongoing_requests=10 * room,  # those without room get their 429 at once
+        ray_actor_options={"num_cpus": 0},  # it waits nearly all the time
+    )(Ingress)
+    return ingress.bind(model.bind(loading_of(args)), access, room)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Serve until SIGINT or SIGTERM."""
+    parser = argparse.ArgumentParser(prog="python -m examples.ray.serve", description=__doc__)
+    add_arguments(parser)
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="at least so many (1)")
+    parser.add_argument("--max-replicas", type=int, metavar="N", help="when requests wait, up to so many (--replicas)")
+    parser.add_argument("--host", default="127.0.0.1", help="any other one needs a key in QVL_EDGE_API_KEY (127.0.0.1)")
+    parser.add_argument("--port", type=int, default=8000)
+    args = parser.parse_args(arguments)
+    try:
+        access = Access(args.host, os.environ.get("QVL_EDGE_API_KEY"))
+    except QvlError as error:
+        print(f"{parser.prog}: {error}", file=sys.stderr)
+        return 1
+    start_ray(args.address)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    with contextlib.suppress(KeyboardInterrupt):
+        serve.start(http_options={"host": args.host, "port": args.port})
+        serve.run(application(args, access), name=NAME, route_prefix=ROUTE)
+        print(f"answering on http://{args.host}:{args.port}{ROUTE}", flush=True)
+        signal.pause()
+    serve.delete(NAME)
+    ray.shutdown()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
