@@ -1,6 +1,6 @@
 # make demo   set up .venv and run the main job on the small model that ships
 # make test   set up .venv and run the tests
-# make check  lint and types          make test-interop  auto-gptq and optimum, in an environment of their own
+# make check  lint and types          make test-interop  auto-gptq, optimum and peft, in an environment of their own
 
 PYTHON ?= python3
 BIN := .venv/bin

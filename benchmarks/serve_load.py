@@ -30,6 +30,7 @@ from benchmarks.machine import describe_machine
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
 from qvl_edge.engine.memory import resident_bytes
+from qvl_edge.pages import trim_heap
 
 KINDS = ("find", "count", "read", "describe", "at")
 HANG_UP = 0.2  # share of requests whose client leaves before the end
@@ -183,13 +184,15 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     made = cases(runtime, args.cases)
     runtime.forget()
     with serving(runtime, args.waiting) as (url, engine):
-        crowd(url, made, 8, min(5.0, args.seconds), 0.0)  # what is allocated once
+        crowd(url, made, args.clients, min(30.0, args.seconds), HANG_UP)  # what is allocated once
+        trim_heap()
         before = resident_bytes()
         tally, took = crowd(url, made, args.clients, args.seconds, HANG_UP)
         left = time.perf_counter() + 10
         while (engine.running or engine.waiting) and time.perf_counter() < left:
             time.sleep(0.05)
         idle = (engine.running, engine.waiting) == (0, 0)
+        trim_heap()
         after = resident_bytes()
         lone, lone_took = crowd(url, made, 1, min(30.0, args.seconds), 0.0)
     ordered = sorted(tally.seconds)
