@@ -400,3 +400,17 @@ def test_metrics_count_requests_tokens_and_image_cache_hits(runtime: Runtime, sc
             assert metric(f"qvl_edge_{name}_seconds_count") == 2
         assert metric("qvl_edge_requests_waiting") == 0
         assert "hi" not in httpx.get(f"{server.url}/metrics").text.split()
+
+
+def test_a_real_engine_gives_log_probabilities_and_json_to_the_client(server: Server, runtime: Runtime) -> None:
+    pytest.importorskip("llguidance")
+    create = server.client.chat.completions.create
+    said = create(model=MODEL, messages=ONE, temperature=0, max_tokens=6, logprobs=True, top_logprobs=2).choices[0]
+    raw = b"".join(bytes(token.bytes) for token in said.logprobs.content)  # a token may be half a character
+    assert raw.decode(errors="replace").strip() == said.message.content
+    assert all(token.logprob == token.top_logprobs[0].logprob <= 0 for token in said.logprobs.content)
+    schema = {"type": "object", "properties": {"count": {"type": "integer", "minimum": 0, "maximum": 9}}}
+    schema |= {"required": ["count"], "additionalProperties": False}
+    shape = {"type": "json_schema", "json_schema": {"name": "counted", "schema": schema}}
+    answer = create(model=MODEL, messages=ONE, response_format=shape, seed=1).choices[0]
+    assert set(json.loads(answer.message.content)) == {"count"} and answer.finish_reason == "stop"

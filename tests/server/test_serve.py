@@ -2,6 +2,7 @@
 
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,7 +14,9 @@ import pytest
 from PIL import Image
 
 from qvl_edge.__main__ import main
+from qvl_edge.runtime import Runtime
 from qvl_edge.server.chat import FIELDS, NEUTRAL, WITHOUT_EFFECT, Limits
+from qvl_edge.server.engine import BatchEngine
 from qvl_edge.server.openapi import document
 
 from .conftest import CHECKPOINT
@@ -125,3 +128,17 @@ def test_the_description_holds_when_the_api_is_fuzzed(tmp_path: Path) -> None:
         schema["/v1/chat/completions"]["POST"].Case(body=good).call_and_validate(headers=headers)
         described = set(httpx.get(f"{server.url}/openapi.json", headers=headers).json()["paths"])
     assert engine.requests and paths == described - {"/openapi.json"}  # schemathesis leaves its own source out
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_curl_lines_of_the_docs_work_as_they_stand(runtime: Runtime, tmp_path: Path) -> None:
+    docs = (Path(__file__).parents[2] / "docs/server.md").read_text(encoding="utf-8")
+    (block,) = re.findall(r"^```sh\n(.*?)^```$", docs, re.S | re.M)
+    Image.new("RGB", (20, 20), "red").save(tmp_path / "street.jpg")
+    with serving(BatchEngine(runtime)) as server:
+        script = block.replace("http://127.0.0.1:8000", server.url).replace("BUNDLE", MODEL)
+        said = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert said.returncode == 0, said.stderr
+    assert f'"id":"{MODEL}"' in said.stdout.replace(" ", "")
+    assert '"finish_reason"' in said.stdout and said.stdout.rstrip().endswith("data: [DONE]")
+    assert '"error"' not in said.stdout
