@@ -23,6 +23,11 @@ def text(x: float, y: float, said: str, *, size: int = 11, anchor: str = "middle
     return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"{turned}>{escape(said)}</text>'
 
 
+def figure(value: float) -> str:
+    """Three digits that fit beside an axis: 0.25, 683, 14.5k."""
+    return f"{value / 1000:.3g}k" if value >= 10_000 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+
+
 class Panel:
     """A framed area of the picture with a title and a vertical axis from 0 to `top`, with marks unless told not to."""
 
@@ -42,7 +47,7 @@ class Panel:
         for fifth in range(6 if ticks else 0):
             y = self.y(top * fifth / 5)
             self.parts.append(f'<path d="M{self.left} {y:.1f}h{WIDTH}" stroke="#eee"/>')
-            self.parts.append(text(self.left - 6, y + 4, f"{top * fifth / 5:.4g}", anchor="end"))
+            self.parts.append(text(self.left - 6, y + 4, figure(top * fifth / 5), anchor="end"))
 
     def y(self, value: float) -> float:
         """Where a value stands."""
@@ -62,7 +67,7 @@ class Panel:
                 box = f'x="{x:.1f}" y="{y:.1f}" width="{each * 0.92:.1f}" height="{40 + HEIGHT - y:.1f}"'
                 self.parts.append(f'<rect {box} fill="{COLOURS[s % len(COLOURS)]}"/>')
                 if len(groups) * len(series) <= 24:
-                    self.parts.append(text(x + each / 2, y - 3, f"{value:.3g}", size=9))
+                    self.parts.append(text(x + each / 2, y - 3, figure(value), size=9))
         self.legend(list(series))
 
     def legend(self, names: list[str]) -> None:
