@@ -42,7 +42,7 @@ import torch
 from PIL import Image
 
 from benchmarks.machine import describe_machine
-from benchmarks.plot import HEIGHT, MARGIN, WIDTH, Panel, text
+from benchmarks.plot import Panel, framed
 from qvl_edge import QvlError, Runtime
 from qvl_edge.answer import Answer
 from qvl_edge.bundle import VIT, VIT_DATA, is_bundle, replacing, write_json
@@ -404,15 +404,7 @@ def picture(result: Row) -> str:
             top = max(value for (_, row), value in values.items() if row in rows)
             panels.append(Panel(len(panels), title, unit, top * 1.1))
             panels[-1].bars(rows, {model: [values.get((model, row)) for row in rows] for model in models})
-    width, height = MARGIN + len(panels) * (WIDTH + MARGIN), HEIGHT + 130
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    about = f"{result['device']}, {result['threads']} threads, {versions}, {result['date']}, commit {result['commit']}"
-    parts = [part for panel in panels for part in panel.parts]
-    parts.append(text(MARGIN, height - 12, about, size=10, anchor="start"))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" font-family="sans-serif">\n'
-        '<rect width="100%" height="100%" fill="white"/>\n' + "\n".join(parts) + "\n</svg>\n"
-    )
+    return framed(panels, result, f"{result['threads']} threads")
 
 
 def save(result: Row, path: Path) -> None:

@@ -192,11 +192,15 @@ def picture(result: dict[str, Any]) -> str | None:
             panels.append(panel)
     if not panels:
         return None
+    copy = f"a copy reaches {result['copy_gb_per_s']:.0f} GB/s" if "copy_gb_per_s" in result else ""
+    return framed(panels, result, copy)
+
+
+def framed(panels: Sequence[Panel], result: dict[str, Any], note: str = "") -> str:
+    """The SVG of panels side by side, with a line below that says what a result was measured on."""
     width, height = MARGIN + len(panels) * (WIDTH + MARGIN), HEIGHT + 160
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    about = f"{result['device']}, {versions}, {result['date']}, commit {result['commit']}"
-    if "copy_gb_per_s" in result:
-        about += f"; a copy reaches {result['copy_gb_per_s']:.0f} GB/s"
+    about = f"{result['device']}, {versions}, {result['date']}, commit {result['commit']}{'; ' if note else ''}{note}"
     parts = [part for panel in panels for part in panel.parts]
     parts.append(text(MARGIN, height - 12, about, size=10, anchor="start"))
     return (

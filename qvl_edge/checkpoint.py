@@ -39,7 +39,7 @@ class Checkpoint:
         self.config = Config.from_folder(self.path)
         generation = self.path / "generation_config.json"
         self.generation: dict[str, Any] = read_json(generation) if generation.exists() else {}
-        self._shard_of: dict[str, _Shard] = {}
+        self._shard_of: dict[str, Shard] = {}
         for shard in self._open_shards():
             for name in shard.names():
                 if name in self._shard_of:
@@ -61,7 +61,7 @@ class Checkpoint:
                 f"{self.path} are not those of the index, copy them again"
             )
 
-    def _open_shards(self) -> Iterator["_Shard"]:
+    def _open_shards(self) -> Iterator["Shard"]:
         if (index := self._index_file()) is not None:
             weight_map = read_json(index).get("weight_map")
             if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
@@ -81,7 +81,7 @@ class Checkpoint:
                     f"{self.path} holds no weights; expected *.safetensors or pytorch_model*.bin beside config.json"
                 )
         for name in names:
-            yield _BinShard(self.path / name) if name.endswith(".bin") else _SafetensorsShard(self.path / name)
+            yield open_shard(self.path / name)
 
     @property
     def names(self) -> list[str]:
@@ -109,7 +109,7 @@ class Checkpoint:
         """Shape of the tensor `name`, without reading it."""
         return self._shard(name).shape(name)
 
-    def _shard(self, name: str) -> "_Shard":
+    def _shard(self, name: str) -> "Shard":
         if name not in self._shard_of:
             raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self._shard_of)}")
         return self._shard_of[name]
@@ -128,7 +128,7 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-class _Shard(ABC):
+class Shard(ABC):
     """One file of tensors."""
 
     mapped = True  # whether tensors are views of the file
@@ -146,7 +146,12 @@ class _Shard(ABC):
     def tensor(self, name: str) -> Tensor: ...
 
 
-class _SafetensorsShard(_Shard):
+def open_shard(path: Path) -> Shard:
+    """The file at `path`, by the ending of its name. CheckpointError if it cannot be read as tensors."""
+    return _BinShard(path) if path.suffix == ".bin" else _SafetensorsShard(path)
+
+
+class _SafetensorsShard(Shard):
     def __init__(self, path: Path):
         super().__init__(path)
         try:
@@ -177,7 +182,7 @@ def _size_note(path: Path) -> str:
     return f" ({size} bytes where its header promises {promised})" if size != promised else ""
 
 
-class _BinShard(_Shard):
+class _BinShard(Shard):
     def __init__(self, path: Path):
         super().__init__(path)
         try:

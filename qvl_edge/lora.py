@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvl_edge.checkpoint import Checkpoint, _BinShard, _SafetensorsShard, _Shard
+from qvl_edge.checkpoint import Checkpoint, Shard, open_shard
 from qvl_edge.config import read_json
 from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.pages import forget_pages
@@ -157,10 +157,10 @@ def open_checkpoint(path: str | Path, lora: str | Path | None) -> Checkpoint:
     return Checkpoint(path) if lora is None else LoraCheckpoint(path, lora)
 
 
-def _open_adapter(folder: Path) -> _Shard:
-    for name, shard in zip(ADAPTER_FILES, (_SafetensorsShard, _BinShard), strict=True):
+def _open_adapter(folder: Path) -> Shard:
+    for name in ADAPTER_FILES:
         if (folder / name).is_file():
-            return shard(folder / name)
+            return open_shard(folder / name)
     raise CheckpointError(
         f"{folder} holds neither {ADAPTER_FILES[0]} nor {ADAPTER_FILES[1]}; is it an adapter's folder?"
     )

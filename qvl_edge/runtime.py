@@ -138,9 +138,6 @@ class Runtime:
             Plan(
                 device=place.type,
                 dtype=DTYPES[name],
-                vit="float16",
-                head="float16",
-                kv_cache="float16",
                 embeddings=embeddings,
                 slots=slots,
                 vision="elsewhere" if elsewhere else "released" if release_vision else "resident",

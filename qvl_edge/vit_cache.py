@@ -4,7 +4,8 @@ import importlib.util
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
@@ -13,6 +14,11 @@ from qvl_edge.bundle import MANIFEST, VIT
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import read_json
 from qvl_edge.errors import BundleError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two processes that export at once are on their own there
+    fcntl = None  # type: ignore[assignment]
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -35,8 +41,34 @@ def exported_vit(
     export cannot run or fails, with its last words.
     """
     folder = Path(cache_dir or cache_home()) / f"vit-{checkpoint.fingerprint[:16]}-{dtype}"
-    if (folder / MANIFEST).exists() and "vit" in read_json(folder / MANIFEST)["parts"] and (folder / VIT).exists():
-        return folder / VIT
+    if not _is_exported(folder):
+        with _alone(folder.parent):
+            if not _is_exported(folder):  # another process has made it meanwhile
+                _export(checkpoint, folder, dtype, progress)
+    return folder / VIT
+
+
+def _is_exported(folder: Path) -> bool:
+    manifest = folder / MANIFEST
+    return manifest.exists() and "vit" in read_json(manifest)["parts"] and (folder / VIT).exists()
+
+
+@contextmanager
+def _alone(cache: Path) -> Iterator[None]:
+    """Wait until no other process exports into `cache`; the system lifts the lock when its holder ends."""
+    cache.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield
+        return
+    descriptor = os.open(cache, os.O_RDONLY)  # a folder can be locked as it is
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress | None) -> None:
     if importlib.util.find_spec("onnx") is None:
         raise BundleError(
             f"the vision tower of {checkpoint.path} has to be exported once, and that needs the package onnx: "
@@ -54,4 +86,3 @@ def exported_vit(
                 progress(line.rstrip())
     if process.returncode != 0:
         raise BundleError(f"`{' '.join(command)}` failed with exit code {process.returncode}: {last}")
-    return folder / VIT

@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +15,8 @@ from PIL import Image
 
 from qvl_edge import BundleError, CheckpointError, ConfigError, ImageError, PromptError, Runtime
 from qvl_edge.answer import Answer
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.vit_cache import exported_vit
 
 TOLERANCE = 1e-4  # nats: golden logits agree to 1e-4, and so do their log-probabilities
 
@@ -204,6 +207,15 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, make_checkpoint
     (folder / "qwen.tiktoken").write_bytes((GOLDEN / "tiny-a/checkpoint/qwen.tiktoken").read_bytes())
     with pytest.raises(ConfigError, match="image_start_id 470"):
         Runtime.from_pretrained(folder, cache_dir=tmp_path / "cache")
+
+
+def test_processes_that_need_one_vision_tower_export_it_once(tmp_path: Path, make_checkpoint) -> None:
+    checkpoint, said = Checkpoint(make_checkpoint("one", seed=3)), []
+    with ThreadPoolExecutor(2) as pool:  # a lock belongs to an open file, so threads meet it as processes do
+        options = {"dtype": "float32", "cache_dir": tmp_path / "cache", "progress": said.append}
+        paths = list(pool.map(lambda _: exported_vit(checkpoint, **options), range(2)))
+    assert paths[0] == paths[1] and paths[0].is_file()
+    assert sum("exporting the vision tower" in line for line in said) == 1
 
 
 def test_the_second_turn_about_a_picture_prefills_only_what_is_new(vit_cache: Path) -> None:

@@ -1,24 +1,19 @@
 """What a replica of the service and an actor of the batch job have in common: one Runtime that answers a crowd."""
 
 import argparse
-import fcntl
 import math
 import os
 import threading
-from collections.abc import Iterator
 from concurrent.futures import Future
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import ray
 
 import qvl_edge
-from qvl_edge.bundle import is_bundle
 from qvl_edge.engine.run import Run
 from qvl_edge.engine.scheduler import Job, Scheduler
 from qvl_edge.runtime import Runtime
-from qvl_edge.vit_cache import cache_home
 
 SMALL_MODEL = Path(qvl_edge.__file__).with_name("demo") / "checkpoint"
 
@@ -27,9 +22,7 @@ class Answerer:
     """A Runtime whose slots a Scheduler fills: questions that come at the same time are decoded together."""
 
     def __init__(self, bundle: Path, *, slots: int, **loading: Any):
-        # an untouched checkpoint's vision tower is exported into a cache that the processes of a machine share
-        with nullcontext() if is_bundle(bundle) else _alone_on_this_machine():
-            self.runtime = Runtime.from_pretrained(bundle, slots=slots, **loading)
+        self.runtime = Runtime.from_pretrained(bundle, slots=slots, **loading)
         self._scheduler = Scheduler(self.runtime.slots, self.runtime.encode, self.runtime.sampler)
 
     def submit(
@@ -80,12 +73,3 @@ def start_ray(address: str) -> None:
     """Join a cluster, or start one on this machine, which ends with this process. Nothing is reported to anybody."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=True)
-
-
-@contextmanager
-def _alone_on_this_machine() -> Iterator[None]:
-    folder = cache_home()
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "export.lock", "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)  # ends with the file, also when the process is killed
-        yield

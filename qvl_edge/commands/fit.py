@@ -46,7 +46,7 @@ def execute(args: argparse.Namespace) -> int:
     """Print the table; 0 if some profile fits, 1 if none does."""
     import torch
 
-    from qvl_edge.engine.budget import Plan, estimate, longest_context
+    from qvl_edge.engine.budget import Plan, by_profile, estimate, longest_context
     from qvl_edge.errors import ConfigError
 
     config, note = read_config(args.path)
@@ -59,19 +59,10 @@ def execute(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} is {getattr(args, name)}, at least 1 is needed")
     device, memory = memory_of(args)
     dtype = torch.float32 if device == "cpu" else torch.float16
+    asked = Plan(device, dtype, context=args.context, images=args.images, slots=args.slots)
     rows = []
-    for name, profile in PROFILES.items():
-        vit = "float32" if name == "12g" and device == "cpu" else profile.vit
-        plan = Plan(
-            device=device,
-            dtype=dtype,
-            vit=vit,
-            head=profile.head,
-            kv_cache=profile.kv_cache,
-            context=args.context,
-            images=args.images,
-            slots=args.slots,
-        )
+    for name in PROFILES:
+        plan = by_profile(asked, name)
         rows.append((name, plan, estimate(config, plan), longest_context(config, plan, memory)))
     if args.json:
         found = {

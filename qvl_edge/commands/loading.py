@@ -11,9 +11,10 @@ if TYPE_CHECKING:
     from qvl_edge.runtime import Runtime
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, how it is loaded, and how it generates."""
-    parser.add_argument("path", metavar="BUNDLE", help="a bundle, or an untouched checkpoint")
+def add_arguments(parser: argparse.ArgumentParser, *, optional_path: bool = False) -> None:
+    """The model, how it is loaded, and how it generates. optional_path: the command has other names for BUNDLE too."""
+    nargs = "?" if optional_path else None
+    parser.add_argument("path", metavar="BUNDLE", nargs=nargs, help="a bundle, or an untouched checkpoint")
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA where there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the arithmetic (float32, on CUDA float16)"

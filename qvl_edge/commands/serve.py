@@ -30,9 +30,7 @@ UVICORN: dict[str, Any] = {
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge serve`; Qwen-VL's own openai_api.py and web_demo_mm.py spell some of them differently."""
-    loading.add_arguments(parser)
-    path = next(action for action in parser._actions if action.dest == "path")
-    path.nargs, path.required = "?", False
+    loading.add_arguments(parser, optional_path=True)
     parser.add_argument("-c", "--checkpoint-path", metavar="PATH", help="the same as BUNDLE")
     parser.add_argument("--cpu-only", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     parser.add_argument("--max-model-len", dest="max_context", type=int, metavar="N", help="the same as --max-context")

@@ -10,10 +10,13 @@ from math import ceil
 
 import torch
 
+from kernels.layout_cpu import BLOCK, TAIL
+from kernels.layout_triton import CHUNK, TILE
 from qvl_edge.config import Config
-from qvl_edge.engine.slots import CHUNK
+from qvl_edge.engine.slots import CHUNK as PREFILLED
 from qvl_edge.engine.vision_memory import session_bytes, workspace_bytes
 from qvl_edge.errors import ConfigError, FitError
+from qvl_edge.model.loading import projections
 from qvl_edge.profile import PROFILES, Embeddings, Head, KVType, Vision
 
 SHORTEST = 512  # positions that a profile has to leave for it to be chosen: an image, a question and an answer
@@ -26,9 +29,9 @@ class Plan:
 
     device: str  # "cpu" or "cuda"
     dtype: torch.dtype  # of the arithmetic
-    vit: str
-    head: Head
-    kv_cache: KVType
+    vit: str = "float16"
+    head: Head = "float16"
+    kv_cache: KVType = "float16"
     embeddings: Embeddings = "host"
     vision: Vision = "resident"
     context: int = WISHED
@@ -59,7 +62,6 @@ class Budget:
 # others give for CUDA 12 and 13 and that was not measured here.
 _RUNTIME = {"cpu": 250 << 20, "cuda": 450 << 20}
 _BYTES_A_RANK = 350
-_CPU_BLOCK, _CPU_TAIL = 1024, 8  # kernels/layout_cpu.py: outputs of a block, bytes behind each row
 _PAGE = 4096
 
 
@@ -95,17 +97,11 @@ def position_bytes(config: Config, plan: Plan) -> int:
     return 2 * config.num_hidden_layers * config.hidden_size * plan.dtype.itemsize
 
 
-def _projections(config: Config) -> list[tuple[int, int]]:
-    """(outputs, inputs) of a block's projections."""
-    hidden, inner = config.hidden_size, config.ffn_size
-    return [(3 * hidden, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner)]
-
-
 def _layers_bytes(config: Config, plan: Plan) -> int:
     quant = config.quantization
     bits = 4 if quant is not None and quant.bits == 4 else None  # 8 bits are dequantized at load
     group = 0 if quant is None else quant.group_size
-    block = sum(_matrix_bytes(n, k, bits, k if group == -1 else group, plan) for n, k in _projections(config))
+    block = sum(_matrix_bytes(n, k, bits, k if group == -1 else group, plan) for n, k in projections(config).values())
     vectors = (3 * config.hidden_size + 2 * config.hidden_size) * plan.dtype.itemsize  # c_attn's bias, two norms
     return config.num_hidden_layers * (block + vectors) + config.hidden_size * plan.dtype.itemsize
 
@@ -116,16 +112,16 @@ def _matrix_bytes(outputs: int, inputs: int, bits: int | None, group: int, plan:
         return outputs * inputs * plan.dtype.itemsize
     groups = ceil(inputs / group)
     if plan.device == "cpu":
-        count = ceil(outputs / _CPU_BLOCK)
+        count = ceil(outputs / BLOCK)
         block = ceil(outputs / count / 16) * 16
-        return count * (inputs * (block + _CPU_TAIL) + 4 * groups * block)
+        return count * (inputs * (block + TAIL) + 4 * groups * block)
     scales = 4 if bits == 8 else 2
-    return ceil(outputs / 128) * 128 * (ceil(inputs / 128) * 16 * bits + scales * groups)
+    return ceil(outputs / TILE) * TILE * (ceil(inputs / CHUNK) * CHUNK * bits // 8 + scales * groups)
 
 
 def _prefill_bytes(config: Config, plan: Plan) -> int:
     """A chunk of a prompt on its way through one layer, and the logits of its last position."""
-    rows = min(plan.context, CHUNK)
+    rows = min(plan.context, PREFILLED)
     hidden, inner, size = config.hidden_size, config.ffn_size, plan.dtype.itemsize
     logits = 6 * 4 * config.vocab_size  # sorted, their indices, chances, noise
     attention = 0
@@ -133,7 +129,7 @@ def _prefill_bytes(config: Config, plan: Plan) -> int:
         attention = 2 * plan.context * hidden * 4
     if plan.device == "cpu":
         # residual, normed, qkv and its rotated copies, attended; w1, w2 and their product; a block of float weights
-        block = _CPU_BLOCK * max(hidden, inner) * 4 if config.quantization is not None else 0
+        block = BLOCK * max(hidden, inner) * 4 if config.quantization is not None else 0
         return logits + max(rows * hidden * 10 * size + attention, rows * (2 * hidden + 4 * inner) * size + block)
     # residual in float32, embeddings, normed rows, qkv, attended; the MLP's product
     return logits + rows * (4 * hidden + (6 * hidden + inner) * size) + attention
@@ -143,7 +139,7 @@ def _packing_bytes(config: Config, plan: Plan) -> int:
     """The largest int4 layer while its levels are brought into order: a byte each, twice, beside its words."""
     if config.quantization is None:
         return config.vocab_size * config.hidden_size * 2 if plan.device == "cpu" else 0
-    return ceil(2.5 * max(n * k for n, k in _projections(config)))
+    return ceil(2.5 * max(n * k for n, k in projections(config).values()))
 
 
 def longest_context(config: Config, plan: Plan, memory: int) -> int:
@@ -217,10 +213,13 @@ def choose(
         )
 
     def planned(name: str, positions: int | None) -> Plan:
-        asked = PROFILES[name]
-        made = "float32" if name == "12g" and plan.dtype == torch.float32 else asked.vit
+        asked = by_profile(plan, name)
         found = replace(
-            plan, vit=vit or made, head=head or asked.head, kv_cache=kv_cache or asked.kv_cache, context=positions or 1
+            asked,
+            vit=vit or asked.vit,
+            head=head or asked.head,
+            kv_cache=kv_cache or asked.kv_cache,
+            context=positions or 1,
         )
         if positions is None:
             most = config.max_position_embeddings if memory is None else longest_context(config, found, memory)
@@ -238,6 +237,12 @@ def choose(
     tried = planned(names[0], context or min(SHORTEST, config.max_position_embeddings))
     check_fits(config, tried, memory, where)
     raise AssertionError("what did not fit above does not fit here")
+
+
+def by_profile(plan: Plan, name: str) -> Plan:
+    """`plan` with what a profile decides; where nothing is to be lost in float32, the tower is float32 too."""
+    exact = name == "12g" and plan.dtype == torch.float32
+    return replace(plan, **vars(PROFILES[name]) | ({"vit": "float32"} if exact else {}))
 
 
 def towers(profile: str) -> tuple[str, ...]:

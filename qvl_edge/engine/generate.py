@@ -33,8 +33,7 @@ def generate(
             tokens.append([first])
         counts = [0] * len(sequences)
         while True:
-            # several at once come from a lone sequence only
-            for row in itertools.zip_longest(*tokens) if len(tokens) == 1 else [[t[0] if t else None for t in tokens]]:
+            for row in itertools.zip_longest(*tokens):  # more than one of them where a lone sequence guessed right
                 check_tokens([0 if token is None else token for token in row])
                 yield list(row)
                 for index, (sequence, token) in enumerate(zip(sequences, row, strict=True)):

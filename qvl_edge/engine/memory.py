@@ -48,8 +48,7 @@ def device_memory(device: torch.device) -> Memory:
 
 def peak_host_bytes() -> int:
     """The most that this process has ever had in memory (VmHWM of /proc/self/status)."""
-    status = Path("/proc/self/status").read_text()
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmHWM"))) * 1024
+    return _status("VmHWM")
 
 
 def reset_peak() -> None:
@@ -72,10 +71,15 @@ def parse_bytes(text: str | int) -> int:
 def resident_bytes() -> int:
     """What this process has in host memory now (VmRSS); 0 where that is not known."""
     try:
-        status = Path("/proc/self/status").read_text()
+        return _status("VmRSS")
     except OSError:
         return 0
-    return int(next(line.split()[1] for line in status.splitlines() if line.startswith("VmRSS"))) * 1024
+
+
+def _status(name: str) -> int:
+    """A figure of /proc/self/status, in bytes."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line.split()[1] for line in lines if line.startswith(name))) * 1024
 
 
 def free_memory(device: torch.device) -> int | None:

@@ -44,14 +44,18 @@ def expected_tensors(config: Config, *, decoder: bool = True, visual: bool = Tru
     return shapes
 
 
+def projections(config: Config) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of a block's projections, by their names in it."""
+    hidden, inner = config.hidden_size, config.ffn_size
+    sizes = ((3 * hidden, hidden), (hidden, hidden), (inner, hidden), (inner, hidden), (hidden, inner))
+    return dict(zip(QUANTIZED, sizes, strict=True))
+
+
 def gptq_shapes(config: Config, layer: str) -> dict[str, tuple[int, ...]]:
     """Shapes of the disk tensors of one quantized projection, e.g. layer = "mlp.w1"."""
     quant = config.quantization
     assert quant is not None
-    n_in = config.ffn_size if layer == "mlp.c_proj" else config.hidden_size
-    n_out = {"attn.c_attn": 3 * config.hidden_size, "mlp.w1": config.ffn_size, "mlp.w2": config.ffn_size}.get(
-        layer, config.hidden_size
-    )
+    n_out, n_in = projections(config)[layer]
     groups = quant.groups(n_in)
     return {
         "qweight": (n_in * quant.bits // 32, n_out),
