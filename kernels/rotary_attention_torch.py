@@ -32,7 +32,7 @@ def rotary_attention_torch(
     v_scales: Tensor | None = None,
 ) -> Tensor:
     """See kernels.rotary_attention; writes into k_cache and v_cache, and into their scales."""
-    batch, length, _, _ = q.shape
+    batch, length = q.shape[:2]
     q, k = rotate(q, cos, sin), rotate(k, cos, sin)
     if q_scale is not None:
         q = (q.float() * q_scale[:, :, None, None]).to(q.dtype)
@@ -43,15 +43,20 @@ def rotary_attention_torch(
             cache[rows, :, positions] = x.to(cache.dtype)
         else:
             cache[rows, :, positions], scales[rows, :, positions] = quantize_rows(x)
-    end = int(positions.max()) + 1
-    visible = torch.arange(end, device=q.device) <= positions[:, :, None]  # (B, T, end)
-    keys, values = _cached(k_cache, k_scales, end).to(q.dtype), _cached(v_cache, v_scales, end).to(q.dtype)
-    if batch > 1:  # a shorter sequence's cache may hold NaN where it is not filled, and 0 * NaN is NaN
-        unfilled = ~visible[:, -1, None, :, None]
-        keys, values = keys.masked_fill(unfilled, 0), values.masked_fill(unfilled, 0)
-    out = F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, attn_mask=visible.unsqueeze(1))
-    return out.transpose(1, 2)
+    out = torch.empty_like(q)
+    # one sequence at a time, each over its own positions: a shorter one's cache may hold NaN where it is not filled,
+    # and 0 * NaN is NaN; clearing that for a whole batch took longer than the attention itself
+    for row, end in enumerate((positions[:, -1] + 1).tolist()):
+        one = slice(row, row + 1)
+        keys, values = _cached(k_cache, k_scales, one, end), _cached(v_cache, v_scales, one, end)
+        visible = None if length == 1 else torch.arange(end, device=q.device) <= positions[row, :, None]
+        attended = F.scaled_dot_product_attention(
+            q[one].transpose(1, 2), keys.to(q.dtype), values.to(q.dtype), attn_mask=visible
+        )
+        out[one] = attended.transpose(1, 2)
+    return out
 
 
-def _cached(cache: Tensor, scales: Tensor | None, end: int) -> Tensor:
-    return cache[:, :, :end] if scales is None else dequantize_rows(cache[:, :, :end], scales[:, :, :end])
+def _cached(cache: Tensor, scales: Tensor | None, rows: slice, end: int) -> Tensor:
+    found = cache[rows, :, :end]
+    return found if scales is None else dequantize_rows(found, scales[rows, :, :end])
