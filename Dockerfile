@@ -8,6 +8,12 @@ ARG TORCH_INDEX_URL=
 ENV PIP_NO_CACHE_DIR=1 PIP_DISABLE_PIP_VERSION_CHECK=1 PYTHONUNBUFFERED=1 \
     XDG_CACHE_HOME=/cache TRITON_CACHE_DIR=/cache/triton
 
+# Triton compiles a helper in C at its first launch; Python.h is there, slim or not
+# hadolint ignore=DL3008
+RUN case "$EXTRA" in *cuda*) \
+        apt-get update && apt-get install -y --no-install-recommends gcc libc6-dev \
+        && rm -rf /var/lib/apt/lists/* ;; esac
+
 WORKDIR /src
 COPY . .
 # every version comes from constraints.txt

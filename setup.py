@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 RUNTIME = ["torch>=2.6", "numpy>=1.26", "pillow>=11", "safetensors>=0.4.5", "tiktoken>=0.7"]
 EXPORT = ["onnx>=1.17"]
+DOWNLOAD = ["huggingface_hub>=1.0"]
+MODELSCOPE = ["modelscope-hub>=0.5"]  # the client inside the package modelscope, without the rest of it
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.14", "llguidance>=1.0"]
 TRITON = "triton>=3.6; platform_system == 'Linux'"
 
@@ -32,6 +34,9 @@ setup(
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         "serve": SERVE,
+        # models by their name on a hub
+        "download": DOWNLOAD,
+        "modelscope": MODELSCOPE,
         "ray": [*SERVE, *EXPORT, "ray[serve,data]==2.60.0"],  # examples/ray, with the release that was tested
         # partners whose files we share; their pins exclude current transformers: an environment of their own
         "interop": [
@@ -44,6 +49,8 @@ setup(
         "dev": [
             *EXPORT,
             *SERVE,
+            *DOWNLOAD,
+            *MODELSCOPE,
             TRITON,
             "pytest>=8",
             "ruff>=0.8",
@@ -54,6 +61,8 @@ setup(
             "httpx>=0.27",
             "schemathesis>=4",
             "playwright>=1.45",
+            # the published score itself, to compare with
+            "anls==0.0.2",
         ],
     },
     entry_points={"console_scripts": ["qvl-edge=qvl_edge.__main__:main"]},

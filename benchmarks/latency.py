@@ -41,12 +41,13 @@ import onnxruntime
 import torch
 from PIL import Image
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, ends_with_its_message
 from benchmarks.plot import Panel, framed
-from qvl_edge import QvlError, Runtime
+from qvl_edge import Runtime
 from qvl_edge.answer import Answer
 from qvl_edge.bundle import VIT, VIT_DATA, is_bundle, replacing, write_json
 from qvl_edge.config import IMAGE_TOKENS, Config
+from qvl_edge.engine.device import find_device
 from qvl_edge.engine.memory import device_memory, peak_host_bytes, reset_peak
 from qvl_edge.model.loading import expected_tensors
 
@@ -63,8 +64,8 @@ class Bench:
     """A loaded model, and one repetition of each row: name -> value in the row's unit."""
 
     def __init__(self, path: str, options: dict[str, Any]):
-        device = "cuda" if options["device"] == "auto" else options["device"]
-        self.card = CardPeak(torch.device(device)) if torch.cuda.is_available() and device != "cpu" else None
+        device = find_device(options["device"])
+        self.card = CardPeak(device) if device.type == "cuda" else None
         reset_peak()
         self.before = peak_host_bytes()
         began = time.perf_counter()
@@ -445,6 +446,7 @@ def model_options(args: argparse.Namespace) -> dict[str, Any]:
     return {name: getattr(args, name) for name in names if getattr(args, name) is not None}
 
 
+@ends_with_its_message("benchmarks.latency")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, load, measure, print, save."""
     parser = argparse.ArgumentParser(
@@ -492,8 +494,6 @@ def main(arguments: list[str] | None = None) -> None:
             warmup=not args.no_warmup,
             progress=lambda line: print(line, file=sys.stderr, flush=True) if args.progress else None,
         )
-    except QvlError as error:
-        raise SystemExit(f"benchmarks.latency: {error}") from None
     finally:
         for worker in workers:
             worker.close()

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, ends_with_its_message
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
 
@@ -70,6 +70,7 @@ def measure(path: str, device: str, lookup: int, scenes: int, rounds: int) -> di
     }
 
 
+@ends_with_its_message("benchmarks.lookup")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, print, save."""
     parser = argparse.ArgumentParser(

@@ -7,11 +7,14 @@ import importlib.metadata
 import os
 import platform
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
+
+from qvl_edge.errors import QvlError
 
 
 def cpu_name() -> str:
@@ -77,3 +80,12 @@ def use_device(parser: argparse.ArgumentParser, device: str, *, tiny: bool) -> N
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
     elif not torch.cuda.is_available():
         parser.error("no CUDA device is here; --device cpu --tiny needs none")
+
+
+@contextlib.contextmanager
+def ends_with_its_message(program: str) -> Iterator[None]:
+    """A QvlError inside ends `python -m program` with its message and exit code 1; also a decorator of a main."""
+    try:
+        yield
+    except QvlError as error:
+        raise SystemExit(f"{program}: {error}") from None

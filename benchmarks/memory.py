@@ -17,9 +17,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, ends_with_its_message
 from qvl_edge import Runtime
 from qvl_edge.engine.budget import estimate
+from qvl_edge.engine.device import find_device
 from qvl_edge.engine.memory import device_memory, peak_host_bytes
 
 
@@ -32,15 +33,16 @@ def picture(size: int = 640) -> np.ndarray[Any, Any]:
 def measure(args: argparse.Namespace) -> dict[str, Any]:
     """Estimate, stages and peak of one run."""
     options = {"profile": args.profile, "max_context": args.context, "device": args.device}
-    cuda = args.device.startswith("cuda")
-    before = device_memory(torch.device(args.device)).free if cuda else 0
+    device = find_device(args.device)
+    cuda = device.type == "cuda"
+    before = device_memory(device).free if cuda else 0
     stages: dict[str, dict[str, float]] = {}
 
     def stage(name: str, began: float) -> None:
         peak = torch.cuda.max_memory_allocated() if cuda else peak_host_bytes()
         stages[name] = {"seconds": time.perf_counter() - began, "peak_bytes": peak}
         if cuda:
-            stages[name]["driver_bytes"] = before - device_memory(torch.device(args.device)).free
+            stages[name]["driver_bytes"] = before - device_memory(device).free
         print(f"{name}: {stages[name]['seconds']:.1f} s, peak {peak / 1e9:.2f} GB", file=sys.stderr, flush=True)
 
     def say(line: str) -> None:
@@ -69,6 +71,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+@ends_with_its_message("benchmarks.memory")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, run, print, save."""
     parser = argparse.ArgumentParser(

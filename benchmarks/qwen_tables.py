@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.latency import Bench, Row, add_model_arguments, describe, model_options, parameters_text
-from qvl_edge import QvlError
+from benchmarks.machine import ends_with_its_message
 from qvl_edge.bundle import write_json
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import ConfigError
@@ -94,6 +94,7 @@ def _table(
     return "\n".join(lines)
 
 
+@ends_with_its_message("benchmarks.qwen_tables")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, load, measure, print, save."""
     parser = argparse.ArgumentParser(
@@ -109,11 +110,8 @@ def main(arguments: list[str] | None = None) -> None:
     if args.tokens is not None and args.tokens < 2:
         parser.error("--tokens has to be 2 or more")
     options: dict[str, Any] = model_options(args)
-    try:
-        bench = Bench(args.path, options)
-        found = measure(bench, tokens=args.tokens)
-    except QvlError as error:
-        raise SystemExit(f"benchmarks.qwen_tables: {error}") from None
+    bench = Bench(args.path, options)
+    found = measure(bench, tokens=args.tokens)
     about, machine = bench.about(), describe(bench.device.type)
     print(tables(found, about, machine["device"]))
     if args.output:

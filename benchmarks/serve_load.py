@@ -26,7 +26,7 @@ from typing import Any
 import httpx
 import numpy as np
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, ends_with_its_message
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
 from qvl_edge.engine.memory import resident_bytes
@@ -215,6 +215,7 @@ def measure(args: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
+@ends_with_its_message("benchmarks.serve_load")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, run, print, save."""
     parser = argparse.ArgumentParser(

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, ends_with_its_message
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
 from qvl_edge.engine.memory import resident_bytes
@@ -81,6 +81,7 @@ def soak(runtime: Runtime, fresh: Runtime, count: int, images: int, compare: int
     }
 
 
+@ends_with_its_message("benchmarks.soak")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, run, print, save."""
     parser = argparse.ArgumentParser(

@@ -12,6 +12,8 @@ from pathlib import Path
 from export.part import export_vit
 from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
 from qvl_edge.bundle import VIT, VIT_DATA
+from qvl_edge.commands.loading import add_source
+from qvl_edge.download import local_folder
 from qvl_edge.engine.memory import peak_host_bytes
 from qvl_edge.errors import QvlError
 from qvl_edge.lora import open_checkpoint
@@ -21,8 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 0 on success, 1 on a QvlError, 130 when stopped."""
     args = _parser().parse_args(argv)
     try:
+        folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=_say)
         export_vit(
-            open_checkpoint(args.checkpoint, args.lora),
+            open_checkpoint(folder, args.lora),
             args.bundle,
             dtype=args.dtype,
             block_size=args.block_size,
@@ -48,8 +51,9 @@ def _parser() -> argparse.ArgumentParser:
         description=description,
         epilog=notes,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="folder with config.json and the weights")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or OWNER/NAME on a hub")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write to; made if needed")
+    add_source(parser)
     parser.add_argument("--lora", type=Path, metavar="DIR", help="merge this PEFT adapter (quantize.gptq needs it too)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     blocks = ", ".join(f"{size} for {dtype}" for dtype, size in BLOCK_SIZES.items())

@@ -1,6 +1,7 @@
 """Make the int4 decoder of a bundle:  python -m quantize.gptq CHECKPOINT BUNDLE --calibration conversations.json
 
-CHECKPOINT is Qwen-VL, Qwen-VL-Chat or a fine-tune of them (quantized by GPTQ), or Qwen-VL-Chat-Int4 (checked, copied).
+CHECKPOINT is Qwen-VL, Qwen-VL-Chat or a fine-tune of them (quantized by GPTQ), or Qwen-VL-Chat-Int4 (checked, copied):
+its folder, or its name on a hub (Qwen/Qwen-VL-Chat), from which it is fetched.
 The per-layer table goes to stdout, progress to stderr. Stopped at any moment, the same command goes on where it was.
 """
 
@@ -15,7 +16,9 @@ from quantize.progress import Event, LayerReport
 from quantize.repack import repack_checkpoint
 from qvl_edge.bundle import COMMANDS, MANIFEST, VIT
 from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.commands.loading import add_source
 from qvl_edge.config import QuantConfig, read_json
+from qvl_edge.download import local_folder
 from qvl_edge.errors import CalibrationError, ConfigError, QvlError
 from qvl_edge.lora import open_checkpoint
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
@@ -31,8 +34,9 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         description=(__doc__ or "").split("\n", 1)[1],
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
+    parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
+    add_source(parser)
     parser.add_argument("--lora", type=Path, metavar="DIR", help="merge this PEFT adapter (export.vit needs it too)")
     data = parser.add_argument_group("calibration")
     data.add_argument(
@@ -89,6 +93,11 @@ class Printer:
                 file=sys.stderr,
                 flush=True,
             )
+
+    def say(self, line: str) -> None:
+        """A line of the download, on stderr."""
+        self._clear()
+        print(line, file=sys.stderr, flush=True)
 
     def _left(self, fraction: float, now: float) -> str:
         if fraction - self._from < 0.01 or fraction >= 1:
@@ -151,7 +160,8 @@ def check_repack(args: argparse.Namespace, quant: QuantConfig) -> None:
 
 def run(args: argparse.Namespace, progress: Printer) -> Result:
     """Do what was asked for."""
-    checkpoint = open_checkpoint(args.checkpoint, args.lora)
+    folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=progress.say)
+    checkpoint = open_checkpoint(folder, args.lora)
     if checkpoint.config.quantization is not None:
         check_repack(args, checkpoint.config.quantization)
         made = repack_checkpoint(checkpoint, args.bundle, overwrite=args.overwrite, progress=progress)

@@ -10,6 +10,7 @@ COMMANDS = {
     "run": "answer one question about images",
     "chat": "talk about images, turn by turn",
     "serve": "an OpenAI-compatible API, and a page that draws the boxes",
+    "pull": "fetch a model from a hub, checked and resumed",
     "fit": "what a model will take of memory, before it is loaded or downloaded",
     "doctor": "check this machine: what is installed, the card, every kernel, a bundle",
     "demo": "quantize, export and run the small model that ships with this package",

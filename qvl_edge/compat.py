@@ -1,28 +1,35 @@
 """Upstream's names over Runtime, so that the snippets of Qwen-VL's README run with the import line changed.
 
-    from qvl_edge.compat import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+    from qvl_edge.compat import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, snapshot_download
 
-Here token ids hold an image's path as upstream writes them: its bytes inside the 256 slots. The caller of this module
-is the app, so `<img>path</img>` in a string opens that file, as upstream's README uses it. What differs from upstream:
-`trust_remote_code` and `device_map="cpu"|"cuda"|"auto"` are accepted and need nothing; logits are not returned.
+A path is a folder, or the name of a model on a hub (source="hf" or "modelscope"), which is fetched. Token ids hold an
+image's path as upstream writes them: its bytes inside the 256 slots. The caller of this module is the app, so
+`<img>path</img>` in a string opens that file, as upstream's README uses it. Every snippet of upstream's README and
+TUTORIAL, and what differs: docs/parity.md.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import fields
+import shlex
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import fields, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from PIL import Image
 from torch import Tensor
 
 from qvl_edge.config import IMAGE_TOKENS, read_json
+from qvl_edge.download import Source, local_folder
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.errors import ConfigError, PromptError
+from qvl_edge.lora import ADAPTER_CONFIG
 from qvl_edge.runtime import SYSTEM, Runtime
 from qvl_edge.text.list_format import from_list_format, to_list_format
 from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, VOCAB_FILE, Tokenizer
+
+GENERATION_FILE = "generation_config.json"
+WITHOUT_EFFECT = ("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "resume_download")
 
 
 class BatchEncoding(dict[str, Any]):
@@ -127,20 +134,40 @@ class QWenTokenizer:
 
 
 class GenerationConfig:
-    """generation_config.json as an object: attributes can be set, as snippets do (top_p, max_new_tokens …)."""
+    """generation_config.json as an object: attributes can be set, as snippets do (top_p, max_new_tokens …).
+
+    What it leaves open is as in transformers: greedy, and where sampling is asked for, from the likeliest 50 tokens.
+    """
+
+    do_sample: bool = False
+    temperature: float = 1.0
+    top_k: int = 50
+    top_p: float = 1.0
+    repetition_penalty: float = 1.0
 
     def __init__(self, **values: Any):
         self.__dict__.update(values)
 
     @classmethod
-    def from_pretrained(cls, path: str | PathLike[str], **overrides: Any) -> "GenerationConfig":
-        """Read PATH/generation_config.json."""
+    def from_pretrained(
+        cls,
+        path: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        source: Source = "hf",
+        local_files_only: bool = False,
+        **overrides: Any,
+    ) -> "GenerationConfig":
+        """Read PATH/generation_config.json; of a hub's model nothing else is fetched."""
         overrides.pop("trust_remote_code", None)
-        return cls(**{**read_json(Path(path) / "generation_config.json"), **overrides})
+        folder = local_folder(
+            path, source=source, revision=revision, only=(GENERATION_FILE,), local_files_only=local_files_only
+        )
+        return cls(**{**read_json(folder / GENERATION_FILE), **overrides})
 
     def to_dict(self) -> dict[str, Any]:
         """All settings."""
-        return dict(self.__dict__)
+        return {name: getattr(self, name) for name in GenerationConfig.__annotations__} | self.__dict__
 
 
 class QWenLMHeadModel:
@@ -149,16 +176,63 @@ class QWenLMHeadModel:
     def __init__(self, runtime: Runtime):
         self.runtime = runtime
         self.generation_config = GenerationConfig(**runtime.generation_config)
-        self.device = runtime.decoder.device
+        self.device, self.dtype = runtime.decoder.device, runtime.plan.dtype
 
     def eval(self) -> "QWenLMHeadModel":
         """Nothing to do; snippets call it."""
         return self
 
+    def to(self, place: "str | int | torch.device | torch.dtype") -> "QWenLMHeadModel":
+        """The model, which is there, or of this dtype, already. ConfigError if not: after loading nothing moves."""
+        if isinstance(place, torch.dtype):
+            found, flag = self.dtype == place, f"torch_dtype={place}"
+        else:
+            device = torch.device(_device(place))
+            found = device.type == self.device.type and device.index in (None, self.device.index or 0)
+            flag = f"device_map={str(device)!r}"
+        if not found:
+            raise ConfigError(
+                f"the model is on {self.device} in {self.dtype} and stays so; load it with {flag} in from_pretrained"
+            )
+        return self
+
+    def cuda(self, device: "int | torch.device | None" = None) -> "QWenLMHeadModel":
+        """See `to`."""
+        return self.to("cuda" if device is None else device)
+
+    def cpu(self) -> "QWenLMHeadModel":
+        """See `to`."""
+        return self.to("cpu")
+
+    def half(self) -> "QWenLMHeadModel":
+        """See `to`."""
+        return self.to(torch.float16)
+
+    def bfloat16(self) -> "QWenLMHeadModel":
+        """See `to`."""
+        return self.to(torch.bfloat16)
+
+    def float(self) -> "QWenLMHeadModel":
+        """See `to`."""
+        return self.to(torch.float32)
+
     def _options(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> dict[str, Any]:
         settings = (generation_config or self.generation_config).to_dict()
-        options = GenerationOptions.from_config(settings | {k: v for k, v in overrides.items() if v is not None})
+        given = {name: value for name, value in overrides.items() if value is not None}
+        options = GenerationOptions.from_config(settings).with_overrides(given)
+        if options.do_sample and options.seed is None:  # so that torch.manual_seed before a call decides its answer
+            options = replace(options, seed=int(torch.randint(2**63 - 1, ())))
         return {f.name: getattr(options, f.name) for f in fields(options)}
+
+    def _chat_options(self, generation_config: GenerationConfig | None, overrides: dict[str, Any]) -> dict[str, Any]:
+        """ConfigError for a base model, as upstream asserts."""
+        found = (generation_config or self.generation_config).to_dict().get("chat_format", "chatml")
+        if found != "chatml":
+            raise ConfigError(
+                f"chat_format is {found!r} in the generation config: a base model, which was not taught to chat; use "
+                "generate, or load the Chat model"
+            )
+        return self._options(generation_config, overrides)
 
     def chat(
         self,
@@ -171,7 +245,7 @@ class QWenLMHeadModel:
         **overrides: Any,
     ) -> tuple[str, list[tuple[str, str]]]:
         """(response, history); with append_history=False the given list is returned as it was."""
-        options = self._options(generation_config, overrides)
+        options = self._chat_options(generation_config, overrides)
         response, _ = self.runtime.chat(query, history, system, **options)
         history = [] if history is None else history
         if append_history:
@@ -188,17 +262,24 @@ class QWenLMHeadModel:
         **overrides: Any,
     ) -> Iterator[str]:
         """Cumulative text."""
-        return self.runtime.chat_stream(query, history, system, **self._options(generation_config, overrides))
+        return self.runtime.chat_stream(query, history, system, **self._chat_options(generation_config, overrides))
 
-    def generate(self, input_ids: Tensor, attention_mask: Tensor | None = None, **overrides: Any) -> Tensor:
-        """input_ids (1, T) from the tokenizer -> (1, T + new) int64, the prompt included, raw format."""
+    def generate(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        generation_config: GenerationConfig | None = None,
+        **overrides: Any,
+    ) -> Tensor:
+        """input_ids (1, T) from the tokenizer -> (1, T + new) int64 on the CPU, the prompt included, raw format."""
         if input_ids.shape[0] != 1:
             raise ConfigError(f"generate takes one sequence here, input_ids has {input_ids.shape[0]}")
         tokenizer = QWenTokenizer(self.runtime.tokenizer)
         ids = input_ids[0].tolist()
         spans = tokenizer.image_spans(ids)
         images = [tokenizer.path_of(ids[start:end]).decode("utf-8", errors="replace") for start, end in spans]
-        answer = self.runtime.generate_ids(ids, [start for start, _ in spans], images, **self._options(None, overrides))
+        options = self._options(generation_config, overrides)
+        answer = self.runtime.generate_ids(ids, [start for start, _ in spans], images, **options)
         return torch.tensor([ids + answer.token_ids])
 
 
@@ -206,10 +287,20 @@ class AutoTokenizer:
     """Upstream's way in."""
 
     @staticmethod
-    def from_pretrained(path: str | PathLike[str], **ignored: Any) -> QWenTokenizer:
-        """The tokenizer of a bundle or checkpoint."""
-        del ignored  # trust_remote_code, revision, …: nothing is fetched or executed
-        return QWenTokenizer(Tokenizer.from_file(Path(path) / VOCAB_FILE))
+    def from_pretrained(
+        path: str | PathLike[str],
+        *,
+        revision: str | None = None,
+        source: Source = "hf",
+        local_files_only: bool = False,
+        **ignored: Any,
+    ) -> QWenTokenizer:
+        """The tokenizer of a bundle or checkpoint; of a hub's model nothing else is fetched."""
+        del ignored  # trust_remote_code, …: nothing of a checkpoint is executed
+        folder = local_folder(
+            path, source=source, revision=revision, only=(VOCAB_FILE,), local_files_only=local_files_only
+        )
+        return QWenTokenizer(Tokenizer.from_file(folder / VOCAB_FILE))
 
 
 class AutoModelForCausalLM:
@@ -218,16 +309,66 @@ class AutoModelForCausalLM:
     @staticmethod
     def from_pretrained(
         path: str | PathLike[str],
-        device_map: str = "auto",
+        device_map: Any = "auto",
         bf16: bool = False,
         fp16: bool = False,
         fp32: bool = False,
-        trust_remote_code: bool = True,
+        torch_dtype: "torch.dtype | str | None" = None,
         **options: Any,
     ) -> QWenLMHeadModel:
-        """A bundle or checkpoint as upstream's model; `options` go to Runtime.from_pretrained."""
-        del trust_remote_code  # no code of the checkpoint is ever run
-        if bf16 + fp16 + fp32 > 1:
-            raise ConfigError("at most one of bf16, fp16 and fp32 can be true")
-        dtype = "bfloat16" if bf16 else "float16" if fp16 else "float32" if fp32 else None
-        return QWenLMHeadModel(Runtime.from_pretrained(path, device=device_map, dtype=dtype, **options))
+        """A bundle or checkpoint as upstream's model; `options` (revision, source, …) go to Runtime.from_pretrained.
+
+        device_map: "auto", "cpu", "cuda", "cuda:1", 1, a torch.device, or one of these under the key "" of a dict.
+        Options of transformers that choose how files are read (WITHOUT_EFFECT) are taken and need nothing.
+        """
+        flags = {"bfloat16": bf16, "float16": fp16, "float32": fp32}
+        asked = [name for name, given in flags.items() if given]
+        if torch_dtype not in (None, "auto"):
+            asked.append(str(torch_dtype).removeprefix("torch."))
+        if len(asked) > 1:
+            raise ConfigError("at most one of bf16, fp16, fp32 and torch_dtype can be given")
+        options = {name: value for name, value in options.items() if name not in WITHOUT_EFFECT}
+        dtype = asked[0] if asked else None
+        return QWenLMHeadModel(Runtime.from_pretrained(path, device=_device(device_map), dtype=dtype, **options))
+
+
+class AutoPeftModelForCausalLM:
+    """PEFT's way to a LoRA adapter, which here is merged while a bundle is made."""
+
+    @staticmethod
+    def from_pretrained(path: str | PathLike[str], **ignored: Any) -> NoReturn:
+        """ConfigError with the two commands for this adapter and the base that it names."""
+        del ignored
+        adapter = shlex.quote(str(path))
+        base = shlex.quote(str(read_json(Path(path) / ADAPTER_CONFIG).get("base_model_name_or_path") or "CHECKPOINT"))
+        raise ConfigError(
+            f"{path} is an adapter, which is merged while a bundle is made:\n"
+            f"  python -m quantize.gptq {base} BUNDLE --lora {adapter} --calibration conversations.json\n"
+            f"  python -m export.vit {base} BUNDLE --lora {adapter}\n"
+            "load BUNDLE with AutoModelForCausalLM then"
+        )
+
+
+def snapshot_download(
+    model_id: str,
+    revision: str | None = None,
+    *,
+    source: Source = "modelscope",
+    local_files_only: bool = False,
+    **ignored: Any,
+) -> str:
+    """The folder of a hub's model, fetched if need be: ModelScope's name, whose hub upstream's README takes it from."""
+    del ignored  # cache_dir, user_agent, …: the hub's own cache is used
+    return str(local_folder(model_id, source=source, revision=revision, local_files_only=local_files_only))
+
+
+def _device(device_map: Any) -> str:
+    """The device that a device_map names. ConfigError for a model spread over several."""
+    if isinstance(device_map, Mapping):
+        if set(device_map) != {""}:
+            raise ConfigError(
+                f"device_map has the parts {', '.join(map(str, device_map))[:80]}; the model is on one device here, "
+                "such as device_map='cuda:0', and `release_vision` and `embeddings` say what else is kept where"
+            )
+        device_map = device_map[""]
+    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map or "auto")

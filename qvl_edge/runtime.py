@@ -4,7 +4,6 @@ import contextlib
 import time
 from collections.abc import Iterator, Sequence
 from os import PathLike
-from pathlib import Path
 from typing import Any, get_args
 
 import torch
@@ -13,8 +12,10 @@ from PIL import Image
 from qvl_edge.answer import Answer
 from qvl_edge.bundle import Bundle, is_bundle
 from qvl_edge.checkpoint import VISUAL, Checkpoint
+from qvl_edge.download import Source, local_folder
 from qvl_edge.engine.budget import Plan, choose, estimate
-from qvl_edge.engine.constraint import constraint_for
+from qvl_edge.engine.constraint import MinNewTokens, constraint_for
+from qvl_edge.engine.device import find_device, named_with_others
 from qvl_edge.engine.features import FeatureCache
 from qvl_edge.engine.generate import generate
 from qvl_edge.engine.image import ImageLike, load_image
@@ -83,10 +84,16 @@ class Runtime:
         release_vision: bool = False,
         lookup: int = 0,
         verify: bool = False,
+        source: Source = "hf",
+        revision: str | None = None,
+        local_files_only: bool = False,
         cache_dir: str | PathLike[str] | None = None,
         progress: Progress | None = None,
     ) -> "Runtime":
-        """Load a bundle, or an untouched checkpoint (float or Int4).
+        """Load a bundle, or an untouched checkpoint (float or Int4): a folder, or a name like "Qwen/Qwen-VL-Chat-Int4".
+
+        A name that is no folder here is looked up on a hub, source "hf" or "modelscope" at `revision`, and fetched
+        once (download.py); local_files_only fetches nothing.
 
         device is "cpu", "cuda" (or "cuda:1", …), or "auto": CUDA where torch sees it. dtype is that of the arithmetic
         and of the layers that are not int4: "float32" (the default on a CPU), "float16" (the default on CUDA) or
@@ -108,8 +115,8 @@ class Runtime:
         BundleError, CheckpointError and ConfigError name what is missing and the command that makes it; FitError comes
         before anything is allocated, with both numbers and what would fit.
         """
-        path, say = Path(path), progress or (lambda _: None)
-        place = _device(device)
+        say = progress or (lambda _: None)
+        place = find_device(device)
         if dtype is not None and dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
         name = dtype or ("float32" if place.type == "cpu" else "float16")
@@ -118,6 +125,9 @@ class Runtime:
         for option, value, known in (("kv_cache", kv_cache, get_args(KVType)), ("head", head, get_args(Head))):
             if value is not None and value not in known:
                 raise ConfigError(f"{option} is {value!r}, known are {', '.join(known)}")
+        path = local_folder(
+            path, source=source, revision=revision, local_files_only=local_files_only, progress=progress
+        )
         bundle = Bundle.open(path, verify=verify) if is_bundle(path) else None
         checkpoint = bundle.checkpoint if bundle else Checkpoint(path)
         config = checkpoint.config
@@ -144,7 +154,7 @@ class Runtime:
             ),
             profile=profile,
             memory=memory,
-            where=str(place),
+            where=named_with_others(place),
             vit=bundle.vit_dtype if bundle else None,
             head=head,
             kv_cache=kv_cache,
@@ -231,6 +241,8 @@ class Runtime:
         constraint = constraint_for(
             run.options.response_format, self.tokenizer, self.config.vocab_size, run.stop_ids or frozenset({0})
         )
+        if run.options.min_new_tokens:
+            constraint = MinNewTokens(run.options.min_new_tokens, run.stop_ids, self.config.vocab_size, constraint)
         return Sampler(run.options, run.prompt.ids, constraint=constraint, device=self.decoder.device)
 
     def encode(self, run: Run) -> Inputs:
@@ -404,21 +416,3 @@ def _load(checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress
     seconds = time.perf_counter() - began
     say(f"read {done / 1e9:.2f} GB in {seconds:.1f} s, {done / seconds / 1e9:.2f} GB/s")
     return decoder
-
-
-def _device(name: str) -> torch.device:
-    """ConfigError for a device that is not known or not there."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        device = torch.device("meta")
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device is {name!r}, known are 'auto', 'cpu', 'cuda' and 'cuda:N'")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device is {name!r}, but torch {torch.__version__} sees no CUDA device; install a torch built for CUDA "
-            "and its driver, or use device='cpu'"
-        )
-    return device

@@ -8,6 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+# before torch is loaded, and for the commands that tests start: GPTQ of the small model takes 1 s of one core, or 9 s
+# of two that wait for one another (torch 2.13)
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from safetensors.torch import save_file
 

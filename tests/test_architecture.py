@@ -28,7 +28,7 @@ NEVER = {
 LAYERS = (
     ("commands", "server", "__main__", "compat"),
     ("runtime",),
-    ("vit_cache", "answer", "engine", "demo"),
+    ("vit_cache", "download", "hubs", "answer", "engine", "demo"),
     ("model", "text"),
     ("bundle", "checkpoint", "lora"),
     ("published", "pages"),
@@ -110,6 +110,11 @@ def modules_after(statement: str) -> set[str]:
 def test_importing_the_package_stays_light() -> None:
     heavy = {"torch", "triton", "onnx", "onnxruntime", "transformers", "PIL", "numpy", "tiktoken"}
     assert not modules_after("import qvl_edge") & heavy
+
+
+def test_a_hubs_client_is_loaded_when_a_model_is_fetched_only() -> None:
+    loaded = modules_after("from qvl_edge import Runtime; import qvl_edge.compat, qvl_edge.commands.pull")
+    assert not loaded & {"huggingface_hub", "modelscope_hub", "requests"}
 
 
 def test_importing_the_kernels_loads_neither_triton_nor_cuda() -> None:

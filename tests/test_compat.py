@@ -90,3 +90,42 @@ def test_without_append_history_the_list_stays(tokenizer, model) -> None:
     history = [("a", "b")]
     _, same = model.chat(tokenizer, "c", history=history, append_history=False, max_new_tokens=1)
     assert same is history and history == [("a", "b")]
+
+
+def test_a_loaded_model_is_where_it_is_and_says_how_to_load_it_elsewhere(model) -> None:
+    assert model.to("cpu") is model.cpu() is model.float() is model.to(torch.float32) is model
+    for move, words in (
+        (model.cuda, r"device_map='cuda'"),
+        (lambda: model.cuda(1), r"device_map='cuda:1'"),
+        (model.half, r"torch_dtype=torch\.float16"),
+        (model.bfloat16, r"torch_dtype=torch\.bfloat16"),
+    ):
+        with pytest.raises(ConfigError, match=f"is on cpu in torch.float32 and stays so; load it with {words}"):
+            move()
+
+
+def test_a_device_map_names_one_device(cache: Path) -> None:
+    options = {"use_safetensors": True, "low_cpu_mem_usage": True, "torch_dtype": torch.float32, "cache_dir": cache}
+    whole = AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map={"": torch.device("cpu")}, **options)
+    assert whole.device.type == "cpu" and whole.dtype == torch.float32
+    with pytest.raises(ConfigError, match=r"has the parts transformer\.wte, lm_head; the model is on one device"):
+        AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map={"transformer.wte": 0, "lm_head": 1})
+    with pytest.raises(ConfigError, match="at most one of bf16, fp16, fp32 and torch_dtype"):
+        AutoModelForCausalLM.from_pretrained(CHECKPOINT, fp16=True, torch_dtype="bfloat16")
+
+
+def test_what_a_generation_config_leaves_open_is_as_in_transformers() -> None:
+    given = GenerationConfig(max_new_tokens=5).to_dict()
+    assert given == {
+        "max_new_tokens": 5,
+        "do_sample": False,
+        "temperature": 1.0,
+        "top_k": 50,
+        "top_p": 1.0,
+        "repetition_penalty": 1.0,
+    }
+
+
+def test_an_option_with_an_unknown_name_is_an_error(tokenizer, model) -> None:
+    with pytest.raises(ConfigError, match="unknown generation option 'num_beams'"):
+        model.chat(tokenizer, "a", history=None, num_beams=4)

@@ -87,6 +87,19 @@ def test_a_sound_card_passes(monkeypatch: Patch) -> None:
     assert "tiles not tuned" in found[0].found[0]  # the shipped tables are estimates
 
 
+@pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
+def test_gcc_compiles_the_header_of_this_python(monkeypatch: Patch) -> None:
+    monkeypatch.delenv("CC", raising=False)
+    (finding,) = broken_card(monkeypatch, "C compiler")
+    assert (finding.status, finding.found) == ("ok", "gcc")
+
+
+def test_without_a_compiler_its_line_is_the_only_failure(monkeypatch: Patch, tmp_path: Path) -> None:
+    list(no_compiler(monkeypatch, tmp_path))
+    (finding,) = examine_one("self-tests")  # each kernel would fail by the same thing
+    assert finding.status == "skipped" and "C compiler" in finding.found[0]
+
+
 # Broken machines: each breaks one thing and returns what examine finds.
 
 
@@ -134,6 +147,25 @@ def no_triton(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
 def old_triton(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
     monkeypatch.setattr(doctor, "_version", {"triton": "3.2.0"}.get)
     return broken_card(monkeypatch, "triton")
+
+
+def no_compiler(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setattr(shutil, "which", lambda _: None)
+    return broken_card(monkeypatch, "C compiler")
+
+
+def compiler_that_is_not_there(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
+    monkeypatch.setenv("CC", "/no/cc")  # Triton then asks for no other one
+    return broken_card(monkeypatch, "C compiler")
+
+
+def no_python_header(monkeypatch: Patch, tmp_path: Path) -> Iterator[Finding]:
+    if not shutil.which("gcc"):
+        pytest.skip("needs gcc")
+    monkeypatch.setenv("CC", "gcc")
+    monkeypatch.setattr("sysconfig.get_path", lambda *_: str(tmp_path))
+    return broken_card(monkeypatch, "C compiler")
 
 
 def two_cudas(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
@@ -237,12 +269,15 @@ BROKEN: list[tuple[Callable[[Patch, Path], Iterator[Finding]], str, str, str]] =
     (cpu_onnxruntime_beside_a_card, "onnxruntime", "has no CUDA", "pip install 'qvl-edge[cuda]'"),
     (no_triton, "triton", "not installed", "pip install 'triton>=3.6'"),
     (old_triton, "triton", "3.2.0", "pip install 'triton>=3.6'"),
+    (no_compiler, "C compiler", "neither gcc nor clang", "apt-get install gcc python3-dev"),
+    (compiler_that_is_not_there, "C compiler", "CC=/no/cc", "unset CC"),
+    (no_python_header, "C compiler", "Python.h", "apt-get install gcc python3-dev"),
     (two_cudas, "cuda row", "torch cu12 + onnxruntime-gpu 1.31.1", "pip install 'onnxruntime-gpu<1.27'"),
     (foreign_kernels, "kernels", "kernels 0.4.1", "pip uninstall -y kernels"),
     (kernels_elsewhere, "kernels", "another package", "pip uninstall -y kernels"),
     (old_driver, "driver", "535.54.03 does not run CUDA 13.0", "580"),
     (torch_without_cuda, "driver", "RTX 3060 lies idle", "pytorch.org"),
-    (old_card, "card", "sm_61", "--device cpu"),
+    (old_card, "card", "6.1 (sm_61), the kernels need 8.0 (sm_80)", "--device cpu"),
     (busy_card, "card in use", "python, train (pid 4711, 7400 MiB)", "kill 4711"),
     (full_card, "card memory", "0.3 GB of 12.0 GB", "nvidia-smi"),
     (no_font, "font", "no.otf is missing", "pip install"),

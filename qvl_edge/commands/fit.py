@@ -1,7 +1,8 @@
 """What a model will take of memory, before it is loaded or downloaded: qvl-edge fit PATH [--gpu 12GB] [--context 4096]
 
-PATH is a bundle, a checkpoint, a folder with nothing but its config.json, or Qwen/Qwen-VL, Qwen/Qwen-VL-Chat,
-Qwen/Qwen-VL-Chat-Int4. GB are 10^9 bytes; a card that is sold as 12 GB has 12GiB.
+PATH is a bundle, a checkpoint, a folder with nothing but its config.json, or the name of a model on a hub, of which
+only the settings are fetched (those of Qwen/Qwen-VL, Qwen/Qwen-VL-Chat and Qwen/Qwen-VL-Chat-Int4 are known). GB are
+10^9 bytes; a card that is sold as 12 GB has 12GiB.
 """
 
 import argparse
@@ -10,10 +11,12 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from qvl_edge.commands import loading
 from qvl_edge.profile import PROFILES
 
 if TYPE_CHECKING:
     from qvl_edge.config import Config
+    from qvl_edge.download import Source
     from qvl_edge.engine.budget import Budget, Plan
 
 WIDTH = 56  # characters of a whole bar
@@ -33,6 +36,7 @@ NAMES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge fit`."""
     parser.add_argument("path", metavar="PATH", help="a bundle, a checkpoint, its config.json's folder, or a name")
+    loading.add_source(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--gpu", metavar="12GB", help="memory of the card (default: what is free on the one here)")
     where.add_argument("--cpu", metavar="16GB", nargs="?", const="", help="run on the CPU, with so much (what is free)")
@@ -49,7 +53,7 @@ def execute(args: argparse.Namespace) -> int:
     from qvl_edge.engine.budget import Plan, by_profile, estimate, longest_context
     from qvl_edge.errors import ConfigError
 
-    config, note = read_config(args.path)
+    config, note = read_config(args.path, source=args.source, revision=args.revision)
     if not 0 < args.context <= config.max_position_embeddings:
         raise ConfigError(
             f"--context is {args.context}, this model takes 1 to {config.max_position_embeddings} positions"
@@ -78,13 +82,16 @@ def execute(args: argparse.Namespace) -> int:
     return 0 if any(budget.total <= memory for _, _, budget, _ in rows) else 1
 
 
-def read_config(path: str) -> tuple["Config", str]:
+def read_config(path: str, *, source: "Source" = "hf", revision: str | None = None) -> tuple["Config", str]:
     """The config to be fitted, and what to say about it."""
     from qvl_edge.config import Config, QuantConfig
+    from qvl_edge.download import local_folder
     from qvl_edge.published import published_config
 
     config = None if Path(path).exists() else published_config(path)
-    config = config or Config.from_folder(path)
+    if config is None:
+        settings = ("config.json", "quantize_config.json")
+        config = Config.from_folder(local_folder(path, source=source, revision=revision, only=settings))
     if config.quantization is not None:
         return config, ""
     return replace(config, quantization=QuantConfig()), "\nas quantize.gptq makes it, 4 bits in groups of 128"

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser, *, optional_path: bool = False) -> None:
     """The model, how it is loaded, and how it generates. optional_path: the command has other names for BUNDLE too."""
     nargs = "?" if optional_path else None
-    parser.add_argument("path", metavar="BUNDLE", nargs=nargs, help="a bundle, or an untouched checkpoint")
+    parser.add_argument("path", metavar="BUNDLE", nargs=nargs, help="a bundle, a checkpoint, or OWNER/NAME on a hub")
+    add_source(parser)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA where there is one)")
     parser.add_argument(
         "--dtype", choices=("float32", "bfloat16", "float16"), help="of the arithmetic (float32, on CUDA float16)"
@@ -54,6 +55,14 @@ def add_arguments(parser: argparse.ArgumentParser, *, optional_path: bool = Fals
     group.add_argument("--stop", action="append", metavar="TEXT", help="end the answer before this text; repeatable")
 
 
+def add_source(parser: argparse.ArgumentParser) -> None:
+    """Which hub a name that is no folder here is looked up on."""
+    parser.add_argument(
+        "--source", choices=("hf", "modelscope"), default="hf", help="the hub of a model that is named (hf)"
+    )
+    parser.add_argument("--revision", metavar="R", help="its branch, tag or commit (the hub's default branch)")
+
+
 def generation_of(args: argparse.Namespace) -> dict[str, Any]:
     """The generation options that were given."""
     names = ("max_new_tokens", "do_sample", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop")
@@ -80,6 +89,8 @@ def load(args: argparse.Namespace) -> "Runtime":
         release_vision=args.release_vision,
         lookup=args.lookup,
         verify=args.verify,
+        source=args.source,
+        revision=args.revision,
         progress=say,
     )
     say(f"loaded {args.path} in {time.perf_counter() - began:.1f} s")

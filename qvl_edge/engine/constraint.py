@@ -1,4 +1,4 @@
-"""What a response_format allows: well-formed boxes by a grammar of our own, JSON by llguidance."""
+"""What may come next: boxes by a grammar of our own, JSON by llguidance, no end before min_new_tokens."""
 
 import functools
 import importlib
@@ -43,6 +43,27 @@ def constraint_for(
         if not isinstance(schema, Mapping):
             raise ConfigError('response_format has no schema; expected {"json_schema": {"schema": {…}}}')
     return JsonGrammar(_json_tokenizer(tokenizer, vocab, stop_ids), json.dumps(schema), vocab)
+
+
+class MinNewTokens:
+    """No end before `count` tokens, except where `inner` leaves nothing else."""
+
+    def __init__(self, count: int, stop_ids: frozenset[int], vocab: int, inner: Constraint | None = None):
+        self._left, self._inner = count, inner
+        self._go_on = torch.ones(vocab, dtype=torch.bool)
+        self._go_on[sorted(stop_ids)] = False
+
+    def allowed(self) -> Tensor:
+        """(vocab,) bool."""
+        allowed = torch.ones_like(self._go_on) if self._inner is None else self._inner.allowed()
+        longer = allowed & self._go_on
+        return longer if self._left > 0 and bool(longer.any()) else allowed
+
+    def accept(self, token: int) -> None:
+        """Go on after `token`."""
+        self._left -= 1
+        if self._inner is not None:
+            self._inner.accept(token)
 
 
 class JsonGrammar:

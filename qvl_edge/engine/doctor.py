@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,6 +132,40 @@ def check_triton(_: Path | None) -> Iterator[Finding]:
     else:
         status: Status = "ok" if _numbers(found) >= TRITON else "failed"
         yield Finding("triton", status, found, "" if status == "ok" else fix)
+
+
+def check_compiler(_: Path | None) -> Iterator[Finding]:
+    """$CC, else gcc or clang, as Triton looks for one: its first launch on CUDA compiles a helper with Python.h."""
+    if not _cuda():
+        yield Finding("C compiler", "skipped", ("only CUDA needs it", "仅 CUDA 需要"))
+        return
+    named = os.environ.get("CC")
+    compiler = next((name for name in (("gcc", "clang") if named is None else (named,)) if shutil.which(name)), None)
+    fix = "apt-get install gcc python3-dev"
+    if compiler is not None:
+        wrong = _compile_header(compiler)
+        yield Finding("C compiler", "failed", wrong, fix) if wrong else Finding("C compiler", "ok", compiler)
+    elif named is None:
+        yield Finding("C compiler", "failed", ("neither gcc nor clang is there", "没有 gcc，也没有 clang"), fix)
+    else:
+        said = (f"CC={named} is no program", f"CC={named} 不是程序")
+        yield Finding(
+            "C compiler", "failed", said, ("unset CC, or name a C compiler in it", "取消 CC，或设为 C 编译器")
+        )
+
+
+def _compile_header(compiler: str) -> str | None:
+    """Why Python.h does not compile, which also needs the C library's headers; None if it does."""
+    folder = sysconfig.get_path("include", "posix_prefix")  # not Debian's own scheme, whose folder has no headers
+    command = [compiler, "-fsyntax-only", f"-I{folder}", "-x", "c", "-"]
+    try:
+        run = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError) as error:
+        return _one_line(f"{compiler}: {error}")
+    if run.returncode == 0:
+        return None
+    said = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr)
+    return _one_line(f"{compiler}: {said}")[:200]
 
 
 def check_onnxruntime(_: Path | None) -> Iterator[Finding]:
@@ -305,26 +340,19 @@ def check_card(_: Path | None) -> Iterator[Finding]:
     from kernels.tiles import device_key, read_table
     from qvl_edge.engine.memory import device_memory
 
-    others = nvidia_smi("compute-apps", "gpu_uuid", "pid", "used_memory", "name")  # before this process is one of them
+    programs = programs_on_cards()  # before this process is one of them
     device = torch.device("cuda:0")
     properties, key = torch.cuda.get_device_properties(device), device_key(device)
-    others = [row for row in others if row[0].removeprefix("GPU-") == str(properties.uuid)]
-    name = properties.name
-    if key.capability >= CAPABILITY:
-        said = (f"{name}, {key.family}", f"{name}，{key.family}")
+    others = [program for program in programs if program.card == str(properties.uuid)]
+    if (old := too_old(properties.name, key.capability)) is not None:
+        yield old
+    else:
+        said = (f"{properties.name}, {key.family}", f"{properties.name}，{key.family}")
         if not any(card.measured for card in read_table(key.family)):
             said = (f"{said[0]}, tiles not tuned for it", f"{said[1]}，分块未针对其调优")
         yield Finding("card", "ok", said)
-    else:
-        said = (f"{name} is {key.family}, the kernels need sm_80", f"{name} 为 {key.family}，内核需要 sm_80")
-        fix = (
-            "add --device cpu, or use a card of compute capability 8.0 or more (RTX 30 and later)",
-            "加上 --device cpu，或换用计算能力 8.0 以上的显卡（RTX 30 系列起）",
-        )
-        yield Finding("card", "failed", said, fix)
     if others:
-        listed = ", ".join(f"{program} (pid {pid}, {used})" for _, pid, used, program in others)
-        pids = " ".join(pid for _, pid, *_ in others)
+        listed, pids = ", ".join(map(str, others)), " ".join(other.pid for other in others)
         said = (f"others compute on it: {listed}", f"其他程序正在使用：{listed}")
         fix = (f"end them if they are yours: kill {pids}", f"如属于您，可结束它们：kill {pids}")
         yield Finding("card in use", "failed", said, fix)
@@ -335,8 +363,29 @@ def check_card(_: Path | None) -> Iterator[Finding]:
     yield _memory_finding("card memory", memory.free, memory.total, fix)
 
 
+def too_old(name: str, capability: tuple[int, int]) -> Finding | None:
+    """The finding about a card of less than CAPABILITY; None for one that the kernels run on."""
+    if capability >= CAPABILITY:
+        return None
+    (is_now, is_sm), (least, least_sm) = (
+        (f"{major}.{minor}", f"sm_{major}{minor}") for major, minor in (capability, CAPABILITY)
+    )
+    said = (
+        f"{name} has compute capability {is_now} ({is_sm}), the kernels need {least} ({least_sm})",
+        f"{name} 的计算能力为 {is_now}（{is_sm}），内核需要 {least}（{least_sm}）",
+    )
+    fix = (
+        f"add --device cpu (in Python device='cpu'), or use a card of {least} or more (RTX 30 and later)",
+        f"加上 --device cpu（Python 中为 device='cpu'），或换用计算能力 {least} 以上的显卡（RTX 30 系列起）",
+    )
+    return Finding("card", "failed", said, fix)
+
+
 def check_kernels(_: Path | None) -> Iterator[Finding]:
     """Every kernel against its definition: Triton's on CUDA, the CPU's elsewhere."""
+    if any(finding.status == "failed" for finding in check_compiler(None)):
+        yield Finding("self-tests", "skipped", ("needs a C compiler", "需要 C 编译器"))
+        return
     yield from kernel_findings(*(("cuda", "triton") if _cuda() else ("cpu", "cpu")))
 
 
@@ -410,6 +459,7 @@ CHECKS: dict[str, Check] = {
     "driver": check_driver,
     "card": check_card,
     "triton": check_triton,
+    "C compiler": check_compiler,
     "onnxruntime": check_onnxruntime,
     "cuda row": check_cuda_row,
     "kernels": check_kernels_package,
@@ -430,6 +480,25 @@ def nvidia_smi(what: str, *names: str) -> list[list[str]]:
         return []
     last = len(names) - 1  # a name may hold commas; it is asked for last
     return [[cell.strip() for cell in line.split(",", last)] for line in said.splitlines() if line.strip()]
+
+
+@dataclass(frozen=True)
+class Program:
+    """Another program that computes on a card: what nvidia-smi says of it, and the uuid of the card."""
+
+    card: str
+    pid: str
+    used: str
+    name: str
+
+    def __str__(self) -> str:
+        return f"{self.name} (pid {self.pid}, {self.used})"
+
+
+def programs_on_cards() -> list[Program]:
+    """Those that compute on any card, without this process."""
+    rows = nvidia_smi("compute-apps", "gpu_uuid", "pid", "used_memory", "name")
+    return [Program(card.removeprefix("GPU-"), *rest) for card, *rest in rows if rest[0] != str(os.getpid())]
 
 
 def _cuda() -> bool:

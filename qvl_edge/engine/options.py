@@ -14,6 +14,7 @@ class GenerationOptions:
     """How an answer is generated; defaults come from the model's generation_config.json."""
 
     max_new_tokens: int = 512
+    min_new_tokens: int = 0  # the model's own end does not come before so many tokens
     do_sample: bool = True  # False: greedy, the other sampling options but repetition_penalty have no effect
     temperature: float = 1.0
     top_p: float = 1.0  # smallest set of tokens whose probabilities add up to it
@@ -33,6 +34,7 @@ class GenerationOptions:
         object.__setattr__(self, "stop", tuple(self.stop))
         checks = (
             ("max_new_tokens", self.max_new_tokens >= 1, "at least 1"),
+            ("min_new_tokens", 0 <= self.min_new_tokens <= self.max_new_tokens, "0 to max_new_tokens"),
             ("temperature", self.temperature > 0, "more than 0; for greedy decoding use do_sample=False"),
             ("top_p", 0 < self.top_p <= 1, "more than 0 and at most 1"),
             ("top_k", self.top_k >= 0, "0 (all) or more"),

@@ -183,6 +183,12 @@ class Samplers:
         return tokens.gather(1, (ordered - noise.gather(1, tokens)).argmax(1, keepdim=True))[:, 0]
 
 
+def check_logits(logits: Tensor) -> None:
+    """ConfigError if logits that are to be scored are no numbers."""
+    if not bool(logits.isfinite().all()):
+        check_tokens([NOT_FINITE])
+
+
 def check_tokens(tokens: Sequence[int]) -> None:
     """ConfigError if a token stands for logits that are no numbers."""
     if NOT_FINITE in tokens:

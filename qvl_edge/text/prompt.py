@@ -26,11 +26,6 @@ from qvl_edge.text.tokenizer import (
     Tokenizer,
 )
 
-Query: TypeAlias = str | Sequence[Mapping[str, Any]]
-"""Text, or a list of elements as in from_list_format whose images may be of any kind that load_image takes."""
-History: TypeAlias = Sequence[tuple[Query, str]]
-"""Earlier (query, response) turns, oldest first. As upstream, None is taken for a response that never came."""
-
 
 @dataclass(frozen=True)
 class ImageRef:
@@ -52,6 +47,11 @@ class ImageRef:
 
 Content: TypeAlias = list[str | ImageRef]
 """What a turn says: text and images in order; no two texts stand side by side."""
+Query: TypeAlias = str | Sequence[Mapping[str, Any]] | Content
+"""Text, or a list of elements as in from_list_format whose images may be of any kind that load_image takes, or the
+texts and images themselves, in order and without the "Picture N:" that an element gets."""
+History: TypeAlias = Sequence[tuple[Query, str]]
+"""Earlier (query, response) turns, oldest first. As upstream, None is taken for a response that never came."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +107,8 @@ def parse_query(query: Query, *, markup_images: bool, first_picture: int = 1) ->
     """A query -> its texts and images.
 
     An image element becomes "Picture N:", the image and a newline, as in from_list_format; N counts from
-    `first_picture`. markup_images: `<img>path</img>` in text is an image too; otherwise it is just text.
+    `first_picture`. Content stays as it is. markup_images: `<img>path</img>` in text is an image too; otherwise it is
+    just text.
     PromptError: neither text nor a list of known elements, or an `<img>` left open where it counts.
     """
     if isinstance(query, str):
@@ -117,7 +118,9 @@ def parse_query(query: Query, *, markup_images: bool, first_picture: int = 1) ->
     parts: Content = []
     picture = first_picture
     for element in query:
-        if check_element(element) == {"image"}:
+        if isinstance(element, str | ImageRef):
+            parts.append(element)
+        elif check_element(element) == {"image"}:
             parts += [f"Picture {picture}:", ImageRef(element["image"]), "\n"]
             picture += 1
         else:

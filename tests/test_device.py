@@ -1,0 +1,122 @@
+"""A card that the kernels do not run on, or that others hold, ends a load with what to do; so does one that is not
+there, in commands and in benchmarks."""
+
+import importlib
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import qvl_edge.demo
+from qvl_edge import FitError, Runtime
+from qvl_edge.__main__ import main
+from qvl_edge.engine import doctor
+from qvl_edge.engine.device import find_device, named_with_others
+from qvl_edge.errors import ConfigError
+
+SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
+TRAINING = ["1-2-3", "4711", "7400 MiB", "python, train"]
+GB = 10**9
+WithCard = Callable[..., None]
+
+
+@pytest.fixture
+def with_card(monkeypatch: pytest.MonkeyPatch) -> WithCard:
+    """Makes torch see one card of 12 GB, beside which nothing else computes unless `programs` says so."""
+
+    def make(
+        capability: tuple[int, int] = (8, 6),
+        *,
+        free: int = 12 * GB - doctor.NEEDED,
+        refuses: str = "",
+        programs: list[list[str]] | None = None,
+    ) -> None:
+        major, minor = capability
+        card = SimpleNamespace(name="NVIDIA GeForce", major=major, minor=minor, uuid="1-2-3")
+
+        def memory(_: torch.device) -> tuple[int, int]:
+            if refuses:
+                raise RuntimeError(refuses)
+            return free, 12 * GB
+
+        def nvidia_smi(*_: str) -> list[list[str]]:
+            assert programs is not None, "nvidia-smi takes its time, and was asked without need"
+            return programs
+
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
+        monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
+        monkeypatch.setattr(doctor, "nvidia_smi", nvidia_smi)
+
+    return make
+
+
+@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+@pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
+def test_a_card_that_is_too_old_is_refused_before_anything_is_read(
+    capability: tuple[int, int], device: str, with_card: WithCard, tmp_path: Path
+) -> None:
+    with_card(capability)
+    major, minor = capability
+    words = rf"GeForce has compute capability {major}\.{minor} \(sm_{major}{minor}\), the kernels need 8\.0 \(sm_80\); "
+    with pytest.raises(ConfigError, match=words + "add --device cpu"):
+        Runtime.from_pretrained(tmp_path / "nothing", device=device)
+
+
+def test_the_command_says_it_in_one_line(with_card: WithCard, capsys: pytest.CaptureFixture[str]) -> None:
+    with_card((7, 5))
+    assert main(["run", str(SMALL), "Hello", "--device", "cuda"]) == 1
+    assert capsys.readouterr().err.startswith("qvl-edge run: NVIDIA GeForce has compute capability 7.5")
+
+
+@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_a_card_that_the_kernels_run_on_is_taken(capability: tuple[int, int], with_card: WithCard) -> None:
+    with_card(capability)
+    assert find_device("auto") == find_device("cuda") == torch.device("cuda")
+    assert find_device("cuda:0") == torch.device("cuda:0")
+    assert find_device("cpu") == torch.device("cpu")
+
+
+def test_a_card_whose_number_is_too_high_is_named_with_how_many_there_are(with_card: WithCard) -> None:
+    with_card()
+    with pytest.raises(ConfigError, match="'cuda:1', but torch sees 1 CUDA device; use cuda:0"):
+        find_device("cuda:1")
+
+
+def test_a_card_that_another_program_keeps_for_itself_is_named_with_that_program(with_card: WithCard) -> None:
+    busy = "CUDA error: CUDA-capable device(s) is/are busy or unavailable"
+    another_card = ["GPU-9", "1", "9 MiB", "elsewhere"]
+    with_card(
+        refuses=f"{busy}\nCompile with TORCH_USE_CUDA_DSA",
+        programs=[["GPU-" + TRAINING[0], *TRAINING[1:]], another_card],
+    )
+    with pytest.raises(ConfigError) as raised:
+        find_device("cuda")
+    said = str(raised.value)
+    assert busy in said and "python, train (pid 4711, 7400 MiB)" in said and "--device cpu" in said
+    assert "elsewhere" not in said and "DSA" not in said
+
+
+def test_where_memory_is_short_the_programs_that_share_the_card_are_named(with_card: WithCard) -> None:
+    with_card(free=GB // 10, programs=[TRAINING])
+    with pytest.raises(FitError, match=r"cuda \(shared with python, train \(pid 4711, 7400 MiB\)\) has 0\.10 GB free"):
+        Runtime.from_pretrained(SMALL, device="cuda")
+
+
+def test_a_card_that_is_all_but_free_is_not_asked_who_uses_it(with_card: WithCard) -> None:
+    with_card()
+    assert named_with_others(find_device("cuda")) == "cuda"
+
+
+MODEL_BENCHMARKS = ("memory", "latency", "qwen_tables", "soak", "serve_load", "lookup")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="here they would run")
+@pytest.mark.parametrize("name", MODEL_BENCHMARKS)
+def test_without_cuda_each_benchmark_of_a_model_ends_with_the_error_that_names_it(name: str) -> None:
+    run = importlib.import_module(f"benchmarks.{name}").main
+    with pytest.raises(SystemExit, match=rf"benchmarks\.{name}: device is 'cuda', but torch .* sees no CUDA device"):
+        run([str(SMALL), "--device", "cuda"])
