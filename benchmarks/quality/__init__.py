@@ -1,0 +1,1 @@
+"""Is the int4 model as good? The evaluations that Qwen-VL's README names, over data the user has."""

@@ -1,0 +1,1 @@
+"""Scores of single answers, as the published evaluations define them; no model and no file here."""

@@ -1,0 +1,1 @@
+"""The evaluations. A package, so that its tests share miniature.py."""
