@@ -29,7 +29,18 @@ from qvl_edge.text.list_format import from_list_format, to_list_format
 from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, VOCAB_FILE, Tokenizer
 
 GENERATION_FILE = "generation_config.json"
-WITHOUT_EFFECT = ("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "resume_download")
+WITHOUT_EFFECT = (
+    *("trust_remote_code", "use_safetensors", "low_cpu_mem_usage", "resume_download"),
+    *("use_fast", "padding_side", "user_agent"),
+)
+
+
+def _refuse(options: Mapping[str, Any]) -> None:
+    """ConfigError for options that would be dropped: those of transformers that need nothing are WITHOUT_EFFECT."""
+    if unknown := sorted(set(options) - set(WITHOUT_EFFECT)):
+        raise ConfigError(
+            f"{', '.join(unknown)} cannot be chosen here; caches are those of HF_HOME and MODELSCOPE_CACHE"
+        )
 
 
 class BatchEncoding(dict[str, Any]):
@@ -293,10 +304,10 @@ class AutoTokenizer:
         revision: str | None = None,
         source: Source = "hf",
         local_files_only: bool = False,
-        **ignored: Any,
+        **options: Any,
     ) -> QWenTokenizer:
         """The tokenizer of a bundle or checkpoint; of a hub's model nothing else is fetched."""
-        del ignored  # trust_remote_code, …: nothing of a checkpoint is executed
+        _refuse(options)
         folder = local_folder(
             path, source=source, revision=revision, only=(VOCAB_FILE,), local_files_only=local_files_only
         )
@@ -355,10 +366,10 @@ def snapshot_download(
     *,
     source: Source = "modelscope",
     local_files_only: bool = False,
-    **ignored: Any,
+    **options: Any,
 ) -> str:
     """The folder of a hub's model, fetched if need be: ModelScope's name, whose hub upstream's README takes it from."""
-    del ignored  # cache_dir, user_agent, …: the hub's own cache is used
+    _refuse(options)
     return str(local_folder(model_id, source=source, revision=revision, local_files_only=local_files_only))
 
 

@@ -46,9 +46,11 @@ def local_folder(
 ) -> Path:
     """The folder at `path`; or, for a str OWNER/NAME that is no folder here, that of the hub's model.
 
-    A model that is here and was checked is returned without any look at the network. only: the names of the files that
-    are wanted (default: all of NEEDED). CheckpointError if `path` is neither, if the model is not here and cannot be
-    fetched (or may not: local_files_only, HF_HUB_OFFLINE), and for a file whose hash is wrong.
+    A model that is here and was checked is returned without any look at the network. only: names of the files that are
+    wanted, of which the first must be there (default: all that match NEEDED). CheckpointError if `path` is neither, if
+    the model or a wanted file is not here and cannot be fetched (or may not: local_files_only, HF_HUB_OFFLINE), and for
+    a file whose hash is wrong; ConfigError for an unknown source, QvlError for a client that is not installed,
+    BundleError for a disk too small.
     """
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         return Path(path)
@@ -160,10 +162,12 @@ def _fetch(hub: Hub, record: _Record, only: Sequence[str] | None, *, offline: bo
         except Exception as error:  # the clients raise what the HTTP library of their version raises
             return _already_here(hub, record, only, f"the hub cannot be reached ({error})")
         wanted = [file for file in listed if only is None or file.name in only]
+        if only and only[0] not in {file.name for file in wanted}:
+            raise CheckpointError(f"{hub.name} at {hub.commit} has no {only[0]} on the hub")
         if only is None and not any(file.name.endswith(WEIGHTS) for file in wanted):
             raise CheckpointError(f"{hub.name} has neither *.safetensors nor pytorch_model*.bin on the hub")
         if hub.to is not None:
-            _check_target(hub.to, wanted)
+            _check_target(hub, hub.to, wanted)
         _announce(hub, wanted, say=hub.say if only is None else lambda _: None)
         folder = hub.fetch(wanted)
     except QvlError:
@@ -182,11 +186,14 @@ def _fetch(hub: Hub, record: _Record, only: Sequence[str] | None, *, offline: bo
     return folder
 
 
-def _check_target(folder: Path, wanted: list[RemoteFile]) -> None:
+def _check_target(hub: Hub, folder: Path, wanted: list[RemoteFile]) -> None:
     """CheckpointError if a file in `folder` is another one than the model's: what is the user's is not replaced."""
     for file in wanted:
-        if (folder / file.name).exists() and (found := difference(folder / file.name, file)):
+        if not (folder / file.name).exists():
+            continue
+        if found := difference(folder / file.name, file):
             raise CheckpointError(f"{folder / file.name} is another file: {found}. Remove it, or take another folder")
+        hub.hashed.add(file.hash)
 
 
 def _announce(hub: Hub, wanted: list[RemoteFile], *, say: Progress) -> None:

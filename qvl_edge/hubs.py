@@ -36,16 +36,17 @@ class RemoteFile:
 
 
 def difference(path: Path, file: RemoteFile) -> str:
-    """What `path` has and what the hub lists, if that is not the same; else nothing."""
+    """What `path` has and what the hub lists, if that is not the same; without a hash the size decides."""
     size = path.stat().st_size
+    if size != file.bytes or not file.hash:
+        return "" if size == file.bytes else f"it has {size} bytes, the hub lists {file.bytes}"
     if len(file.hash) == 64:
         kind, found = "sha256", sha256_of(path)
     else:  # git's name of a blob
-        content = b"blob %d\0" % size + path.read_bytes()
-        kind, found = "git sha1", hashlib.sha1(content, usedforsecurity=False).hexdigest()
-    if (size, found) == (file.bytes, file.hash or found):
-        return ""
-    return f"it has {size} bytes and {kind} {found}, the hub lists {file.bytes} and {file.hash or 'no hash'}"
+        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
+        with open(path, "rb") as content:
+            kind, found = "git sha1", hashlib.file_digest(content, lambda: digest).hexdigest()
+    return "" if found == file.hash else f"its {kind} is {found}, the hub lists {file.hash}"
 
 
 def size_text(count: int) -> str:

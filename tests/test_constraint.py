@@ -9,7 +9,7 @@ import torch
 from conftest import byte_tokenizer, write_small_checkpoint
 
 from qvl_edge import ConfigError, Runtime
-from qvl_edge.engine.constraint import constraint_for
+from qvl_edge.engine.constraint import MinNewTokens, constraint_for
 from qvl_edge.text.box_grammar import BoxGrammar, BoxTables, _can_go_on
 from qvl_edge.text.tokenizer import BOX, BOX_END, IM_END, REF, REF_END, Tokenizer
 
@@ -186,3 +186,25 @@ def test_masks_cover_the_whole_vocabulary() -> None:
         assert constraint is not None
         mask = constraint.allowed()
         assert mask.shape == (VOCAB,) and mask.dtype == torch.bool and bool(mask.any())
+
+
+class Only:
+    """Allows some ids of four."""
+
+    def __init__(self, *ids: int):
+        self.mask = torch.zeros(4, dtype=torch.bool)
+        self.mask[list(ids)] = True
+
+    def allowed(self) -> torch.Tensor:
+        return self.mask
+
+    def accept(self, token: int) -> None:
+        pass
+
+
+def test_the_end_comes_early_only_where_the_format_leaves_nothing_else() -> None:
+    assert MinNewTokens(2, frozenset({3}), 4, Only(1, 3)).allowed().tolist() == [False, True, False, False]
+    assert MinNewTokens(2, frozenset({3}), 4, Only(3)).allowed().tolist() == [False, False, False, True]
+    constraint = MinNewTokens(1, frozenset({3}), 4)
+    constraint.accept(0)
+    assert constraint.allowed().all()

@@ -20,7 +20,7 @@ from hub import Hub
 import export.vit
 import quantize.gptq
 import qvl_edge.demo
-from qvl_edge import BundleError, CheckpointError, QvlError, Runtime, hubs
+from qvl_edge import BundleError, CheckpointError, ConfigError, QvlError, Runtime, hubs
 from qvl_edge.__main__ import main
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.compat import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, snapshot_download
@@ -148,6 +148,24 @@ def test_upstreams_snippets_take_names_and_fetch_only_what_they_read(hub: Hub, v
     response, _ = model.chat(tokenizer, query="hi", history=None, max_new_tokens=2)
     assert isinstance(response, str) and names(hub) == NEEDED
     assert len(hub.fetched()) == len(NEEDED)  # none of them twice
+
+
+@pytest.mark.parametrize("source", ["hf", "modelscope"])
+def test_a_file_that_the_hub_does_not_have_is_named_and_nothing_is_fetched(hub: Hub, source: str) -> None:
+    for branch in ("main", "master"):
+        files = dict(hub.repos[SMALL][branch])
+        del files["generation_config.json"]
+        hub.repos[SMALL][branch] = files
+    with pytest.raises(CheckpointError, match="has no generation_config.json on the hub"):
+        GenerationConfig.from_pretrained(SMALL, source=source)
+    assert not names(hub)
+
+
+def test_an_option_that_would_be_dropped_is_refused(hub: Hub) -> None:
+    for call in (AutoTokenizer.from_pretrained, snapshot_download):
+        with pytest.raises(ConfigError, match="cache_dir, local_file_only cannot be chosen here"):
+            call(SMALL, local_file_only=True, cache_dir="elsewhere")
+    assert not hub.requests
 
 
 def test_fit_fetches_the_settings_alone(hub: Hub, capsys: pytest.CaptureFixture[str]) -> None:

@@ -182,7 +182,10 @@ def evaluate(
     if against and called == name_of(args.path):
         called += "-against"
     about = {"name": called, **describe(path, runtime)}
-    header = {"task": task.name, "data": data.about, "model": about, "generation": dict(task.generation)}
+    machine = describe_machine(runtime.plan.device)
+    made = {name: machine[name] for name in ("device", "versions", "commit")}
+    generation = dict(task.generation)
+    header = {"task": task.name, "data": data.about, "model": about, "generation": generation, "made": made}
     lines = args.out / f"{task.name}.{called}.jsonl"
     return about, predict_all(data.predictor(runtime), data.items, lines, header, Progress(about["name"]))
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from benchmarks.machine import describe_machine
+from benchmarks.machine import describe_machine, ends_with_its_message
 from quantize.activations import Activations, writing
 from quantize.blocks import block_name, load_block, projection, run_block
 from quantize.calibration import Sample, embed_samples, read_samples
@@ -141,6 +141,7 @@ def _watch(exact: nn.Linear, found: nn.Linear, ratio: _Ratio) -> None:
     exact.register_forward_hook(look)
 
 
+@ends_with_its_message("benchmarks.quality.layers")
 def main() -> None:
     """The command."""
     parser = argparse.ArgumentParser(

@@ -30,4 +30,5 @@ def describe(path: Path, runtime: Runtime) -> dict[str, Any]:
         "kv_cache": plan.kv_cache,
         "device": plan.device,
         "batch": plan.slots,
+        "max_context": plan.context,
     }

@@ -27,7 +27,7 @@ THUMBNAIL = 320  # pixels of their longer side
 class Scored:
     """A model's predictions of a task's items, and what they are worth."""
 
-    about: Mapping[str, Any]  # name, fingerprint, precision, … of the model
+    about: Mapping[str, Any]  # name, identity, precision, … of the model
     predictions: Mapping[str, Prediction]
     metrics: Sequence[Metric]
     totals: Mapping[str, float]
@@ -149,7 +149,7 @@ def table(report: Mapping[str, Any], language: str = "en") -> str:
                 _figure(row["against"], form),
                 _difference(row),
                 f"{difference['better']} / {difference['worse']}",
-                f"{difference['p']:.3f}",
+                "<0.001" if difference["p"] < 0.001 else f"{difference['p']:.3f}",
             ]
         lines.append("| " + " | ".join(cells) + " |")
     for name, value in report["totals"]["model"].items():
@@ -171,6 +171,7 @@ WORDS = {
         "reference": "expected",
         "about": "What was measured",
         "nothing": "Nothing was wrong.",
+        "unscored": "A judge scores these answers; the command has said how.",
         "note": "Brackets are 95 % intervals. The difference is paired: same items, the first model minus the second.",
     },
     "zh": {
@@ -182,6 +183,7 @@ WORDS = {
         "reference": "标准答案",
         "about": "测了什么",
         "nothing": "没有答错的。",
+        "unscored": "这些回答由评判模型打分，命令已给出方法。",
         "note": "方括号内是 95% 置信区间。差值是配对的：同样的题目，前一个模型减去后一个模型。",
     },
 }
@@ -214,10 +216,10 @@ def page(
     return f"""<!doctype html><html lang="{language}"><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width"><style>{_STYLE}</style>
 <h1>{escape(title)}</h1>
-{_html_table(table(report, language))}
+{_html_table(table(report, language)) if report["rows"] else ""}
 <p>{words["note"]}</p>
 <h2>{words["worst"]}</h2>
-{"".join(shown) or f"<p>{words['nothing']}</p>"}
+{"".join(shown) or f"<p>{words['nothing' if report['rows'] else 'unscored']}</p>"}
 <h2>{words["about"]}</h2><dl>{facts}</dl></html>
 """
 

@@ -94,6 +94,7 @@ def test_every_task_runs_from_its_file_to_a_report(
     assert ("| int4 | float | difference |" in printed) == bool(found["rows"])
     if task == "touchstone":
         asked = (tmp_path / "out" / "touchstone.int4.requests.jsonl").read_text(encoding="utf-8").splitlines()
+        assert "Nothing was wrong" not in (tmp_path / "out" / "touchstone.int4.html").read_text(encoding="utf-8")
         assert len(asked) == 2 * found["items"] and "benchmarks.quality.judge" in printed
     else:
         assert found["rows"]
