@@ -1,6 +1,7 @@
 """One decoder block: collect Hessians in the order its projections run, quantize them, run the quantized block."""
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +10,16 @@ from torch import Tensor, nn
 from kernels.rotary_attention_torch import rotate
 from quantize.parts import load_part
 from quantize.progress import LayerReport, Tick
-from quantize.solver import Hessian, Quantized, output_energy, quantize_weight, relative_error, round_weight
+from quantize.solver import (
+    FULL,
+    Hessian,
+    Method,
+    Quantized,
+    output_energy,
+    quantize_weight,
+    relative_error,
+    round_weight,
+)
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import CalibrationError, CheckpointError
@@ -18,6 +28,18 @@ from qvl_edge.model.loading import QUANTIZED
 
 STAGES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",))
 """Projections that share an input stand together; with true_sequential a stage sees the earlier ones quantized."""
+
+
+@dataclass(frozen=True)
+class Streams:
+    """The float model's residual stream (T, hidden) on each sample: before a block, inside, after it."""
+
+    before: Sequence[Tensor]
+    middle: Sequence[Tensor]  # what the attention left, before the MLP
+    after: Sequence[Tensor]
+
+
+_NORMS = {"attn.c_attn": "ln_1", "mlp.w1": "ln_2"}  # stages whose input a norm gives
 
 
 class _Stop(Exception):
@@ -67,36 +89,54 @@ def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str) -
     return block.eval()
 
 
-def _outputs(
-    block: QWenBlock, config: Config, inputs: Sequence[Tensor], device: torch.device | str
-) -> Iterator[Tensor]:
-    """The block's output (T, hidden) on each sample, on `device`."""
-    for sample in inputs:
-        x = sample.to(device)[None]
-        try:
-            x = block(x, causal_attention(config, len(sample), device))
-        except _Stop:
-            pass
-        yield x[0]
+def _run(block: QWenBlock, config: Config, sample: Tensor, device: torch.device | str) -> Tensor:
+    """The block's output (T, hidden) on one sample, on `device`; its input if a hook ended the pass."""
+    x = sample.to(device)[None]
+    try:
+        return block(x, causal_attention(config, len(sample), device))[0]
+    except _Stop:
+        return x[0]
 
 
-def collect_hessians(
+def _missing(block: QWenBlock, layer: str, streams: Streams, number: int, x: Tensor) -> Tensor:
+    """What the float model has more than this one on a sample: of the input (T, K) behind a norm, else of the output
+    (T, N) that the inputs x (T, K) give."""
+    before, middle = (stream[number].to(x) for stream in (streams.before, streams.middle))
+    if layer in _NORMS:
+        return block.get_submodule(_NORMS[layer])(before if layer == "attn.c_attn" else middle) - x
+    module = projection(block, layer)
+    exact = middle - before if layer == "attn.c_proj" else streams.after[number].to(x) - middle
+    return exact - F.linear(x, module.weight, module.bias)
+
+
+def collect_moments(
     block: QWenBlock,
     config: Config,
     inputs: Sequence[Tensor],
+    streams: Streams | None,
     stages: tuple[tuple[str, ...], ...],
     device: torch.device | str,
     tick: Tick,
-) -> dict[str, Hessian]:
-    """The Hessian of each stage's input, under the name of the stage's first projection; nothing later is computed."""
-    hessians, hooks = {}, []
+) -> dict[str, tuple[Hessian, Tensor | None]]:
+    """The Hessian of each stage's input x, by the stage's first projection, and with `streams` the sum of d x.T, d
+    being that of _missing. Nothing later than the last stage's input is computed.
+    """
+    found: dict[str, tuple[Hessian, Tensor | None]] = {}
+    number, hooks = 0, []
 
     def watch(layer: str, *, last: bool) -> None:
         module = projection(block, layer)
-        hessian = hessians[layer] = Hessian(module.in_features, device=device)
+        hessian, drift = Hessian(module.in_features, device=device), None
+        if streams is not None:
+            rows = module.in_features if layer in _NORMS else module.out_features
+            drift = torch.zeros(rows, module.in_features, dtype=torch.float32, device=device)
+        found[layer] = hessian, drift
 
         def look(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-            hessian.add(arguments[0])
+            x = arguments[0][0]
+            hessian.add(x)
+            if streams is not None and drift is not None:
+                drift.addmm_(_missing(block, layer, streams, number, x).T, x)
             if last:
                 raise _Stop
 
@@ -106,12 +146,13 @@ def collect_hessians(
         watch(stage[0], last=stage is stages[-1])
     try:
         what = f"inputs of {stages[-1][0] if len(stages) == 1 else 'all projections'}"
-        for number, _ in enumerate(_outputs(block, config, inputs, device), 1):
-            tick(number / len(inputs), what)
+        for number, sample in enumerate(inputs):  # noqa: B007 (the hooks read it)
+            _run(block, config, sample, device)
+            tick((number + 1) / len(inputs), what)
     finally:
         for hook in hooks:
             hook.remove()
-    return hessians
+    return found
 
 
 def quantize_block(
@@ -122,30 +163,39 @@ def quantize_block(
     quant: QuantConfig,
     device: torch.device | str,
     tick: Tick,
+    *,
+    streams: Streams | None = None,
+    method: Method = FULL,
 ) -> tuple[dict[str, Quantized], list[LayerReport]]:
     """GPTQ on the five projections of block `index`, whose weights become the quantized ones in place.
 
-    inputs: (T, hidden) float32 a sample. Returns the projections by name ("attn.c_attn") and what each cost.
+    inputs: (T, hidden) float32 a sample. streams: the float model's, to whose activations the projections are to come
+    back. Returns the projections by name ("attn.c_attn") and what each cost.
     """
     quantized: dict[str, Quantized] = {}
     reports: list[LayerReport] = []
     parts = len(STAGES) + 1.0  # the last part is the run of the finished block
-    hessians: dict[str, Hessian] = {}
+    moments: dict[str, tuple[Hessian, Tensor | None]] = {}
     if not quant.true_sequential:
-        hessians = collect_hessians(block, config, inputs, STAGES, device, lambda f, t: tick(f / parts, t))
+        moments = collect_moments(block, config, inputs, streams, STAGES, device, lambda f, t: tick(f / parts, t))
     for number, stage in enumerate(STAGES):
         if quant.true_sequential:
 
             def within(share: float, text: str, number: int = number) -> None:
                 tick((number + share / 2) / parts, text)
 
-            hessians = collect_hessians(block, config, inputs, (stage,), device, within)
-        hessian = hessians.pop(stage[0]).matrix()
+            moments = collect_moments(block, config, inputs, streams, (stage,), device, within)
+        collected, drift = moments.pop(stage[0])
+        hessian = collected.matrix()
+        if drift is not None:
+            drift *= 2 * method.follow / collected.rows
         for layer in stage:
             name = f"{block_name(index)}.{layer}"
             module = projection(block, layer)
             weight = module.weight
-            result = quantized[layer] = quantize_weight(weight, hessian, quant, name=name)
+            aside = weight @ drift if drift is not None and stage[0] in _NORMS else drift
+            result = quantized[layer] = quantize_weight(weight, hessian, quant, drift=aside, method=method, name=name)
+            del aside
             whole = output_energy(weight, hessian)
             rounded = round_weight(weight, quant, name=name).weight()
             rounding_error = relative_error(weight, rounded, hessian, whole=whole)
@@ -189,11 +239,33 @@ def run_block(
 
     CalibrationError names the block if a value is not finite.
     """
-    for number, output in enumerate(_outputs(block, config, inputs, device), 1):
-        if not bool(torch.isfinite(output).all()):
-            raise CalibrationError(f"{block_name(index)} gives NaN or infinity on calibration sample {number}")
+    for number, sample in enumerate(inputs, 1):
+        output = _run(block, config, sample, device)
+        _check_output(output, index, number)
         tick((len(STAGES) + number / len(inputs)) / (len(STAGES) + 1), "running the quantized block")
         yield output.cpu()
+
+
+def run_float(
+    block: QWenBlock, config: Config, index: int, inputs: Sequence[Tensor], device: torch.device | str, tick: Tick
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """The float model's residual stream after the block's attention and after the block, on each of `inputs`; as
+    run_block."""
+    middle: list[Tensor] = []
+    hook = block.ln_2.register_forward_pre_hook(lambda module, arguments: middle.append(arguments[0][0]))
+    try:
+        for number, sample in enumerate(inputs, 1):
+            output = _run(block, config, sample, device)
+            _check_output(output, index, number)
+            tick(number / len(inputs), "running the float block")
+            yield middle.pop().cpu(), output.cpu()
+    finally:
+        hook.remove()
+
+
+def _check_output(output: Tensor, index: int, number: int) -> None:
+    if not bool(torch.isfinite(output).all()):
+        raise CalibrationError(f"{block_name(index)} gives NaN or infinity on calibration sample {number}")
 
 
 def block_tensors(

@@ -13,7 +13,7 @@ import torch
 from quantize.blocks import STAGES
 from quantize.layout import int4_config
 from quantize.pictures import GROUP
-from quantize.solver import quantize_weight
+from quantize.solver import FULL, Method, quantize_weight
 from qvl_edge.config import IMAGE_TOKENS, Config, QuantConfig, VisualConfig
 from qvl_edge.engine.memory import device_memory, host_memory
 from qvl_edge.errors import ConfigError
@@ -50,6 +50,7 @@ class Job:
     lengths: Sequence[int]  # tokens of each sample; none for rounding to nearest
     pictures: int  # different ones
     on_cuda: bool
+    method: Method = FULL
 
     def projections(self) -> dict[str, Projection]:
         """Of one block."""
@@ -60,18 +61,21 @@ class Job:
     def block_bytes(self) -> int:
         """Peak of one block's work: its weights in float32, the levels found so far, and the larger of two things.
 
-        While inputs are collected: the Hessian, and one sample's activations. While a projection is solved: the
-        Hessian, two more matrices of its size, and two of the weight's.
+        While inputs are collected: the Hessian, the drift, and one sample's activations. While a projection is solved:
+        the Hessian and the drift, and either two more matrices of the Hessian's size, or one and three of the weight's.
         """
         layers = self.projections()
         tokens, h, f = max(self.lengths, default=0), self.config.hidden_size, self.config.ffn_size
         activations = 4 * tokens * (8 * h + 4 * f)
-        work = []
-        hessians = [4 * layers[stage[0]].inputs ** 2 for stage in STAGES] if self.lengths else [0] * len(STAGES)
-        for stage, hessian in zip(STAGES, hessians, strict=True):
-            held = hessian if self.quant.true_sequential else sum(hessians)
-            solver = 2 * hessian + 8 * max(layers[layer].weights for layer in stage)
-            work.append(held + max(solver, activations))
+        moments, solving = [], []
+        for stage in STAGES:
+            layer, largest = layers[stage[0]], 4 * max(layers[name].weights for name in stage)
+            hessian = 4 * layer.inputs**2 if self.lengths else 0
+            drift = 4 * min(layer.weights, layer.inputs**2) if self.lengths and self.method.follow else 0
+            moments.append(hessian + drift)
+            solving.append(max(2 * hessian, hessian + 3 * largest) if self.lengths else 2 * largest)
+        held = moments if self.quant.true_sequential else [sum(moments)] * len(moments)
+        work = [kept + max(solver, activations) for kept, solver in zip(held, solving, strict=True)]
         return 5 * sum(layer.weights for layer in layers.values()) + max(work)
 
     def tower_bytes(self) -> int:
@@ -112,10 +116,12 @@ class Job:
                 total += forward
             forward += sum(2 * tokens * layers[layer].weights for layer in stage)
             forward += attention if stage is STAGES[0] else 0
-        solver = sum(
-            4 / 3 * layer.inputs**3 + 7 * layer.weights * layer.inputs  # factor; updates and three errors
-            for layer in layers.values()
-        )
+        each = 7 + 2 * self.method.sweeps  # updates and three errors; sweeps
+        if self.method.follow:
+            each += 4  # the weight that comes back to the float model
+            total += forward
+            hessians += sum(2 * tokens * min(layers[s[0]].weights, layers[s[0]].inputs ** 2) for s in STAGES)
+        solver = sum(4 / 3 * layer.inputs**3 + each * layer.weights * layer.inputs for layer in layers.values())
         block = total + forward + hessians + solver
         return self.config.num_hidden_layers * block + self.pictures * _tower_flops(self.config.visual)
 

@@ -2,23 +2,26 @@
 
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from quantize.activations import Activations, activation_bytes, writing
-from quantize.blocks import block_tensors, load_block, quantize_block, round_block, run_block
+from quantize.activations import Activations, Put, activation_bytes, writing
+from quantize.blocks import Streams, block_tensors, load_block, quantize_block, round_block, run_block, run_float
 from quantize.calibration import Sample, digest_of, embed_samples
 from quantize.estimate import Job, check_memory, duration, seconds, size
 from quantize.layout import REPORT, check_source, decoder_bytes, int4_config, shard_name, write_outer, write_settings
 from quantize.progress import Event, LayerReport, Progress, Tick, ignore
+from quantize.solver import FULL, Method
 from quantize.work import WorkFolder, held_bytes, open_work
 from qvl_edge.bundle import write_json, write_tensors
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig, read_json
 from qvl_edge.errors import BundleError, CalibrationError, ConfigError
+from qvl_edge.model.decoder import QWenBlock
 from qvl_edge.model.loading import check_tensors
 
 
@@ -53,10 +56,12 @@ def quantize_checkpoint(
     device: str = "cpu",
     overwrite: bool = False,
     progress: Progress = ignore,
+    method: Method = FULL,
 ) -> Result:
     """Quantize a float checkpoint's decoder into `folder` by GPTQ over `samples`, or round it to nearest if None.
 
     Stopped at any moment, the same call goes on from the last finished block and ends in the same bytes.
+    method: what is done beyond GPTQ as published.
     ConfigError, CheckpointError, CalibrationError or BundleError say what stands in the way, before anything is written
     where that can be known.
     """
@@ -82,6 +87,7 @@ def quantize_checkpoint(
     settings = {
         "fingerprint": checkpoint.fingerprint,
         "method": "round-to-nearest" if samples is None else "gptq",
+        "beyond_gptq": None if samples is None else asdict(method),
         "quantization": quant.to_dict(),
         "calibration": calibration,
         "device": device,  # another one rounds differently in the last bits
@@ -92,6 +98,7 @@ def quantize_checkpoint(
         [len(sample.ids) for sample in samples or ()],
         len({key for sample in samples or () for key in sample.image_keys}),
         on_cuda=device != "cpu",
+        method=method,
     )
     with open_work(folder, checkpoint.path, settings, overwrite=overwrite) as work:
         if work is None:
@@ -104,7 +111,7 @@ def quantize_checkpoint(
         _check(job, checkpoint, folder, quantized_config, device, progress)
         work.begin()
         with torch.inference_mode():
-            _Walk(checkpoint, work, quant, samples, device, progress).run(resumed)
+            _Walk(checkpoint, work, quant, samples, device, progress, method).run(resumed)
         layers = _all_rows(work, config)
         report = {
             "method": settings["method"],
@@ -119,7 +126,8 @@ def quantize_checkpoint(
 def _check(job: Job, checkpoint: Checkpoint, folder: Path, quantized: Config, device: str, progress: Progress) -> None:
     """Say what the job will take. BundleError or ConfigError if the disk or a memory is too small for it."""
     decoder = decoder_bytes(checkpoint, quantized)
-    inputs = 2 * activation_bytes(job.lengths, job.config.hidden_size)  # of a block and of the next one, side by side
+    # what enters a block and the next one, side by side, and the same of the float model
+    inputs = (4 if job.method.follow else 2) * activation_bytes(job.lengths, job.config.hidden_size)
     check_memory(job, device)
     needed, free = decoder + inputs - held_bytes(folder), shutil.disk_usage(folder).free
     if free < needed:
@@ -141,6 +149,20 @@ def _rows_name(index: int) -> str:
 
 def _inputs_name(index: int) -> str:
     return f"inputs-{index:05d}.float32"
+
+
+def _exact_name(index: int) -> str:
+    """What enters block `index` of the float model; the same as of the other one at the first block."""
+    return f"exact-{index:05d}.float32" if index else _inputs_name(0)
+
+
+_MIDDLE = "middle.float32"
+_FLOAT_SHARE = 0.1  # of a block's time goes to running it in float, roughly: one pass of six, and no solving
+
+
+def _later(tick: Tick) -> Tick:
+    """`tick` for what comes after that."""
+    return lambda share, text: tick(_FLOAT_SHARE + (1 - _FLOAT_SHARE) * share, text)
 
 
 def _blocks_done(work: WorkFolder, config: Config) -> int:
@@ -170,9 +192,10 @@ class _Walk:
         samples: Sequence[Sample] | None,
         device: str,
         progress: Progress,
+        method: Method,
     ):
         self.checkpoint, self.work, self.quant = checkpoint, work, quant
-        self.samples, self.device, self.progress = samples, device, progress
+        self.samples, self.device, self.progress, self.method = samples, device, progress, method
         self.config = checkpoint.config
         self.blocks = self.config.num_hidden_layers
         self.lengths = [len(sample.ids) for sample in samples or ()]
@@ -189,11 +212,8 @@ class _Walk:
 
     def _inputs(self, index: int) -> Activations:
         """What enters block `index`: in the work folder already, or made of the samples."""
-        path = self.work / _inputs_name(index)
-        if not path.exists():
-            if index > 0:
-                raise BundleError(f"{path} is missing, so the run cannot go on; add --overwrite to start again")
-            with writing(path, self.lengths, self.config.hidden_size) as put:
+        if index == 0 and not (self.work / _inputs_name(0)).exists():
+            with self._writing(_inputs_name(0)) as put:
                 embed_samples(
                     self.checkpoint,
                     self.samples or (),
@@ -201,13 +221,31 @@ class _Walk:
                     device=self.device,
                     tick=lambda _, text: self.progress(Event(0.0, text)),
                 )
-        return Activations(path, self.lengths, self.config.hidden_size)
+        return self._written(_inputs_name(index))
 
     def _tick(self, index: int) -> Tick:
         def tick(share: float, text: str) -> None:
             self.progress(Event((index + share) / self.blocks, f"block {index + 1}/{self.blocks}: {text}"))
 
         return tick
+
+    def _written(self, name: str) -> Activations:
+        if not (self.work / name).exists():
+            raise BundleError(f"{self.work / name} is missing, so the run cannot go on; add --overwrite to start again")
+        return Activations(self.work / name, self.lengths, self.config.hidden_size)
+
+    def _writing(self, name: str) -> AbstractContextManager[Put]:
+        return writing(self.work / name, self.lengths, self.config.hidden_size)
+
+    def _streams(self, block: QWenBlock, index: int, tick: Tick) -> Streams:
+        """Run the block while it is float, and write the float model's stream inside it and after it."""
+        before = self._written(_exact_name(index))
+        with self._writing(_MIDDLE) as put_middle, self._writing(_exact_name(index + 1)) as put_after:
+            streams = run_float(block, self.config, index, before, self.device, tick)
+            for number, (middle, after) in enumerate(streams):
+                put_middle(number, 0, middle)
+                put_after(number, 0, after)
+        return Streams(before, self._written(_MIDDLE), self._written(_exact_name(index + 1)))
 
     def _block(self, index: int) -> None:
         """Quantize block `index`, write what enters the next one, and its shard. Rows, written last, say it is done."""
@@ -217,14 +255,22 @@ class _Walk:
         if inputs is None:
             quantized, rows = round_block(block, index, self.quant, tick)
         else:
-            quantized, rows = quantize_block(block, self.config, index, inputs, self.quant, self.device, tick)
+            streams = None
+            if self.method.follow:
+                streams = self._streams(block, index, lambda share, text: tick(share * _FLOAT_SHARE, text))
+                tick = _later(tick)
+            quantized, rows = quantize_block(
+                block, self.config, index, inputs, self.quant, self.device, tick, streams=streams, method=self.method
+            )
+            (self.work / _MIDDLE).unlink(missing_ok=True)  # before another file of its size
             if index + 1 < self.blocks:
-                with writing(self.work / _inputs_name(index + 1), self.lengths, self.config.hidden_size) as put:
+                with self._writing(_inputs_name(index + 1)) as put:
                     for number, output in enumerate(run_block(block, self.config, index, inputs, self.device, tick)):
                         put(number, 0, output)
         tensors = block_tensors(block, self.checkpoint, index, quantized, self.quant)
         write_tensors(self.work / shard_name(index, self.blocks), tensors)
         write_json(self.work / _rows_name(index), {"layers": [row.to_dict() for row in rows]})
-        (self.work / _inputs_name(index)).unlink(missing_ok=True)
+        for name in (_inputs_name(index), _exact_name(index)):
+            (self.work / name).unlink(missing_ok=True)
         for row in rows:
             self.progress(Event((index + 1) / self.blocks, f"block {index + 1}/{self.blocks}", row))

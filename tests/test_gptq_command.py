@@ -21,6 +21,7 @@ from quantize.blocks import causal_attention, load_block, projection
 from quantize.calibration import Sample
 from quantize.job import quantize_checkpoint
 from quantize.progress import Event
+from quantize.solver import Method
 from qvl_edge import bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
@@ -132,7 +133,8 @@ def test_tensors_have_the_names_and_dtypes_of_the_published_int4_checkpoint(
 def test_every_kind_of_quantization_reads_back_close_to_the_source(
     quant: QuantConfig, checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample]
 ) -> None:
-    quantize_checkpoint(checkpoint, tmp_path / "bundle", quant, samples)
+    # what is rounded is then the source itself, and not a weight that makes up for an earlier block
+    quantize_checkpoint(checkpoint, tmp_path / "bundle", quant, samples, method=Method(follow=0.0))
     made = Checkpoint(tmp_path / "bundle")
     assert made.config.quantization == quant
     load_decoder(made, dtype=torch.float32)
@@ -379,12 +381,12 @@ def test_a_full_disk_is_named_before_anything_is_computed(
 def test_a_disk_that_holds_the_bundle_but_not_the_activations_is_refused(
     checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two files of 92 tokens of 128 channels in float32 are 94,208 bytes."""
+    """Four files of 92 tokens of 128 channels in float32 are 188,416 bytes."""
     quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples)
     shards = sum(file.stat().st_size for file in (tmp_path / "bundle").glob("*.safetensors"))
     usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=shards + 80_000))
-    with pytest.raises(BundleError, match=r"--samples and --seqlen make the 0\.1 MB for calibration less"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=shards + 150_000))
+    with pytest.raises(BundleError, match=r"--samples and --seqlen make the 0\.2 MB for calibration less"):
         quantize_checkpoint(checkpoint, tmp_path / "other", QUANT, samples)
     quantize_checkpoint(checkpoint, tmp_path / "rounded", QUANT, None)
 
@@ -469,6 +471,14 @@ def test_activations_are_in_a_file_and_one_sample_in_memory(
         assert float((found - expected[0]).norm() / expected.norm()) < 1e-5  # the same products in the same order
     with pytest.raises(BundleError, match=r"has 47104 bytes, and these samples have 46592"):
         Activations(file, [30, 17, 44], 128)
+    (exact,) = (tmp_path / "bundle" / bundle.WORK).glob("exact-*")
+    block = load_block(checkpoint, 0, "cpu")
+    for sample, found in zip(samples, Activations(exact, [30, 17, 45], 128), strict=True):
+        expected = block(table[torch.tensor(sample.ids)][None], causal_attention(checkpoint.config, len(found), "cpu"))
+        assert torch.equal(found, expected[0])
+    exact.unlink()
+    with pytest.raises(BundleError, match=r"exact-00001\.float32 is missing, so the run cannot go on"):
+        quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples)
 
 
 def test_the_checkpoint_itself_and_foreign_folders_are_left_alone(

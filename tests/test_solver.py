@@ -7,12 +7,13 @@ import torch
 
 from kernels import dequantize_gptq
 from quantize.grid import fit_grid, from_levels, to_levels
-from quantize.solver import Hessian, inverse_factor, quantize_weight, relative_error, round_weight
+from quantize.solver import PLAIN, Hessian, Method, inverse_factor, quantize_weight, relative_error, round_weight
 from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CalibrationError, CheckpointError
 
 GOLDEN = Path(__file__).parent / "data" / "gptq"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
+GPTQ_ALONE = Method(by_activity=False, sweeps=0)
 TOLERANCE = (
     1e-6  # float64 on both sides: what is left is the condition of H, about 1e3, times 1e-16, with much to spare
 )
@@ -31,17 +32,27 @@ def weight_of(rows: int, columns: int) -> torch.Tensor:
 
 
 def resolve_after_every_column(weight: torch.Tensor, hessian: torch.Tensor, quant: QuantConfig) -> torch.Tensor:
-    """GPTQ without any of its algebra: after each column is rounded, least squares over all that are still free."""
+    """GPTQ without any of its algebra: after each column is rounded, least squares over all that are still free.
+
+    A grid is fitted by what an error in each column would cost after that, with all later columns free.
+    """
     columns = weight.shape[1]
     size = columns if quant.group_size == -1 else quant.group_size
     energy = hessian.diagonal()
     order = energy.argsort(descending=True, stable=True) if quant.desc_act else torch.arange(columns)
     damp = quant.damp_percent * energy.mean()
     damped = (hessian + damp * torch.eye(columns, dtype=hessian.dtype))[order][:, order]
-    original, importance = weight[:, order], energy[order] + damp
+    original = weight[:, order]
+    importance = torch.stack([1 / torch.linalg.inv(damped[k:, k:])[0, 0] for k in range(columns)])
     current, fixed = original.clone(), torch.zeros_like(weight)
+    group_of, grids = order // size, {}
+    for group in group_of.unique().tolist() if quant.static_groups else ():
+        members = group_of == group
+        grids[group] = fit_grid(original[:, members], bits=quant.bits, sym=quant.sym, importance=importance[members])
     for k in range(columns):
-        if k % size == 0:
+        if quant.static_groups:
+            scale, zero = grids[int(group_of[k])]
+        elif k % size == 0:
             scale, zero = fit_grid(
                 current[:, k : k + size], bits=quant.bits, sym=quant.sym, importance=importance[k : k + size]
             )
@@ -76,15 +87,31 @@ def test_error_on_held_out_inputs_is_at_most_auto_gptqs(index: int) -> None:
         QuantConfig(group_size=64, sym=False),
         QuantConfig(group_size=32, desc_act=True),
         QuantConfig(group_size=96, bits=8, sym=False, desc_act=True),
+        QuantConfig(group_size=32, desc_act=True, static_groups=True),
     ],
-    ids=["one group", "groups of 64", "groups of 32 by activity", "8 bits, groups of 96 by activity"],
+    ids=["one group", "groups of 64", "groups of 32 by activity", "8 bits, groups of 96 by activity", "static groups"],
 )
 def test_lazy_updates_equal_resolving_least_squares_after_every_column(quant: QuantConfig) -> None:
     inputs, weight = correlated(400, 192), weight_of(6, 192)
     hessian = inputs.T @ inputs * (2 / len(inputs))
     expected = resolve_after_every_column(weight, hessian, quant)
-    found = quantize_weight(weight, hessian, quant).weight().double()
+    found = quantize_weight(weight, hessian, quant, method=GPTQ_ALONE).weight().double()
     assert float((found - expected).norm() / expected.norm()) < TOLERANCE
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+def test_with_a_drift_the_weight_that_makes_up_for_it_is_quantized(desc_act: bool) -> None:
+    inputs, weight, quant = correlated(400, 192), weight_of(6, 192), QuantConfig(group_size=32, desc_act=desc_act)
+    exact = inputs + 0.1 * correlated(400, 192, seed=1)  # what the float model has in their place
+    hessian, drift = inputs.T @ inputs * (2 / 400), weight @ (exact - inputs).T @ inputs * (2 / 400)
+    damped = hessian + 0.01 * hessian.diagonal().mean() * torch.eye(192)
+    found = quantize_weight(weight, hessian, quant, drift=drift)
+    expected = quantize_weight(weight + torch.linalg.solve(damped, drift.T).T, hessian, quant)
+    assert torch.equal(found.levels, expected.levels) and torch.equal(found.scales, expected.scales)
+    blind = quantize_weight(weight, hessian, quant)
+    wanted = exact @ weight.T
+    lost, lost_blind = ((inputs @ one.weight().double().T - wanted).square().sum() for one in (found, blind))
+    assert float(lost) < 0.95 * float(lost_blind)
 
 
 def test_the_inverse_factor_is_that_of_the_damped_hessian() -> None:
@@ -105,6 +132,16 @@ def test_gptq_beats_rounding_on_correlated_inputs(bits: int) -> None:
     assert relative_error(weight, solved, hessian) < 0.5 * relative_error(weight, rounded, hessian)
 
 
+@pytest.mark.parametrize("index", range(4))
+def test_grid_search_and_descent_beat_plain_gptq_on_held_out_inputs(index: int) -> None:
+    case, data = CASES[index], np.load(GOLDEN / f"linear{index}.npz")
+    quant = QuantConfig(**{key: case[key] for key in ("bits", "group_size", "sym", "desc_act", "static_groups")})
+    seen, held = (torch.from_numpy(data[key]).double() for key in ("X", "Xe"))
+    weight, hessian = torch.from_numpy(data["W"]).double(), seen.T @ seen * (2 / len(seen))
+    ours, plain = (quantize_weight(weight, hessian, quant, method=method).weight() for method in (Method(), PLAIN))
+    assert relative_error(weight, ours, held.T @ held) < 0.8 * relative_error(weight, plain, held.T @ held)
+
+
 @pytest.mark.parametrize("group_size", [-1, 32, 64, 128])
 @pytest.mark.parametrize("sym", [True, False])
 @pytest.mark.parametrize(("desc_act", "static_groups"), [(False, False), (True, False), (True, True), (False, True)])
@@ -120,6 +157,19 @@ def test_packed_tensors_read_back_to_the_weight(
     assert relative_error(weight, read, None) < (0.04 if bits == 4 else 2e-4)
     in_order = torch.equal(result.g_idx, result.g_idx.sort().values)
     assert in_order or (desc_act and not static_groups)
+
+
+@pytest.mark.parametrize("static_groups", [False, True])
+def test_channels_are_taken_by_activity_and_stay_where_they_are_on_disk(static_groups: bool) -> None:
+    inputs, weight = correlated(300, 128), weight_of(8, 128)
+    inputs *= torch.arange(1, 129)
+    hessian = inputs.T @ inputs
+    found = quantize_weight(weight, hessian, QuantConfig(group_size=32, static_groups=static_groups))
+    asked = quantize_weight(weight, hessian, QuantConfig(group_size=32, desc_act=True, static_groups=True))
+    assert torch.equal(found.weight(), asked.weight())
+    assert torch.equal(found.g_idx, torch.arange(128, dtype=torch.int32) // 32)
+    in_order = quantize_weight(weight, hessian, QuantConfig(group_size=32), method=Method(by_activity=False))
+    assert relative_error(weight, found.weight(), hessian) < relative_error(weight, in_order.weight(), hessian)
 
 
 def test_groups_by_activity_hold_the_most_active_channels_first() -> None:
@@ -139,12 +189,15 @@ def test_channels_that_were_never_active_are_rounded_and_disturb_nothing() -> No
     )  # half of the channels are silent, so that the mean of the diagonal is half as large
     assert result.dead_channels == 32
     assert torch.equal(result.weight()[:, :32], alone.weight())
-    assert torch.equal(result.weight()[:, 32:], round_weight(weight[:, 32:], quant).weight())
+    silent, rounded = (
+        one - weight[:, 32:] for one in (result.weight()[:, 32:], round_weight(weight[:, 32:], quant).weight())
+    )
+    assert bool((silent.square().sum(1) <= rounded.square().sum(1) + TOLERANCE).all())
 
 
 def test_a_layer_without_any_active_input_is_rounded() -> None:
     quant = QuantConfig(group_size=32)
-    result = quantize_weight(weight_of(8, 64), torch.zeros(64, 64), quant)
+    result = quantize_weight(weight_of(8, 64), torch.zeros(64, 64), quant, method=GPTQ_ALONE)
     assert torch.equal(result.weight(), round_weight(weight_of(8, 64), quant).weight())
 
 
