@@ -42,6 +42,9 @@ SHOWN = {
 }
 # Lines that are only parsed here: by the command's own parser, up to the point where it would begin
 PARSED = {
+    "python -m benchmarks.compression --out compression": (
+        "half an hour; tests/quality/test_compression.py runs it shorter"
+    ),
     "python -m benchmarks.latency demo-output/bundle --peer qvl_edge/demo/checkpoint -p 512 -n 128 -d 0,2048 -r 5": (
         "minutes; tests/test_latency.py runs it shorter"
     ),
