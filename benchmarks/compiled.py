@@ -23,11 +23,11 @@ import triton
 
 from benchmarks.cards import CARDS, SHARED
 from benchmarks.launches import attention_launch, meta, projection_launch
-from benchmarks.machine import describe_machine
 from benchmarks.offline import Compiled, Launch, Loop, compile_launch, record_one
 from benchmarks.projections import C_ATTN, HEAD, LAYER, PROJECTIONS, Projection
 from kernels import rows_triton
 from kernels.tiles import DECODE_ROWS, PREFILL_ROWS, Tile, read_table, tile_for
+from qvl_edge.machine import describe_machine
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 120)
 QUICK = (86, 89, 90, 120)  # 80 and 87 compile to what 86 does, with more shared memory

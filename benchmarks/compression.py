@@ -1,6 +1,6 @@
 """What each compression costs the small model, alone and together: python -m benchmarks.compression --out DIR
 
-Over the synthetic suite (benchmarks.quality.scenes): the share of right answers, and how far the next token's
+Over the synthetic suite (qvl_edge.evaluate.scenes): the share of right answers, and how far the next token's
 distribution is from float32's, KL(float32 || variant) in nats a token, along the exact answers about every third scene.
 Rights and wrongs are coarse where a model is nearly always right; the divergence sees what they do not. Stopped at any
 moment, the same command goes on. Writes compression.json and compression.svg.
@@ -20,17 +20,8 @@ import numpy as np
 import torch
 
 import qvl_edge.demo
-from benchmarks.machine import commit, describe_machine, ends_with_its_message
 from benchmarks.plot import text
-from benchmarks.quality.intervals import difference_of, mean_of
-from benchmarks.quality.item import Item
-from benchmarks.quality.model import describe
-from benchmarks.quality.predict import Predictor, content_of, continuation_logits, predict_all, read_lines
-from benchmarks.quality.report import Scored, rows
-from benchmarks.quality.scenes import FILE, write_scenes
-from benchmarks.quality.tasks.synthetic import SYNTHETIC
 from export.part import export_vit
-from quantize.calibration import read_samples
 from quantize.job import quantize_checkpoint
 from quantize.solver import FULL, PLAIN, Method
 from qvl_edge import Runtime
@@ -40,6 +31,15 @@ from qvl_edge.config import QuantConfig
 from qvl_edge.demo.conversations import write_conversations
 from qvl_edge.demo.scenes import KINDS, UNSEEN
 from qvl_edge.engine.sampling import Sampler
+from qvl_edge.evaluate.intervals import difference_of, mean_of
+from qvl_edge.evaluate.item import Item
+from qvl_edge.evaluate.model import describe
+from qvl_edge.evaluate.predict import Predictor, content_of, continuation_logits, predict_all, read_lines
+from qvl_edge.evaluate.report import Scored, rows
+from qvl_edge.evaluate.scenes import FILE, write_scenes
+from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
+from qvl_edge.machine import commit, describe_machine, ends_with_its_message
+from qvl_edge.text.conversations import read_samples
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
 
 CHECKPOINT = Path(qvl_edge.demo.__file__).parent / "checkpoint"

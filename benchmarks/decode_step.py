@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe_machine, use_device
 from benchmarks.timing import copy_gb_per_s
 from kernels import pack_for_triton, quantize_int8
 from qvl_edge.config import Config
@@ -25,6 +24,7 @@ from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import Slots
+from qvl_edge.machine import describe_machine, use_device
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.published import CONFIG
 

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.machine import describe_machine, use_device
 from benchmarks.plot import picture
 from benchmarks.timing import copy_gb_per_s
+from qvl_edge.machine import describe_machine, use_device
 
 Task = tuple[str, Callable[[], Iterator[dict[str, Any]]]]  # the list that its records go to, and how they are made
 

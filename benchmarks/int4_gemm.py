@@ -21,13 +21,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.machine import describe_machine
 from benchmarks.projections import LAYER, Problem, Projection
 from benchmarks.timing import Timing, copy_gb_per_s, in_one_graph, measure, measure_on_device
 from kernels import Int4Weight, Rows, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton, pack_levels
 from kernels.int4_gemm_torch import dequantize
 from kernels.int4_layout import pack_zeros
 from kernels.rows import MOST_SUMMED
+from qvl_edge.machine import describe_machine
 
 # K, N of Qwen-7B's projections: c_attn first, then attn.c_proj, w1 and w2, mlp.c_proj
 SHAPES = [(4096, 12288), (4096, 4096), (4096, 11008), (11008, 4096)]

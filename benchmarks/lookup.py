@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.machine import describe_machine, ends_with_its_message
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
+from qvl_edge.machine import describe_machine, ends_with_its_message
 
 
 def measure(path: str, device: str, lookup: int, scenes: int, rounds: int) -> dict[str, Any]:

@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.machine import describe_machine, ends_with_its_message
 from qvl_edge import Runtime
 from qvl_edge.engine.budget import estimate
 from qvl_edge.engine.device import find_device
 from qvl_edge.engine.memory import device_memory, peak_host_bytes
+from qvl_edge.machine import describe_machine, ends_with_its_message
 
 
 def picture(size: int = 640) -> np.ndarray[Any, Any]:

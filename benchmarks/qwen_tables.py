@@ -13,10 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.latency import Bench, Row, add_model_arguments, describe, model_options, parameters_text
-from benchmarks.machine import ends_with_its_message
 from qvl_edge.bundle import write_json
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import ConfigError
+from qvl_edge.machine import ends_with_its_message
 
 IMAGE = IMAGE_TOKENS + 2  # with <img> and </img>
 ENCODED = 1792  # tokens of the prompt whose memory is measured (README: "2048-258")

@@ -22,11 +22,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks.machine import describe_machine, use_device
 from benchmarks.timing import copy_gb_per_s, in_one_graph, measure, measure_on_device
 from kernels.cache_rows import dequantize_rows, quantize_rows
 from kernels.dispatch import rotary_attention
 from kernels.rotary_attention_torch import rotate
+from qvl_edge.machine import describe_machine, use_device
 
 OUTGROWS_CACHES = 512 * 2**20  # bytes of caches in turn; the largest L2, an RTX PRO 6000's, holds 128 MiB
 MOST_COPIES = 64

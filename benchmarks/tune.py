@@ -24,7 +24,6 @@ import torch
 from triton.errors import TritonError
 
 from benchmarks.cards import CARDS, Card
-from benchmarks.machine import describe_machine
 from benchmarks.projections import PROJECTIONS, Problem, Projection
 from benchmarks.timing import in_one_graph, measure_on_device
 from kernels.layout_triton import TILE
@@ -39,6 +38,7 @@ from kernels.tiles import (
     parse_table,
     pipeline_bytes,
 )
+from qvl_edge.machine import describe_machine
 
 if TYPE_CHECKING:
     from benchmarks.offline import Compiled

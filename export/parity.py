@@ -12,8 +12,8 @@ from torch import Tensor
 from export.stages import run_definition, run_graph, stage_names
 from export.weights import TensorSource
 from qvl_edge.config import VisualConfig
-from qvl_edge.engine.vision import self_test_pixels
 from qvl_edge.errors import ParityError
+from qvl_edge.vision.encoder import self_test_pixels
 
 IMAGES = "noise, waves and squares"
 

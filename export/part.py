@@ -19,9 +19,9 @@ from export.weights import TensorSource, VisualWeights
 from qvl_edge.bundle import VIT, VIT_DATA, add_part, check_free_space, check_same_source, replacing
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import IMAGE_TOKENS, VisualConfig
-from qvl_edge.engine.vision import self_test_values
 from qvl_edge.errors import BundleError
 from qvl_edge.model.loading import check_tensors, expected_tensors
+from qvl_edge.vision.encoder import self_test_values
 
 Progress = Callable[[str], None]
 WORK_PREFIX = ".vit-"

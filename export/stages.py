@@ -21,8 +21,8 @@ from torch import Tensor, nn
 from export.weights import TensorSource, read_float
 from qvl_edge.checkpoint import VISUAL
 from qvl_edge.config import VisualConfig
-from qvl_edge.engine.vision import cpu_options
 from qvl_edge.model.vit import VisionTransformer
+from qvl_edge.vision.encoder import cpu_options
 
 STAGE_FILE = "vit.stage.onnx"  # beside the data file while a stage is run
 _COMPUTING = ("Add", "Gelu", "LayerNormalization", "MatMul", "MatMulNBits", "MultiHeadAttention")

@@ -10,7 +10,6 @@ import sys
 import time
 from pathlib import Path
 
-from quantize.calibration import EXAMPLE, Sample, check_tokenizer, read_samples
 from quantize.job import Result, check_device, default_device, quantize_checkpoint
 from quantize.progress import Event, LayerReport
 from quantize.repack import repack_checkpoint
@@ -21,6 +20,7 @@ from qvl_edge.config import QuantConfig, read_json
 from qvl_edge.download import local_folder
 from qvl_edge.errors import CalibrationError, ConfigError, QvlError
 from qvl_edge.lora import open_checkpoint
+from qvl_edge.text.conversations import EXAMPLE, Sample, check_tokenizer, read_samples
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
 
 _QUANT_OPTIONS = ("bits", "group_size", "damp_percent", "desc_act", "static_groups", "sym", "true_sequential")

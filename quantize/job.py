@@ -11,7 +11,7 @@ import torch
 
 from quantize.activations import Activations, Put, activation_bytes, writing
 from quantize.blocks import Streams, block_tensors, load_block, quantize_block, round_block, run_block, run_float
-from quantize.calibration import Sample, digest_of, embed_samples
+from quantize.calibration import embed_samples
 from quantize.estimate import Job, check_memory, duration, seconds, size
 from quantize.layout import REPORT, check_source, decoder_bytes, int4_config, shard_name, write_outer, write_settings
 from quantize.progress import Event, LayerReport, Progress, Tick, ignore
@@ -23,6 +23,7 @@ from qvl_edge.config import Config, QuantConfig, read_json
 from qvl_edge.errors import BundleError, CalibrationError, ConfigError
 from qvl_edge.model.decoder import QWenBlock
 from qvl_edge.model.loading import check_tensors
+from qvl_edge.text.conversations import Sample, digest_of
 
 
 @dataclass(frozen=True)

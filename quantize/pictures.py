@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from quantize.parts import load_part
 from quantize.progress import Tick
 from qvl_edge.checkpoint import VISUAL, Checkpoint
-from qvl_edge.engine.image import ImageLike, load_image, to_pixels
 from qvl_edge.model.loading import check_tensors
 from qvl_edge.model.vit import VisionTransformer
+from qvl_edge.vision.image import ImageLike, load_image, to_pixels
 
 GROUP = 16  # pictures that go through the tower together: 2 GB of activations, and the weights are read once for all
 

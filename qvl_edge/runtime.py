@@ -16,16 +16,13 @@ from qvl_edge.download import Source, local_folder
 from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
 from qvl_edge.engine.device import find_device, named_with_others
-from qvl_edge.engine.features import FeatureCache
 from qvl_edge.engine.generate import generate
-from qvl_edge.engine.image import ImageLike, load_image
 from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.memory import free_memory, parse_bytes
 from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.run import Run
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import CHUNK, Slots
-from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import MOST_SEQUENCES, FusedDecoder
@@ -36,6 +33,9 @@ from qvl_edge.text.draw import draw_boxes
 from qvl_edge.text.list_format import from_list_format, to_list_format
 from qvl_edge.text.prompt import History, Prompt, Query, chat_prompt, latest_picture, raw_prompt, stop_token_ids
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
+from qvl_edge.vision.encoder import VisionEncoder
+from qvl_edge.vision.features import FeatureCache
+from qvl_edge.vision.image import ImageLike, load_image
 from qvl_edge.vit_cache import Progress, exported_vit
 
 SYSTEM = "You are a helpful assistant."

@@ -26,12 +26,12 @@ NEVER = {
 }
 # inside qvl_edge, from the top down; a file imports its own layer and those below
 LAYERS = (
-    ("commands", "server", "__main__", "compat"),
+    ("commands", "server", "evaluate", "__main__", "compat"),
     ("runtime",),
-    ("vit_cache", "download", "hubs", "answer", "engine", "demo"),
-    ("model", "text"),
+    ("vit_cache", "download", "hubs", "answer", "engine", "demo", "doctor"),
+    ("model", "text", "vision"),
     ("bundle", "checkpoint", "lora"),
-    ("published", "pages"),
+    ("published", "pages", "machine"),
     ("config", "profile"),
     ("errors",),
 )

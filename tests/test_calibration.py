@@ -8,13 +8,14 @@ from conftest import write_small_checkpoint
 from PIL import Image
 from torch import Tensor
 
-from quantize.calibration import check_tokenizer, conversation_sample, digest_of, embed_samples, read_samples
+from quantize.calibration import embed_samples
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import IMAGE_TOKENS
-from qvl_edge.engine.image import load_image, to_pixels
 from qvl_edge.errors import CalibrationError, ConfigError
 from qvl_edge.model.loading import load_visual
+from qvl_edge.text.conversations import check_tokenizer, conversation_sample, digest_of, read_samples
 from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, Tokenizer
+from qvl_edge.vision.image import load_image, to_pixels
 
 TOLERANCE = 1e-5  # float32 on both sides, pictures one by one against together
 OPENING = "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user\n"

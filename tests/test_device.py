@@ -10,9 +10,8 @@ import pytest
 import torch
 
 import qvl_edge.demo
-from qvl_edge import FitError, Runtime
+from qvl_edge import FitError, Runtime, doctor
 from qvl_edge.__main__ import main
-from qvl_edge.engine import doctor
 from qvl_edge.engine.device import find_device, named_with_others
 from qvl_edge.errors import ConfigError
 

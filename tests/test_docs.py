@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import pytest
 import torch
-from quality.miniature import make
+from evaluate.miniature import make
 from safetensors.torch import save_file
 from snippets import ROOT, SMALL, blocks, environment, make_home, make_int4_checkpoint
 
@@ -43,7 +43,7 @@ SHOWN = {
 # Lines that are only parsed here: by the command's own parser, up to the point where it would begin
 PARSED = {
     "python -m benchmarks.compression --out compression": (
-        "half an hour; tests/quality/test_compression.py runs it shorter"
+        "half an hour; tests/evaluate/test_compression.py runs it shorter"
     ),
     "python -m benchmarks.latency demo-output/bundle --peer qvl_edge/demo/checkpoint -p 512 -n 128 -d 0,2048 -r 5": (
         "minutes; tests/test_latency.py runs it shorter"
@@ -53,7 +53,7 @@ PARSED = {
     ),
 }
 PARSED_PREFIXES = {
-    "python -m benchmarks.quality.judge": "needs a judge; tests/quality/test_judge.py has one",
+    "python -m qvl_edge.evaluate.judge": "needs a judge; tests/evaluate/test_judge.py has one",
     "qvl-edge serve": "does not end; tests/server/test_serve.py starts it",
     "qvl-edge pull": "needs the network",
 }
@@ -277,7 +277,7 @@ def test_options_that_pages_name_are_those_of_a_command(monkeypatch: pytest.Monk
         raise Parsed
 
     monkeypatch.setattr(argparse.ArgumentParser, "parse_args", note)
-    for name in ("qvl_edge.__main__", "quantize.gptq", "export.vit", "qvl_edge.demo.train"):
+    for name in ("qvl_edge.__main__", "quantize.gptq", "export.vit", "benchmarks.small_model.train"):
         with pytest.raises(Parsed):
             importlib.import_module(name).main()
     known = set[str]()

@@ -15,12 +15,13 @@ import torch
 from conftest import write_small_checkpoint
 
 from export.part import export_vit
+from qvl_edge import doctor
 from qvl_edge.__main__ import main
 from qvl_edge.bundle import MANIFEST, add_part
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands.doctor import line, user_language
-from qvl_edge.engine import doctor, memory, self_tests
-from qvl_edge.engine.doctor import Finding, examine
+from qvl_edge.doctor import Finding, examine
+from qvl_edge.engine import memory, self_tests
 from qvl_edge.text import font
 
 Patch = pytest.MonkeyPatch
@@ -171,7 +172,7 @@ def no_python_header(monkeypatch: Patch, tmp_path: Path) -> Iterator[Finding]:
 def two_cudas(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
     monkeypatch.setattr(doctor, "_version", {"onnxruntime-gpu": "1.31.1"}.get)
     rule = SimpleNamespace(cuda_mismatch=lambda *_: "built for CUDA 13, torch for 12")
-    monkeypatch.setitem(sys.modules, "qvl_edge.engine.cuda_row", rule)
+    monkeypatch.setitem(sys.modules, "qvl_edge.vision.cuda_row", rule)
     with_card(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     return examine_one("cuda row")
@@ -399,7 +400,7 @@ def test_a_damaged_bundle_is_found(
 
 def test_without_onnxruntime_the_hashes_of_a_bundle_are_checked_still(bundle: Path, monkeypatch: Patch) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    monkeypatch.delitem(sys.modules, "qvl_edge.engine.vision", raising=False)
+    monkeypatch.delitem(sys.modules, "qvl_edge.vision.encoder", raising=False)
     status = {finding.name: finding.status for finding in examine(bundle)}
     assert (status["onnxruntime"], status["bundle"], status["vision tower"]) == ("failed", "ok", "skipped")
 

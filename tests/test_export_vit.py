@@ -16,7 +16,7 @@ from export.stages import cut_stages, run_graph
 from export.weights import VisualWeights
 from qvl_edge.bundle import VIT, VIT_DATA
 from qvl_edge.checkpoint import VISUAL, Checkpoint
-from qvl_edge.engine.vision import VisionEncoder
+from qvl_edge.vision.encoder import VisionEncoder
 
 TOLERANCE = 1e-4  # float32 in another order of sums, features up to 5
 DTYPES = ("float32", "float16", "int8", "int4")

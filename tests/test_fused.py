@@ -7,7 +7,6 @@ import torch
 from conftest import SMALL, write_small_checkpoint
 from torch import Tensor
 
-from quantize.calibration import read_samples
 from quantize.job import quantize_checkpoint
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
@@ -21,6 +20,7 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import load_decoder, load_fused
+from qvl_edge.text.conversations import read_samples
 from qvl_edge.text.tokenizer import Tokenizer
 
 pytest.importorskip("triton", reason="needs the triton package, which Linux has")

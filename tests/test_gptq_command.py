@@ -18,7 +18,6 @@ from kernels import dequantize_gptq
 from quantize import estimate, gptq, job
 from quantize.activations import Activations
 from quantize.blocks import causal_attention, load_block, projection
-from quantize.calibration import Sample
 from quantize.job import quantize_checkpoint
 from quantize.progress import Event
 from quantize.solver import Method
@@ -28,6 +27,7 @@ from qvl_edge.config import QuantConfig
 from qvl_edge.engine.memory import Memory
 from qvl_edge.errors import BundleError, CheckpointError, ConfigError
 from qvl_edge.model.loading import check_tensors, load_decoder, read_projection
+from qvl_edge.text.conversations import Sample
 
 FILES = {
     "bundle.json",

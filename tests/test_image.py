@@ -11,8 +11,8 @@ import pytest
 from conftest import GOLDEN, GOLDEN_MODELS
 from PIL import Image
 
-from qvl_edge.engine.image import MAX_PIXELS, MEAN, STD, content_key, load_image, to_pixels
 from qvl_edge.errors import ImageError
+from qvl_edge.vision.image import MAX_PIXELS, MEAN, STD, content_key, load_image, to_pixels
 
 
 @pytest.mark.parametrize("model", GOLDEN_MODELS)

@@ -6,14 +6,14 @@ import pytest
 import torch
 
 import qvl_edge.demo
-from benchmarks.quality.predict import Predictor
-from benchmarks.quality.scenes import TEST_SCENES, write_scenes
-from benchmarks.quality.tasks.synthetic import SYNTHETIC
 from qvl_edge import Runtime
 from qvl_edge.bundle import Bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands import demo
 from qvl_edge.demo.scenes import UNSEEN
+from qvl_edge.evaluate.predict import Predictor
+from qvl_edge.evaluate.scenes import TEST_SCENES, write_scenes
+from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
 from qvl_edge.model.loading import check_tensors
 from qvl_edge.text.tokenizer import SPECIALS
 

@@ -7,16 +7,16 @@ import pytest
 import torch
 
 import qvl_edge.demo
+from benchmarks.small_model.lessons import IGNORE, Teacher, cell_targets, pixels_of
+from benchmarks.small_model.muon import orthogonalize
+from benchmarks.small_model.train import Course, decode_lesson, learning_rate, sine_cosine_positions
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.demo.lessons import IGNORE, Teacher, cell_targets, pixels_of
-from qvl_edge.demo.muon import orthogonalize
 from qvl_edge.demo.scenes import COLOURS, GRID, make_scene
-from qvl_edge.demo.train import Course, decode_lesson, learning_rate, sine_cosine_positions
-from qvl_edge.engine.image import MEAN, STD, to_pixels
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.loading import check_tensors, load_decoder, load_visual
 from qvl_edge.text.prompt import chat_prompt
 from qvl_edge.text.tokenizer import Tokenizer
+from qvl_edge.vision.image import MEAN, STD, to_pixels
 
 CHECKPOINT = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 TOLERANCE = 1e-4  # float32, sums in another order

@@ -16,8 +16,8 @@ from export.part import export_vit
 from qvl_edge.bundle import VIT, VIT_DATA
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import VisualConfig
-from qvl_edge.engine.vision import VisionEncoder, self_test, self_test_pixels
 from qvl_edge.errors import BundleError, ConfigError, ImageError
+from qvl_edge.vision.encoder import VisionEncoder, self_test, self_test_pixels
 
 TOLERANCE = 1e-4  # float32 in another order of sums, features up to 5
 

@@ -14,9 +14,9 @@ from export.part import export_vit
 from qvl_edge.bundle import VIT
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
-from qvl_edge.engine.vision_memory import parameters, session_bytes, workspace_bytes
 from qvl_edge.model.loading import expected_tensors
 from qvl_edge.published import CONFIG
+from qvl_edge.vision.memory import parameters, session_bytes, workspace_bytes
 
 DTYPES = ("float32", "float16", "int8", "int4")
 # bytes: libraries are paged in 64 KiB at a time and the C library and the arena round up; towers here take 40 to 180 MB
@@ -27,7 +27,7 @@ import json, sys, torch
 from pathlib import Path
 from qvl_edge.config import VisualConfig
 from qvl_edge.engine.memory import peak_host_bytes, reset_peak, resident_bytes
-from qvl_edge.engine.vision import VisionEncoder
+from qvl_edge.vision.encoder import VisionEncoder
 path, visual = sys.argv[1], VisualConfig(**json.loads(sys.argv[2]))
 batch, release = int(sys.argv[3]), sys.argv[4] == "1"
 pixels = torch.randn(batch, 3, visual.image_size, visual.image_size)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.engine.image import load_image, to_pixels
 from qvl_edge.model.loading import load_visual
 from qvl_edge.model.vit import VisionTransformer, interpolate_positions
+from qvl_edge.vision.image import load_image, to_pixels
 
 GOLDEN = Path(__file__).parent / "data" / "golden"
 TOLERANCE = 1e-4  # float32 on two builds of torch, features up to 5

@@ -22,8 +22,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Read lines from stdin, stream answers to stdout."""
-    from qvl_edge.engine.image import load_image
     from qvl_edge.errors import QvlError
+    from qvl_edge.vision.image import load_image
 
     for image in args.image:
         load_image(image)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from qvl_edge.engine.doctor import Finding
+    from qvl_edge.doctor import Finding
 
 MARKS = {"ok": "✓", "failed": "✗", "skipped": "–"}
 PLAIN = {"ok": "ok", "failed": "!!", "skipped": "--"}  # for a terminal that cannot show them
@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Print each finding as it comes."""
-    from qvl_edge.engine.doctor import examine
+    from qvl_edge.doctor import examine
 
     language = args.lang or user_language()
     marks = MARKS if _can_show("".join(MARKS.values())) else PLAIN

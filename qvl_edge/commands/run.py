@@ -27,8 +27,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Stream the answer to stdout (or print JSON), speed to stderr."""
-    from qvl_edge.engine.image import load_image
     from qvl_edge.errors import ImageError
+    from qvl_edge.vision.image import load_image
 
     for image in args.image:  # a bad image is said before the model is loaded
         load_image(image)
@@ -65,9 +65,9 @@ def stream(runtime: "Runtime", query: list[dict[str, Any]], args: argparse.Names
 
 def draw(answer: "Answer", images: list[str], out: Path) -> None:
     """Write the picture that the boxes are on (the latest)."""
-    from qvl_edge.engine.image import load_image
     from qvl_edge.errors import ImageError
     from qvl_edge.text.draw import draw_boxes
+    from qvl_edge.vision.image import load_image
 
     picture = draw_boxes(load_image(images[-1]), [box for box in answer.boxes if box.image == len(images) - 1])
     try:

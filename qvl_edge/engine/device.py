@@ -2,7 +2,7 @@
 
 import torch
 
-from qvl_edge.engine.doctor import NEEDED, programs_on_cards, too_old
+from qvl_edge.doctor import NEEDED, programs_on_cards, too_old
 from qvl_edge.engine.memory import device_memory
 from qvl_edge.errors import ConfigError
 

@@ -13,9 +13,9 @@ from urllib.parse import unquote, urlsplit
 
 from PIL import Image
 
-from qvl_edge.engine.image import FORMATS, MAX_PIXELS
 from qvl_edge.server.fetch import MAX_BYTES, Fetcher
 from qvl_edge.server.refusal import Refusal, invalid
+from qvl_edge.vision.image import FORMATS, MAX_PIXELS
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 _DATA_URI = re.compile(r"data:(?:image/[a-z0-9.+-]{1,40})?;base64,", re.IGNORECASE)

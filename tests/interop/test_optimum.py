@@ -11,8 +11,8 @@ from quantize.job import quantize_checkpoint
 from qvl_edge.bundle import VIT
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
-from qvl_edge.engine.vision import VisionEncoder
 from qvl_edge.model.loading import load_visual
+from qvl_edge.vision.encoder import VisionEncoder
 
 modeling = pytest.importorskip("optimum.onnxruntime")
 transformers = pytest.importorskip("transformers")

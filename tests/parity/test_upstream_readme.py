@@ -20,7 +20,6 @@ from snippets import ROOT, SMALL
 
 from export import vit
 from quantize import gptq
-from quantize.calibration import read_samples
 from qvl_edge import Bundle, ConfigError, ImageError, Runtime
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.compat import (
@@ -33,6 +32,7 @@ from qvl_edge.compat import (
 from qvl_edge.demo.scenes import Scene, box_markup
 from qvl_edge.lora import LoraCheckpoint
 from qvl_edge.text.boxes import parse_boxes
+from qvl_edge.text.conversations import read_samples
 
 from .conftest import CAPTION_TOKENS, assert_framed, pixels_of
 

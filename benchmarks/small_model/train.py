@@ -1,0 +1,397 @@
+"""Train the small model that ships: python -m benchmarks.small_model.train QWEN_TIKTOKEN FOLDER
+
+Two stages, because joint training from scratch stays on the plateau of guessed digits:
+1. the vision tower alone, against what each grid cell shows;
+2. decoder and vision together, a dozen questions a picture packed behind one copy of its 256 features, vision at a
+   quarter of the learning rate.
+FOLDER receives state.pt (training resumes from it), log.jsonl, loss.png and, at every save, checkpoint/ in the
+published layout. QWEN_TIKTOKEN is the published qwen.tiktoken, of which the first ranks become the vocabulary.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from benchmarks.small_model.lessons import COORDINATES, IGNORE, CellTargets, Lesson, Teacher, cell_targets, pixels_of
+from benchmarks.small_model.muon import Muon
+from kernels.rotary_attention_torch import rotate
+from qvl_edge.bundle import write_tensors
+from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import Config
+from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, make_scene
+from qvl_edge.model.decoder import QWenLMHeadModel, rotary_tables
+from qvl_edge.model.loading import load_decoder, load_visual
+from qvl_edge.model.vit import VisionTransformer
+from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer
+from qvl_edge.vision.image import MEAN, STD
+
+RANKS = 4096  # entries of qwen.tiktoken that the small model keeps
+WIDTH = 256
+CONFIG = {
+    "architectures": ["QWenLMHeadModel"],
+    "model_type": "qwen",
+    "hidden_size": WIDTH,
+    "intermediate_size": 1536,
+    "kv_channels": 128,
+    "num_attention_heads": WIDTH // 128,
+    "num_hidden_layers": 4,
+    "vocab_size": -(-(RANKS + len(SPECIALS)) // 64) * 64,
+    "seq_length": 2048,
+    "max_position_embeddings": 8192,
+    "layer_norm_epsilon": 1e-6,
+    "no_bias": True,
+    "rotary_emb_base": 10000,
+    "rotary_pct": 1.0,
+    "scale_attn_weights": True,
+    "tie_word_embeddings": False,
+    "use_dynamic_ntk": True,
+    "use_logn_attn": True,
+    "tokenizer_type": "QWenTokenizer",
+    "torch_dtype": "float16",
+    "visual": {
+        "heads": 4,
+        "image_size": 448,
+        "image_start_id": RANKS + len(SPECIALS) - 3,
+        "layers": 3,
+        "mlp_ratio": 4.0,
+        "output_dim": WIDTH,
+        "patch_size": 28,
+        "width": 128,
+    },
+}
+GENERATION = {
+    "chat_format": "chatml",
+    "eos_token_id": RANKS,
+    "pad_token_id": RANKS,
+    "max_window_size": 6144,
+    "max_new_tokens": 256,
+    "do_sample": False,
+    "top_k": 0,
+    "top_p": 0.3,
+}
+BATCH_VISION, BATCH_JOINT, BUDGET = 16, 4, 480  # pictures a step, pictures a step, question tokens a picture
+SAVE_EVERY = 100  # steps
+RATES: dict[str, dict[str, Any]] = {
+    "vision": {"peak": 1.5e-3, "warmup": 50, "decay": 0.5},
+    "joint": {"peak": 1.5e-3, "warmup": 100, "decay": 0.4},
+}
+
+
+def sine_cosine_positions(width: int, grid: int) -> Tensor:
+    """The resampler's fixed position table (grid², width): first columns, then rows (visual.py)."""
+    frequencies = 1 / 10000 ** (torch.arange(width // 4, dtype=torch.float64) / (width / 4))
+    rows, columns = torch.meshgrid(torch.arange(grid), torch.arange(grid), indexing="ij")
+
+    def axis(coordinates: Tensor) -> Tensor:
+        angles = coordinates.reshape(-1, 1).double() * frequencies
+        return torch.cat((angles.sin(), angles.cos()), dim=1)
+
+    return torch.cat((axis(columns), axis(rows)), dim=1).float()
+
+
+def initialize(model: QWenLMHeadModel, visual: VisionTransformer) -> None:
+    """Random weights in place.
+
+    The resampler starts position-aligned: q and k share one random orthogonal matrix, v and out are the identity, so a
+    query attends mostly to its own cell. Without it the cell loss hardly moved in 400 steps.
+    """
+    depth = model.config.num_hidden_layers
+    for name, parameter in [*model.named_parameters(), *visual.named_parameters()]:
+        if parameter.dim() == 1:
+            nn.init.constant_(parameter, 1.0 if name.endswith("weight") else 0.0)
+        elif name.endswith("wte.weight"):
+            nn.init.normal_(parameter, std=0.1)
+        else:
+            fan_in = parameter[0].numel()
+            nn.init.normal_(parameter, std=fan_in**-0.5 / (math.sqrt(2 * depth) if "c_proj" in name else 1))
+    pool = visual.attn_pool
+    with torch.no_grad():
+        # learned from here on; from a random start it had found columns but not rows after 600 steps
+        visual.positional_embedding.copy_(sine_cosine_positions(visual.positional_embedding.shape[1], 16))
+        pool.pos_embed.copy_(sine_cosine_positions(pool.pos_embed.shape[1], 16))
+        pool.query.normal_(std=0.02)
+        aligned = torch.linalg.qr(torch.randn(WIDTH, WIDTH))[0] * 4.0
+        pool.attn.in_proj_weight.copy_(torch.cat((aligned, aligned, torch.eye(WIDTH))))
+        pool.attn.out_proj.weight.copy_(torch.eye(WIDTH))
+        pool.ln_q.weight.fill_(0.02)
+        pool.ln_kv.weight.fill_(0.2)
+
+
+class CellReader(nn.Module):
+    """Linear read-outs of the features: used in training only, not shipped."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes = (len(COLOURS) + 1, len(SHAPES) + 1, 11, 2, *[COORDINATES] * 4, MAX_DIGITS + 1)
+        self.read = nn.Linear(WIDTH, sum(self.sizes))
+
+    def forward(self, features: Tensor, targets: CellTargets) -> tuple[Tensor, float]:
+        """The cell loss, and the share of covered cells whose box is read exactly."""
+        colour, shape, digit, centre, *edges, place = self.read(features).split(self.sizes, dim=-1)
+        pairs = (
+            (colour, targets.colour),
+            (shape, targets.shape),
+            (digit, targets.digit),
+            (centre, targets.centre),
+            (place, targets.place),
+        )
+        loss = features.new_zeros(())
+        for logits, target in pairs:
+            # most cells show nothing: what is there weighs as much as all that is not
+            each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
+            some = target.flatten() > 0
+            loss = loss + each[~some].mean() + (each[some].mean() if bool(some.any()) else 0.0)
+        covered = targets.colour > 0
+        exact = torch.ones(int(covered.sum()), dtype=torch.bool)
+        for index, logits in enumerate(edges):
+            wanted = targets.edges[..., index][covered]
+            loss = loss + F.cross_entropy(logits[covered], wanted)
+            exact &= logits[covered].argmax(-1) == wanted
+        return loss, float(exact.float().mean())
+
+
+def vision_step(seed: int, visual: VisionTransformer, reader: CellReader) -> dict[str, Any]:
+    """One step of stage 1: loss with gradients, and figures for the log."""
+    scenes = [make_scene(seed * BATCH_VISION + index) for index in range(BATCH_VISION)]
+    loss, exact = reader(visual(pixels_of(scenes, MEAN, STD)), cell_targets(scenes))
+    loss.backward()
+    return {"cells": loss.item(), "exact": exact}
+
+
+def decode_lesson(model: QWenLMHeadModel, lesson: Lesson, features: Tensor) -> Tensor:
+    """Weighted mean cross-entropy of the answer tokens. features (pictures, 256, hidden)."""
+    config = model.config
+    x = model.embed(lesson.ids)
+    per_row = features.view(len(lesson.ids), -1, *features.shape[1:])
+    pieces, at = [], 0
+    for index, start in enumerate(lesson.image_starts):
+        pieces += [x[:, at:start], per_row[:, index]]
+        at = start + features.shape[1]
+    x = torch.cat([*pieces, x[:, at:]], dim=1)
+    cos, sin = rotary_tables(config, lesson.positions, torch.ones(len(x)))
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=lesson.attention).transpose(1, 2)
+
+    for block in model.transformer.h:
+        x = block(x, attend)
+    # a token predicts its follower; the last token of a branch has no label after it
+    following = lesson.labels.roll(-1, dims=1)
+    following[:, -1] = IGNORE
+    answers = following != IGNORE
+    logits = model.lm_head(model.transformer.ln_f(x[answers]))
+    each = F.cross_entropy(logits, following[answers], reduction="none")
+    weights = lesson.weights.roll(-1, dims=1)[answers]
+    return (each * weights).sum() / weights.sum()
+
+
+def alignment(features: Tensor, targets: CellTargets, words: list[tuple[str, Tensor]]) -> Tensor:
+    """Cross-entropy of naming a cell's subject, shape and digit by the nearest word embedding.
+
+    words: name of the target, and embeddings (classes, hidden). Attention finds "red" among features sooner when a red
+    cell and the word lie in one direction: before this, questions for a colour stayed at chance for 800 steps.
+    """
+    loss = features.new_zeros(())
+    for name, names in words:
+        target = getattr(targets, name)
+        shown = target > 0
+        if bool(shown.any()):
+            seen = F.normalize(features[shown], dim=-1)
+            loss = loss + F.cross_entropy(10 * seen @ F.normalize(names, dim=-1).T, target[shown] - 1)
+    return loss
+
+
+def joint_step(
+    seed: int, teacher: Teacher, model: QWenLMHeadModel, visual: VisionTransformer, reader: CellReader
+) -> dict[str, Any]:
+    """One step of stage 2; every eighth lesson is about two pictures."""
+    two = seed % 8 == 7
+    lesson = teacher.lesson(
+        seed, batch=BATCH_JOINT // (2 if two else 1), budget=BUDGET // (2 if two else 1), pictures=1 + two
+    )
+    features = visual(pixels_of(lesson.scenes, MEAN, STD))
+    answers = decode_lesson(model, lesson, features)
+    targets = cell_targets(lesson.scenes)
+    cells, exact = reader(features, targets)
+    aligned = alignment(features, targets, [(name, model.embed(ids)) for name, ids in teacher.words])
+    (answers + 0.1 * cells + 0.1 * aligned).backward()
+    figures = {"two" if two else "answers": answers.item(), "cells": cells.item(), "exact": exact}
+    return figures | {"aligned": aligned.item()}
+
+
+def write_checkpoint(folder: Path, model: QWenLMHeadModel, visual: VisionTransformer) -> None:
+    """The published layout beside its qwen.tiktoken: settings, and safetensors in float16."""
+    for name, content in (
+        ("config.json", CONFIG),
+        ("generation_config.json", GENERATION),
+        ("tokenizer_config.json", {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}),
+    ):
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
+    tensors |= {f"transformer.visual.{name}": value.half().contiguous() for name, value in visual.state_dict().items()}
+    write_tensors(folder / "model.safetensors", tensors)
+
+
+def draw_loss(folder: Path) -> None:
+    """loss.png from log.jsonl."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for axis, stage, names in ((axes[0], "vision", ("cells",)), (axes[1], "joint", ("answers", "two", "cells"))):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
+            if points:
+                axis.plot(*zip(*points, strict=True), label=name)
+                axis.legend()
+        axis.set(title=f"stage: {stage}", xlabel="step", ylabel="loss", yscale="log")
+    figure.savefig(folder / "loss.png", dpi=110)
+
+
+def learning_rate(step: int, steps: int, *, peak: float, warmup: int, decay: float, fresh: int = 0) -> float:
+    """Linear warm-up from step `fresh` on, then `peak`, then linearly down to zero over the last share `decay`."""
+    return peak * min(1.0, (step - fresh + 1) / warmup, (1 - step / steps) / decay)
+
+
+class Course:
+    """The training itself: modules, optimizers, and where it stands."""
+
+    STAGES = ("vision", "joint")
+
+    def __init__(
+        self, tiktoken_file: Path, folder: Path, steps: dict[str, int], *, start: tuple[Path, int] | None = None
+    ):
+        """Resume `folder`, or begin: at random, or with `start`, a checkpoint and a step of the joint stage."""
+        torch.manual_seed(0)
+        torch.set_flush_denormal(True)  # optimizer moments fade into denormals, which are slow on x86
+        self.folder, self.steps = folder, steps
+        checkpoint = folder / "checkpoint"
+        checkpoint.mkdir(parents=True, exist_ok=True)
+        lines = tiktoken_file.read_bytes().splitlines(keepends=True)
+        (checkpoint / VOCAB_FILE).write_bytes(b"".join(lines[:RANKS]))
+        self.teacher = Teacher(Tokenizer.from_file(checkpoint / VOCAB_FILE))
+        config = Config.from_dict(CONFIG)
+        self.model, self.visual, self.reader = QWenLMHeadModel(config), VisionTransformer(config.visual), CellReader()
+        initialize(self.model, self.visual)
+        self.modules = nn.ModuleDict({"model": self.model, "visual": self.visual, "reader": self.reader})
+        self.stage, self.step, self.fresh = 0, 0, 0  # fresh: the step at which the optimizers were new
+        state = folder / "state.pt"
+        if not state.exists() and start is not None:
+            weights, step = start
+            source = Checkpoint(weights)
+            self.model.load_state_dict(load_decoder(source, dtype=torch.float32).state_dict())
+            self.visual.load_state_dict(load_visual(source, dtype=torch.float32).state_dict())
+            self.stage, self.step, self.fresh = self.STAGES.index("joint"), step, step
+        self.optimizers = self._new_optimizers()
+        if state.exists():
+            saved = torch.load(state, weights_only=True)
+            self.stage, self.step, self.fresh = saved["stage"], saved["step"], saved["fresh"]
+            self.modules.load_state_dict(saved["modules"])
+            self.optimizers = self._new_optimizers()
+            for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
+                optimizer.load_state_dict(content)
+        self._cut_log()  # also makes an empty one
+
+    def _cut_log(self) -> None:
+        """Drop the rows that a stopped run logged after its last save: those steps are taken again."""
+        log = self.folder / "log.jsonl"
+        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        here = (self.stage, self.step)
+        kept = {at: row for row in rows if (at := (self.STAGES.index(row["stage"]), row["step"])) <= here}
+        log.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+
+    def _new_optimizers(self) -> list[torch.optim.Optimizer]:
+        """AdamW, and in the second stage Muon for the matrices of the decoder's blocks."""
+        sight = [p for module in (self.visual, self.reader) for p in module.parameters() if p.requires_grad]
+        if self.STAGES[self.stage] == "vision":
+            return [torch.optim.AdamW([{"params": sight, "scale": 1.0}], betas=(0.9, 0.98), weight_decay=0.02)]
+        blocks = [p for p in self.model.transformer.h.parameters() if p.dim() == 2]
+        in_blocks = {id(p) for p in blocks}
+        rest = [p for p in self.model.parameters() if id(p) not in in_blocks]
+        groups = [{"params": sight, "scale": 0.25}, {"params": rest, "scale": 1.0}]
+        muon = Muon(blocks)
+        muon.param_groups[0]["scale"] = 1.0
+        return [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05), muon]
+
+    def _train_step(self) -> dict[str, Any]:
+        name = self.STAGES[self.stage]
+        rate = learning_rate(self.step, self.steps[name], fresh=self.fresh, **RATES[name])
+        groups = [group for optimizer in self.optimizers for group in optimizer.param_groups]
+        for group in groups:
+            group["lr"] = rate * group["scale"]
+        self.modules.zero_grad(set_to_none=True)
+        if name == "vision":
+            figures = vision_step(self.step, self.visual, self.reader)
+        else:
+            figures = joint_step(self.step, self.teacher, self.model, self.visual, self.reader)
+        nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        return figures
+
+    def save(self) -> None:
+        """state.pt, written beside and renamed; checkpoint/ and loss.png as they stand."""
+        partial = self.folder / "state.pt.partial"
+        state = {"stage": self.stage, "step": self.step, "fresh": self.fresh, "modules": self.modules.state_dict()}
+        torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, partial)
+        partial.replace(self.folder / "state.pt")
+        write_checkpoint(self.folder / "checkpoint", self.model, self.visual)
+        draw_loss(self.folder)
+
+    def run(self) -> None:
+        """Train to the end of the last stage, with a line of progress every 20 steps and a save every SAVE_EVERY."""
+        while self.stage < len(self.STAGES):
+            name = self.STAGES[self.stage]
+            recent: dict[str, list[float]] = {}
+            began, first = time.perf_counter(), self.step
+            while self.step < self.steps[name]:
+                for key, value in self._train_step().items():
+                    recent.setdefault(key, []).append(value)
+                self.step += 1
+                if self.step % 20 == 0:
+                    seconds = (time.perf_counter() - began) / (self.step - first)
+                    means = {key: round(sum(values) / len(values), 4) for key, values in recent.items()}
+                    row = {"stage": name, "step": self.step, "s/step": round(seconds, 3), **means}
+                    with open(self.folder / "log.jsonl", "a") as log:
+                        log.write(json.dumps(row) + "\n")
+                    left = seconds * (self.steps[name] - self.step) / 60
+                    print(json.dumps(row), f"{left:.0f} min left in this stage", file=sys.stderr, flush=True)
+                    recent = {}
+                if self.step % SAVE_EVERY == 0:
+                    self.save()
+            self.stage, self.step, self.fresh = self.stage + 1, 0, 0
+            if self.stage < len(self.STAGES):
+                self.optimizers = self._new_optimizers()
+            self.save()
+
+
+def main() -> None:
+    """The command."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.small_model.train", description=(__doc__ or "").split("\n")[0]
+    )
+    parser.add_argument("tiktoken", type=Path, metavar="QWEN_TIKTOKEN")
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--vision-steps", type=int, default=1200)
+    parser.add_argument("--joint-steps", type=int, default=7500)
+    parser.add_argument("--weights", type=Path, metavar="CHECKPOINT", help="begin with these at --from-step of stage 2")
+    parser.add_argument("--from-step", type=int, default=0, help="of the joint stage, with --weights (default: 0)")
+    args = parser.parse_args()
+    start = None if args.weights is None else (args.weights, args.from_step)
+    Course(args.tiktoken, args.folder, {"vision": args.vision_steps, "joint": args.joint_steps}, start=start).run()
+
+
+if __name__ == "__main__":
+    main()
