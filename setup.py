@@ -53,6 +53,7 @@ setup(
             *MODELSCOPE,
             TRITON,
             "pytest>=8",
+            "hypothesis>=6",
             "ruff>=0.8",
             "mypy>=1.13",
             "matplotlib>=3.9",

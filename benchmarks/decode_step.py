@@ -21,11 +21,11 @@ from benchmarks.timing import copy_gb_per_s
 from kernels import pack_for_triton, quantize_int8
 from qvl_edge.config import Config
 from qvl_edge.engine.inputs import Inputs
-from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import Slots
 from qvl_edge.machine import describe_machine, use_device
 from qvl_edge.model.fused import FusedDecoder
+from qvl_edge.options import GenerationOptions
 from qvl_edge.published import CONFIG
 
 HEADS = ("float16", "int8")

@@ -19,7 +19,6 @@ from qvl_edge.engine.device import find_device, named_with_others
 from qvl_edge.engine.generate import generate
 from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.memory import free_memory, parse_bytes
-from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.run import Run
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import CHUNK, Slots
@@ -27,7 +26,7 @@ from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import MOST_SEQUENCES, FusedDecoder
 from qvl_edge.model.loading import load_decoder, load_fused
-from qvl_edge.profile import Embeddings, Head, KVType
+from qvl_edge.options import Embeddings, GenerationOptions, Head, KVType
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
 from qvl_edge.text.list_format import from_list_format, to_list_format

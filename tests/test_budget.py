@@ -23,7 +23,7 @@ from qvl_edge.errors import ConfigError, FitError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.linear import Int4Linear
 from qvl_edge.model.loading import load_decoder
-from qvl_edge.profile import PROFILES
+from qvl_edge.options import PROFILES
 from qvl_edge.published import NAMES, published_config
 
 CPU = Plan("cpu", torch.float32, "float32", "float16", "float16")

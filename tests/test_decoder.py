@@ -13,13 +13,13 @@ from torch import Tensor
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.engine.generate import generate
 from qvl_edge.engine.inputs import Inputs
-from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import PromptError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel, logn_scale, ntk_alpha
 from qvl_edge.model.loading import load_decoder
+from qvl_edge.options import GenerationOptions
 
 TOLERANCE = 1e-4  # absolute, on logits of about ±5: both sides are float32 with sums in another order
 

@@ -12,7 +12,6 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.engine.generate import generate
 from qvl_edge.engine.inputs import Inputs
-from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import ConfigError
@@ -20,6 +19,7 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import load_decoder, load_fused
+from qvl_edge.options import GenerationOptions
 from qvl_edge.text.conversations import read_samples
 from qvl_edge.text.tokenizer import Tokenizer
 

@@ -5,9 +5,9 @@ from collections import Counter
 import pytest
 import torch
 
-from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import NOT_FINITE, Sampler, Samplers, check_tokens
 from qvl_edge.errors import ConfigError
+from qvl_edge.options import GenerationOptions
 
 LOGITS = torch.tensor([2.0, 1.0, 0.0, -1.0, -5.0])
 DRAWS = 4000
@@ -106,27 +106,6 @@ def test_logits_that_are_no_numbers_are_told_apart_and_lead_to_a_way_out(sampled
     assert tokens[1] == NOT_FINITE and tokens[0] >= 0
     with pytest.raises(ConfigError, match="sequence 1 are not finite.*use bfloat16"):
         check_tokens(tokens)
-
-
-@pytest.mark.parametrize(
-    "bad", [{"temperature": 0.0}, {"top_p": 0.0}, {"top_p": 1.5}, {"top_k": -1}, {"max_new_tokens": 0}, {"stop": [""]}]
-)
-def test_an_impossible_option_is_refused_by_name(bad: dict) -> None:
-    with pytest.raises(ConfigError, match=next(iter(bad))):
-        GenerationOptions().with_overrides(bad)
-
-
-def test_a_misspelt_option_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="unknown generation option 'temprature'.*temperature"):
-        GenerationOptions().with_overrides({"temprature": 1.0})
-
-
-def test_published_generation_configs_are_read_and_foreign_keys_passed_over() -> None:
-    options = GenerationOptions.from_config(
-        {"chat_format": "chatml", "top_k": 0, "top_p": 0.3, "max_new_tokens": 512, "do_sample": True, "eos_token_id": 1}
-    )
-    assert (options.top_p, options.max_new_tokens, options.do_sample) == (0.3, 512, True)
-    assert GenerationOptions.from_config({"temperature": 0}).do_sample is False
 
 
 def test_a_draw_stays_when_logits_are_rounded_otherwise() -> None:

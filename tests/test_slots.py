@@ -18,7 +18,6 @@ from qvl_edge.engine.generate import generate
 from qvl_edge.engine.graph import BUCKETS
 from qvl_edge.engine.inputs import Inputs, common_prefix
 from qvl_edge.engine.lookup import propose
-from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.sampling import NOT_FINITE, Sampler, Samplers
 from qvl_edge.engine.slots import Sequence, Slots
 from qvl_edge.errors import ConfigError, PromptError
@@ -26,6 +25,7 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import load_decoder
+from qvl_edge.options import GenerationOptions
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 GREEDY = GenerationOptions(do_sample=False)

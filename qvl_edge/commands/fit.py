@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from qvl_edge.commands import loading
-from qvl_edge.profile import PROFILES
+from qvl_edge.options import PROFILES
 
 if TYPE_CHECKING:
     from qvl_edge.config import Config

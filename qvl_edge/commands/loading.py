@@ -5,7 +5,7 @@ import sys
 import time
 from typing import TYPE_CHECKING, Any, get_args
 
-from qvl_edge.profile import PROFILES, Embeddings, Head, KVType
+from qvl_edge.options import PROFILES, Embeddings, Head, KVType
 
 if TYPE_CHECKING:
     from qvl_edge.runtime import Runtime

@@ -16,7 +16,7 @@ from qvl_edge.config import Config
 from qvl_edge.engine.slots import CHUNK as PREFILLED
 from qvl_edge.errors import ConfigError, FitError
 from qvl_edge.model.loading import projections
-from qvl_edge.profile import PROFILES, Embeddings, Head, KVType, Vision
+from qvl_edge.options import PROFILES, Embeddings, Head, KVType, Vision
 from qvl_edge.vision.memory import session_bytes, workspace_bytes
 
 SHORTEST = 512  # positions that a profile has to leave for it to be chosen: an image, a question and an answer

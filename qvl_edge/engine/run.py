@@ -7,8 +7,8 @@ from PIL import Image
 
 from qvl_edge.answer import Answer, FinishReason, Timing, TokenLogprob, Usage
 from qvl_edge.config import IMAGE_TOKENS
-from qvl_edge.engine.options import GenerationOptions
 from qvl_edge.engine.stream import TextStream
+from qvl_edge.options import GenerationOptions
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.prompt import Prompt
 from qvl_edge.text.tokenizer import Tokenizer

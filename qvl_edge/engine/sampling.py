@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from qvl_edge.answer import TokenLogprob
-from qvl_edge.engine.options import MOST_LOGPROBS, GenerationOptions
 from qvl_edge.errors import ConfigError
+from qvl_edge.options import MAX_LOGPROBS, MIN_TEMPERATURE, GenerationOptions
 
 NOT_FINITE = -1  # stands for a token where the logits are no numbers
 
@@ -82,7 +82,7 @@ class Samplers:
         self.seen = torch.zeros(slots, vocab, dtype=torch.bool, device=device)
         self.noise = torch.ones(slots, vocab, device=device)
         self.allowed = torch.ones(slots, vocab, dtype=torch.bool, device=device)
-        likeliest = min(MOST_LOGPROBS, vocab)
+        likeliest = min(MAX_LOGPROBS, vocab)
         self.scores = torch.zeros(slots, 1 + likeliest, device=device)
         self.likeliest = torch.zeros(slots, likeliest, dtype=torch.int64, device=device)
 
@@ -91,7 +91,7 @@ class Samplers:
         self.samplers[slot], options = sampler, sampler.options
         self._sample[slot] = options.do_sample
         self._penalty[slot] = options.repetition_penalty
-        self._temperature[slot] = options.temperature
+        self._temperature[slot] = max(options.temperature, MIN_TEMPERATURE)
         # the sum of all chances may round to more than 1
         self._top_p[slot] = options.top_p if options.top_p < 1.0 else 2.0
         self._top_k[slot] = min(options.top_k or self.vocab, self.vocab)

@@ -33,7 +33,7 @@ from qvl_edge.evaluate.task import QualityDataError, Task
 from qvl_edge.evaluate.tasks import TASKS, perplexity
 from qvl_edge.evaluate.tasks.perplexity import PERPLEXITY
 from qvl_edge.machine import describe_machine
-from qvl_edge.profile import PROFILES, Head, KVType
+from qvl_edge.options import PROFILES, Head, KVType
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
 from qvl_edge.vision.image import load_image
 
