@@ -46,3 +46,35 @@ class CalibrationError(QvlError, ValueError):
 
 class ParityError(QvlError, ValueError):
     """An exported graph does not compute what the model does."""
+
+
+class EngineError(Exception):
+    """The engine cannot answer a request, through no fault of the caller."""
+
+
+class QueueFull(EngineError):
+    """Too many requests are waiting; the caller may try again after `retry_after` seconds."""
+
+    def __init__(self, waiting: int, retry_after: int = 1):
+        super().__init__(f"{waiting} requests are waiting already; try again later")
+        self.retry_after = retry_after
+
+
+class Cancelled(EngineError):
+    """The caller cancelled the request."""
+
+
+class TimeLimit(EngineError):
+    """A request exceeded its time limit."""
+
+
+class OutOfMemory(EngineError):
+    """The request needed more memory than there is; smaller ones can still be answered."""
+
+
+class Stopped(EngineError):
+    """The engine is shutting down."""
+
+
+class EngineFailed(EngineError):
+    """A step failed, on account of a bug or a broken device; the log says where."""

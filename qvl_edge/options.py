@@ -11,16 +11,16 @@ import numbers
 from collections.abc import Iterable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from types import NoneType, UnionType
-from typing import Any, Literal, Self, Union, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, Self, Union, get_args, get_origin, get_type_hints
 
 from qvl_edge.errors import ConfigError
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 """Compute dtype, and that of the layers that are not int4."""
-Head = Literal["float16", "int8"]
-"""lm_head: in the compute dtype, or weight-only int8."""
-KVType = Literal["float16", "int8"]
-"""Keys and values: in the compute dtype, or int8 with one scale per token and head."""
+Head = Literal["auto", "float16", "int8"]
+"""lm_head: in the compute dtype (auto, float16), or weight-only int8."""
+KVType = Literal["auto", "float16", "int8"]
+"""Keys and values: in the compute dtype (auto, float16), or int8 with one scale per token and head."""
 Embeddings = Literal["host", "device"]
 """The embedding table: read from the mapped file (8 KiB per token of Qwen-7B), or on the device."""
 Vision = Literal["resident", "released", "elsewhere"]
@@ -95,6 +95,8 @@ def option(default: Any, help: str, **details: Any) -> Any:
 class Options:
     """Base of the two classes below: frozen dataclasses whose fields are made by `option`."""
 
+    noun: ClassVar[str]  # in messages
+
     def __post_init__(self) -> None:
         for item in fields(self):  # type: ignore[arg-type]  # every subclass is a dataclass
             object.__setattr__(self, item.name, _checked(type(self), item, getattr(self, item.name)))
@@ -106,8 +108,8 @@ class Options:
         for name in names:
             if name not in there:
                 near = difflib.get_close_matches(name, there, 1)
-                meant = f"; did you mean {near[0]!r}?" if near else ""
-                raise ConfigError(f"unknown option {name!r}{meant} Known are {', '.join(sorted(there))}")
+                meant = f"did you mean {near[0]!r}? " if near else ""
+                raise ConfigError(f"unknown {cls.noun} {name!r}; {meant}known are {', '.join(sorted(there))}")
 
     @classmethod
     def add_arguments(cls, parser: Any, *, leave_out: Iterable[str] = ()) -> None:
@@ -200,6 +202,8 @@ def _help(item: "Field[Any]", details: Option) -> str:
 class LoadOptions(Options):
     """How a model is loaded."""
 
+    noun: ClassVar[str] = "loading option"
+
     device: str = option("auto", "auto, cpu, cuda or cuda:N; auto is CUDA where torch sees it", metavar="DEVICE")
     dtype: Dtype | None = option(None, "compute dtype (default: float32 on a CPU, float16 on CUDA)")
     profile: Literal["auto", "12g", "8g", "6g"] = option(
@@ -215,12 +219,10 @@ class LoadOptions(Options):
     max_memory: str | None = option(
         None, "memory to use, such as 8GB or 8GiB, instead of all that is free", metavar="SIZE"
     )
-    kv_cache: Literal["auto", "float16", "int8"] | None = option(
+    kv_cache: KVType | None = option(
         None, "keys and values: auto or float16 (the compute dtype), or int8 (default: the profile's)"
     )
-    head: Literal["auto", "float16", "int8"] | None = option(
-        None, "lm_head: auto or float16 (the compute dtype), or int8 (default: the profile's)"
-    )
+    head: Head | None = option(None, "lm_head: auto or float16 (the compute dtype), or int8 (default: the profile's)")
     embeddings: Embeddings = option("host", "embedding table: read from the mapped file, or on the device")
     vision_device: str | None = option(
         None, "where images are encoded: cpu, cuda or cuda:N (default: --device)", metavar="DEVICE"
@@ -258,6 +260,8 @@ class GenerationOptions(Options):
     do_sample decides between sampling and greedy decoding. Where it is not given, temperature=0 is greedy, and
     temperature, top_p, top_k or seed alone turn sampling on.
     """
+
+    noun: ClassVar[str] = "generation option"
 
     max_new_tokens: int = option(512, "most tokens of an answer", least=1, most=INT32_MAX, metavar="N")
     min_new_tokens: int = option(0, "tokens before the model's own end may come", least=0, most=INT32_MAX, flag=None)

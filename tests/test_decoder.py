@@ -11,9 +11,8 @@ from conftest import GOLDEN, GOLDEN_MODELS, write_small_checkpoint
 from torch import Tensor
 
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.engine.generate import generate
-from qvl_edge.engine.inputs import Inputs
-from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.engine import Engine
+from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import PromptError
 from qvl_edge.model.cache import KVCache
@@ -29,7 +28,7 @@ def golden_model(request) -> tuple[str, QWenLMHeadModel]:
     return request.param, load_decoder(Checkpoint(GOLDEN / request.param / "checkpoint"), dtype=torch.float32)
 
 
-def golden_inputs(name: str, model: QWenLMHeadModel, case: int) -> tuple[np.lib.npyio.NpzFile, Inputs]:
+def golden_request(name: str, model: QWenLMHeadModel, case: int) -> tuple[np.lib.npyio.NpzFile, Request]:
     """The golden file and the prompt, the golden vision features at their slots."""
     golden = np.load(GOLDEN / name / "golden.npz")
     ids = golden[f"case{case}/input_ids"].tolist()
@@ -37,13 +36,15 @@ def golden_inputs(name: str, model: QWenLMHeadModel, case: int) -> tuple[np.lib.
     images = [part.split("</img>")[0] for part in text.split("<img>")[1:]]
     starts = [index + 1 for index, token in enumerate(ids) if token == model.config.visual.image_start_id]
     features = [torch.from_numpy(golden[f"vision/{image}"]) for image in images]
-    return golden, Inputs(ids, starts, images, features)
+    request = Request.of_ids(ids, GenerationOptions(do_sample=False))
+    request.set_features(starts, images, features)
+    return golden, request
 
 
 def golden_prompt(name: str, model: QWenLMHeadModel, case: int) -> tuple[np.lib.npyio.NpzFile, Tensor]:
     """The golden file and the prompt's embeddings."""
-    golden, inputs = golden_inputs(name, model, case)
-    return golden, inputs.embed(model, 0, len(inputs))
+    golden, request = golden_request(name, model, case)
+    return golden, request.embed(model, 0, len(request.ids))
 
 
 @torch.inference_mode()
@@ -97,37 +98,28 @@ def test_cached_decode_equals_one_full_forward(golden_model) -> None:
     torch.testing.assert_close(torch.cat(rows), expected, atol=TOLERANCE, rtol=0)
 
 
-def tokens_of(
-    model: QWenLMHeadModel, prompts: list[Inputs], limits: list[int], stops: frozenset[int]
-) -> list[list[int]]:
-    samplers = [Sampler(GenerationOptions(do_sample=False), []) for _ in prompts]
-    room = max(len(prompt) + limit for prompt, limit in zip(prompts, limits, strict=True))
-    rows: list[list[int]] = [[] for _ in prompts]
-    slots = Slots(model, capacity=room, count=len(prompts))
-    for step in generate(slots, prompts, samplers, stop_ids=stops, max_new_tokens=limits):
-        for row, token in zip(rows, step, strict=True):
-            if token is not None:
-                row.append(token)
-    return rows
-
-
 def test_a_batch_of_unequal_sequences_equals_single_runs_token_for_token(golden_model) -> None:
     name, model = golden_model
-    golden = [golden_inputs(name, model, case) for case in range(3)]
-    prompts = [inputs for _, inputs in golden]
-    assert len({len(prompt) for prompt in prompts}) == 3
     limits = [5, 20, 12]
-    single = [tokens_of(model, [p], [n], frozenset())[0] for p, n in zip(prompts, limits, strict=True)]
-    assert tokens_of(model, prompts, limits, frozenset()) == single
-    expected = [
-        g[f"case{case}/greedy_ids"].tolist()[:n] for case, ((g, _), n) in enumerate(zip(golden, limits, strict=True))
-    ]
-    assert single == expected
+
+    def tokens_of(cases: list[int], stops: frozenset[int] = frozenset()) -> list[list[int]]:
+        requests = [golden_request(name, model, case)[1] for case in cases]
+        for request, case in zip(requests, cases, strict=True):
+            request.room, request.stop_ids = limits[case], stops
+        room = max(len(request.ids) + request.room for request in requests)
+        assert all(
+            request.error is None for request in Engine(Slots(model, capacity=room, count=len(cases))).run(requests)
+        )
+        return [request.token_ids for request in requests]
+
+    assert len({len(golden_request(name, model, case)[1].ids) for case in range(3)}) == 3
+    single = [tokens_of([case])[0] for case in range(3)]
+    assert tokens_of([0, 1, 2]) == single
+    golden = np.load(GOLDEN / name / "golden.npz")
+    assert single == [golden[f"case{case}/greedy_ids"].tolist()[: limits[case]] for case in range(3)]
     # one that stops early leaves the others as they were
     stop = frozenset({single[1][3]})
-    assert tokens_of(model, prompts, limits, stop) == [
-        tokens_of(model, [p], [n], stop)[0] for p, n in zip(prompts, limits, strict=True)
-    ]
+    assert tokens_of([0, 1, 2], stop) == [tokens_of([case], stop)[0] for case in range(3)]
 
 
 def test_a_full_cache_says_how_full_it_is(golden_model) -> None:

@@ -1,5 +1,6 @@
 """The fused int4 decoder against the one in torch, its kernels interpreted (or on a GPU where there is one)."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -10,9 +11,8 @@ from torch import Tensor
 from quantize.job import quantize_checkpoint
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
-from qvl_edge.engine.generate import generate
-from qvl_edge.engine.inputs import Inputs
-from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.engine import Engine
+from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import ConfigError
 from qvl_edge.model.cache import KVCache
@@ -107,11 +107,12 @@ def test_it_does_not_write_into_the_embeddings_it_is_given(models) -> None:
 
 
 def generated(model: QWenLMHeadModel | FusedDecoder, prompts: list[Tensor], options: GenerationOptions) -> list:
-    inputs = [Inputs(prompt[0].tolist()) for prompt in prompts]
-    samplers = [Sampler(options, prompt.ids, device=model.device) for prompt in inputs]
-    slots = Slots(model, capacity=30, count=len(prompts))
-    steps = generate(slots, inputs, samplers, stop_ids=frozenset(), max_new_tokens=[4, 2, 3][: len(prompts)])
-    return [[token for token in row if token is not None] for row in zip(*steps, strict=True)]
+    requests = [
+        Request.of_ids(prompt[0].tolist(), replace(options, max_new_tokens=count), device=model.device)
+        for prompt, count in zip(prompts, (4, 2, 3), strict=False)
+    ]
+    assert all(request.error is None for request in Engine(Slots(model, capacity=30, count=len(prompts))).run(requests))
+    return [request.token_ids for request in requests]
 
 
 def test_a_batch_of_unequal_prompts_gives_each_the_tokens_of_the_decoder_in_torch(models) -> None:

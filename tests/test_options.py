@@ -104,9 +104,9 @@ def test_any_value_is_taken_in_its_type_or_refused(cls: type, data: st.DataObjec
 
 
 def test_a_misspelt_option_is_an_error_that_names_the_nearest() -> None:
-    with pytest.raises(ConfigError, match="unknown option 'temprature'; did you mean 'temperature'"):
+    with pytest.raises(ConfigError, match="unknown generation option 'temprature'; did you mean 'temperature'"):
         GenerationOptions().with_overrides({"temprature": 1.0})
-    with pytest.raises(ConfigError, match="unknown option 'kv_cach'; did you mean 'kv_cache'"):
+    with pytest.raises(ConfigError, match="unknown loading option 'kv_cach'; did you mean 'kv_cache'"):
         LoadOptions.of({"kv_cach": "int8"})
 
 

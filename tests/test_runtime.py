@@ -16,6 +16,7 @@ from PIL import Image
 from qvl_edge import BundleError, CheckpointError, ConfigError, ImageError, PromptError, Runtime
 from qvl_edge.answer import Answer
 from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.engine.request import Request
 from qvl_edge.vit_cache import exported_vit
 
 TOLERANCE = 1e-4  # nats: golden logits agree to 1e-4, and so do their log-probabilities
@@ -49,17 +50,11 @@ def test_answers_equal_the_original_models_token_for_token(golden, case: int, mo
     monkeypatch.chdir(folder / "images")
     said = json.loads((folder / "cases.json").read_text())[case]
     expected = np.load(folder / "golden.npz")[f"case{case}/greedy_ids"].tolist()
-    run = runtime._prepare(
-        said["query"],
-        [tuple(turn) for turn in said["history"]],
-        "You are a helpful assistant.",
-        "chatml",
-        {"do_sample": False, "max_new_tokens": len(expected)},
-        markup_images=True,
-    )
-    assert run.prompt.text == said["raw_text"]
-    assert len(run.prompt.ids) == said["n_input"]
-    answer = runtime._finish(run)
+    history = [tuple(turn) for turn in said["history"]]
+    greedy = {"do_sample": False, "max_new_tokens": len(expected)}
+    request = Request(said["query"], history, chat_format="chatml", generation=greedy, markup_images=True)
+    assert runtime._prompt(request).text == said["raw_text"]
+    answer = runtime.engine.complete(runtime.prepare(request)).answer()
     assert answer.token_ids == expected
     assert answer.usage.prompt_tokens == said["n_input"]
 

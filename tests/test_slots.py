@@ -14,12 +14,12 @@ from torch import Tensor
 
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
-from qvl_edge.engine.generate import generate
+from qvl_edge.engine.engine import Engine
 from qvl_edge.engine.graph import BUCKETS
-from qvl_edge.engine.inputs import Inputs, common_prefix
 from qvl_edge.engine.lookup import propose
+from qvl_edge.engine.request import Request, common_prefix
 from qvl_edge.engine.sampling import NOT_FINITE, Sampler, Samplers
-from qvl_edge.engine.slots import Sequence, Slots
+from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import ConfigError, PromptError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
@@ -43,31 +43,37 @@ def long_model() -> QWenLMHeadModel:
     return load_decoder(Checkpoint(GOLDEN / "tiny-long/checkpoint"), dtype=torch.float32)
 
 
-def prompt_of(count: int, seed: int = 0) -> Inputs:
-    return Inputs(torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist())
+def ids_of(count: int, seed: int = 0) -> list[int]:
+    return torch.randint(0, 256, (count,), generator=torch.Generator().manual_seed(seed)).tolist()
 
 
-def begun(slots: Slots, inputs: Inputs, options: GenerationOptions = GREEDY, chunk: int = 1000) -> Sequence:
-    """A sequence whose prompt is through."""
-    sequence = slots.begin(inputs, Sampler(options, inputs.ids))
-    while slots.prefill(sequence, chunk) is None:
+def placed(slots: Slots, ids: list[int], options: GenerationOptions = GREEDY, device: str = "cpu") -> Request:
+    """A request in a slot, nothing of it prefilled."""
+    request = Request.of_ids(ids, options, device=device)
+    slots.begin(request)
+    return request
+
+
+def begun(slots: Slots, ids: list[int], options: GenerationOptions = GREEDY, chunk: int = 1000) -> Request:
+    """A request whose prefill is done."""
+    request = placed(slots, ids, options)
+    while slots.prefill(request, chunk) is None:
         pass
-    return sequence
+    return request
 
 
-def run(slots: Slots, inputs: Inputs, tokens: int, options: GenerationOptions = GREEDY) -> list[int]:
+def run(slots: Slots, ids: list[int], tokens: int, options: GenerationOptions = GREEDY) -> list[int]:
     """`tokens` tokens after a prompt."""
-    sampler = Sampler(options, inputs.ids)
-    steps = generate(slots, [inputs], [sampler], stop_ids=frozenset(), max_new_tokens=[tokens])
-    return [token for (token,) in steps if token is not None]
+    request = Request.of_ids(ids, dataclasses.replace(options, max_new_tokens=tokens))
+    return Engine(slots).complete(request).token_ids
 
 
-def plain(model: QWenLMHeadModel, inputs: Inputs, tokens: int, options: GenerationOptions = GREEDY) -> list[int]:
+def plain(model: QWenLMHeadModel, ids: list[int], tokens: int, options: GenerationOptions = GREEDY) -> list[int]:
     """The same by the plain loop of forward and choice, over a cache of its own."""
     samplers = Samplers(1, model.config.vocab_size)
-    samplers.set(0, Sampler(options, inputs.ids))
-    cache = KVCache(model.config, 1, len(inputs) + tokens, dtype=model.dtype)
-    embeds, found = inputs.embed(model, 0, len(inputs)), []
+    samplers.set(0, Sampler(options, ids))
+    cache = KVCache(model.config, 1, len(ids) + tokens, dtype=model.dtype)
+    embeds, found = model.embed(torch.tensor([ids])), []
     with torch.inference_mode():
         for _ in range(tokens):
             samplers.draw()
@@ -78,25 +84,25 @@ def plain(model: QWenLMHeadModel, inputs: Inputs, tokens: int, options: Generati
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_steps_equal_the_plain_loop_of_forward_and_choice(model, options: GenerationOptions) -> None:
-    assert run(Slots(model, capacity=24), prompt_of(11), 9, options) == plain(model, prompt_of(11), 9, options)
+    assert run(Slots(model, capacity=24), ids_of(11), 9, options) == plain(model, ids_of(11), 9, options)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100, 128])
 @pytest.mark.parametrize("length", [100, 129, 300])
 def test_a_prompt_in_chunks_is_placed_by_its_whole_length(long_model, length: int, chunk: int) -> None:
     slots = Slots(long_model, capacity=320)
-    sequence = begun(slots, prompt_of(length), chunk=chunk)
+    sequence = begun(slots, ids_of(length), chunk=chunk)
     found = [sequence.last, *(slots.step()[sequence] for _ in range(5))]
-    assert found == plain(long_model, prompt_of(length), 6)
+    assert found == plain(long_model, ids_of(length), 6)
 
 
 def test_sequences_join_and_leave_between_steps(model) -> None:
     lengths, limits = (9, 4, 13, 6), (12, 3, 5, 4)
-    prompts = [prompt_of(length, seed) for seed, length in enumerate(lengths)]
+    prompts = [ids_of(length, seed) for seed, length in enumerate(lengths)]
     alone = [plain(model, prompt, limit) for prompt, limit in zip(prompts, limits, strict=True)]
     slots, waiting = Slots(model, capacity=40, count=2), list(enumerate(prompts))
     found: dict[int, list[int]] = {index: [] for index in range(len(prompts))}
-    running: dict[Sequence, int] = {}
+    running: dict[Request, int] = {}
     while waiting or running:
         while waiting and slots.free:
             index, prompt = waiting.pop(0)
@@ -113,7 +119,7 @@ def test_sequences_join_and_leave_between_steps(model) -> None:
 
 def test_an_ended_sequence_stays_as_it_was_while_others_go_on(model) -> None:
     slots = Slots(model, capacity=20, count=2)
-    first, second = begun(slots, prompt_of(4)), begun(slots, prompt_of(9, seed=1))
+    first, second = begun(slots, ids_of(4)), begun(slots, ids_of(9, seed=1))
     slots.step()
     slots.end(first)
     before = slots.cache.k[:, 0, :, :5].clone()
@@ -121,33 +127,35 @@ def test_an_ended_sequence_stays_as_it_was_while_others_go_on(model) -> None:
         slots.step()
     assert torch.equal(slots.cache.k[:, 0, :, :5], before)
     assert slots.cache.filled.tolist() == [0, 13] and len(second.held) == 13
-    again = slots.begin(Inputs([*prompt_of(4).ids, 5, 6]), Sampler(GREEDY, []))
-    assert (again.slot, again.reused) == (0, 4)
+    again = placed(slots, [*ids_of(4), 5, 6])
+    assert (again.slot, again.cached_tokens) == (0, 4)
 
 
 def test_a_sequence_without_numbers_is_told_from_the_others(model) -> None:
     slots = Slots(model, capacity=20, count=2)
-    bad, good = begun(slots, prompt_of(3)), begun(slots, prompt_of(5, seed=1))
+    bad, good = begun(slots, ids_of(3)), begun(slots, ids_of(5, seed=1))
     slots.cache.v[:, 0].fill_(torch.nan)
     tokens = slots.step()
     assert tokens[bad] == NOT_FINITE and tokens[good] >= 0
-    with pytest.raises(ConfigError, match="not finite"):
-        list(generate_on_nan(model))
 
 
-def generate_on_nan(model: QWenLMHeadModel):
-    slots = Slots(model, capacity=20)
-    steps = generate(slots, [prompt_of(3)], [Sampler(GREEDY, [])], stop_ids=frozenset(), max_new_tokens=[4])
-    for tokens in steps:
-        slots.cache.v.fill_(torch.nan)
-        yield tokens
+def test_a_request_whose_logits_are_no_numbers_ends_with_the_way_out(model) -> None:
+    engine = Engine(Slots(model, capacity=20))
+    request = Request.of_ids(ids_of(3), GREEDY)
+    engine.add(request)
+    engine.step()
+    assert not request.done
+    engine.slots.cache.v.fill_(torch.nan)
+    engine.step()
+    assert isinstance(request.error, ConfigError) and "not finite" in str(request.error)
+    assert engine.slots.free == 1
 
 
 def test_a_prompt_or_an_answer_that_does_not_fit_says_so(model) -> None:
     slots = Slots(model, capacity=8)
     with pytest.raises(PromptError, match="has 8 tokens and the cache holds 8 positions"):
-        slots.begin(prompt_of(8), Sampler(GREEDY, []))
-    begun(slots, prompt_of(7))
+        placed(slots, ids_of(8))
+    begun(slots, ids_of(7))
     slots.step()
     with pytest.raises(PromptError, match="8 positions, which fill the cache of 8"):
         slots.step()
@@ -155,9 +163,9 @@ def test_a_prompt_or_an_answer_that_does_not_fit_says_so(model) -> None:
 
 def test_a_failed_prefill_frees_nothing_that_is_not_there(model, monkeypatch: pytest.MonkeyPatch) -> None:
     slots = Slots(model, capacity=40)
-    expected = run(slots, prompt_of(12), 4)
-    inputs = Inputs([*prompt_of(12).ids, *prompt_of(10, seed=3).ids])
-    sequence = slots.begin(inputs, Sampler(GREEDY, []))
+    expected = run(slots, ids_of(12), 4)
+    inputs = [*ids_of(12), *ids_of(10, seed=3)]
+    sequence = placed(slots, inputs)
     slots.prefill(sequence, 4)
     monkeypatch.setattr(QWenLMHeadModel, "forward", lambda *_, **__: 1 / 0)
     with pytest.raises(ZeroDivisionError):
@@ -165,32 +173,32 @@ def test_a_failed_prefill_frees_nothing_that_is_not_there(model, monkeypatch: py
     slots.end(sequence)
     monkeypatch.undo()
     assert run(slots, inputs, 4) == plain(model, inputs, 4)
-    assert run(slots, prompt_of(12), 4) == expected
+    assert run(slots, ids_of(12), 4) == expected
 
 
 def test_the_slot_that_holds_the_prompts_beginning_is_taken(model) -> None:
     slots = Slots(model, capacity=40, count=3)
     for seed in range(3):
-        run(slots, prompt_of(8, seed), 3)
-    longer = Inputs([*prompt_of(8, seed=1).ids, 7, 7])
-    sequence = slots.begin(longer, Sampler(GREEDY, []))
-    assert (sequence.slot, sequence.reused) == (1, 8)
+        run(slots, ids_of(8, seed), 3)
+    longer = [*ids_of(8, seed=1), 7, 7]
+    sequence = placed(slots, longer)
+    assert (sequence.slot, sequence.cached_tokens) == (1, 8)
     slots.end(sequence)
-    other = slots.begin(prompt_of(8, seed=9), Sampler(GREEDY, []))
-    assert (other.slot, other.reused) == (0, 0)  # unused for longest
+    other = placed(slots, ids_of(8, seed=9))
+    assert (other.slot, other.cached_tokens) == (0, 0)  # unused for longest
     slots.end(other)
     slots.forget()
-    assert slots.begin(longer, Sampler(GREEDY, [])).reused == 0
+    assert placed(slots, longer).cached_tokens == 0
 
 
 @pytest.mark.parametrize("kv_cache", [torch.float32, torch.int8], ids=str)
 def test_a_beginning_that_another_slot_holds_is_copied(model, kv_cache: torch.dtype) -> None:
     slots = Slots(model, capacity=60, count=3, kv_cache=kv_cache)
-    base = prompt_of(20).ids
-    asked = [Inputs([*base, *prompt_of(4, seed).ids]) for seed in range(3)]
+    base = ids_of(20)
+    asked = [[*base, *ids_of(4, seed)] for seed in range(3)]
     alone = [run(Slots(model, capacity=60, kv_cache=kv_cache), inputs, 6) for inputs in asked]
     sequences = [begun(slots, inputs) for inputs in asked]
-    assert [sequence.reused for sequence in sequences] == [0, 20, 20]
+    assert [sequence.cached_tokens for sequence in sequences] == [0, 20, 20]
     found = [[sequence.last] for sequence in sequences]
     for _ in range(5):
         tokens = slots.step()
@@ -201,44 +209,44 @@ def test_a_beginning_that_another_slot_holds_is_copied(model, kv_cache: torch.dt
 
 def test_a_long_conversation_is_not_given_up_for_a_prompt_that_shares_its_system_turn(model) -> None:
     slots = Slots(model, capacity=60, count=2)
-    system, talk = prompt_of(6).ids, prompt_of(30, seed=1).ids
-    run(slots, Inputs([*system, *talk]), 2)
-    other = begun(slots, Inputs([*system, *prompt_of(5, seed=2).ids]))
-    assert (other.slot, other.reused) == (1, 6)
+    system, talk = ids_of(6), ids_of(30, seed=1)
+    run(slots, [*system, *talk], 2)
+    other = begun(slots, [*system, *ids_of(5, seed=2)])
+    assert (other.slot, other.cached_tokens) == (1, 6)
     slots.end(other)
-    back = slots.begin(Inputs([*system, *talk, 3, 4]), Sampler(GREEDY, []))
-    assert (back.slot, back.reused) == (0, 36)
+    back = placed(slots, [*system, *talk, 3, 4])
+    assert (back.slot, back.cached_tokens) == (0, 36)
 
 
 def test_an_unloaded_cache_comes_back_empty(model) -> None:
     slots = Slots(model, capacity=40)
-    expected = run(slots, prompt_of(12), 4)
+    expected = run(slots, ids_of(12), 4)
     slots.unload()
     assert slots._cache is None
-    sequence = slots.begin(prompt_of(12), Sampler(GREEDY, []))
-    assert sequence.reused == 0
+    sequence = placed(slots, ids_of(12))
+    assert sequence.cached_tokens == 0
     slots.end(sequence)
-    assert run(slots, prompt_of(12), 4) == expected
+    assert run(slots, ids_of(12), 4) == expected
 
 
 def test_pictures_are_told_apart_by_their_content() -> None:
-    features = [torch.zeros(3, 8)]
-    one, same, other = (Inputs([1, 0, 0, 0, 2, 3], [1], [key], features) for key in ("a", "a", "b"))
-    assert common_prefix(one.elements, same.elements) == 6
-    assert common_prefix(one.elements, other.elements) == 1
-    assert common_prefix(one.elements, Inputs([1, 0, 0, 0, 2, 3]).elements) == 1
+    requests = [Request.of_ids([1, 0, 0, 0, 2, 3], GREEDY) for _ in range(4)]
+    for request, key in zip(requests, ("a", "a", "b"), strict=False):
+        request.set_features([1], [key], [torch.zeros(3, 8)])
+    one, same, other, without = (request.elements for request in requests)
+    assert common_prefix(one, same) == 6
+    assert common_prefix(one, other) == common_prefix(one, without) == 1
 
 
 def test_reuse_gives_the_tokens_of_no_reuse_over_random_edits_and_across_the_ntk_border(long_model) -> None:
     rng = random.Random(0)
-    slots, ids, seen = Slots(long_model, capacity=400), prompt_of(60).ids, set()
+    slots, ids, seen = Slots(long_model, capacity=400), ids_of(60), set()
     for turn in range(40):
-        inputs = Inputs(ids)
-        found = run(slots, inputs, 5)
-        assert found == plain(long_model, inputs, 5), f"turn {turn} with {len(ids)} tokens"
-        sequence = slots.begin(Inputs([*ids, *found[:-1], 1]), Sampler(GREEDY, []))
+        found = run(slots, ids, 5)
+        assert found == plain(long_model, ids, 5), f"turn {turn} with {len(ids)} tokens"
+        sequence = placed(slots, [*ids, *found[:-1], 1])
         same_bucket = (len(ids) - 1) // 128 == (len(ids) + 4) // 128
-        assert sequence.reused == (len(ids) + 4 if same_bucket else 0)
+        assert sequence.cached_tokens == (len(ids) + 4 if same_bucket else 0)
         seen.add(len(ids) > 128)
         slots.end(sequence)
         # the next turn, as a chat's; or an edit somewhere, or another beginning of the same text
@@ -255,8 +263,8 @@ def test_a_table_in_host_memory_gives_the_same_tokens(model, monkeypatch: pytest
     monkeypatch.setattr(QWenLMHeadModel, "embeddings_device", elsewhere)
     slots = Slots(model, capacity=40, count=2)
     assert slots._embeds is not None
-    assert [run(slots, prompt_of(9, seed), 8) for seed in range(2)] == [
-        plain(model, prompt_of(9, seed), 8) for seed in range(2)
+    assert [run(slots, ids_of(9, seed), 8) for seed in range(2)] == [
+        plain(model, ids_of(9, seed), 8) for seed in range(2)
     ]
 
 
@@ -315,8 +323,8 @@ def test_graphs_give_the_tokens_of_eager_steps_and_wait_for_nothing(options: Gen
     rows = []
     for graph in (False, True):
         slots = Slots(model, capacity=600, count=3, graph=graph)
-        prompts = [prompt_of(508, seed) for seed in range(2)]  # crosses a bucket; one slot stays free
-        sequences = [slots.begin(prompt, Sampler(options, [], device=DEVICE)) for prompt in prompts]
+        prompts = [ids_of(508, seed) for seed in range(2)]  # crosses a bucket; one slot stays free
+        sequences = [placed(slots, prompt, options, device=DEVICE) for prompt in prompts]
         for sequence in sequences:
             slots.prefill(sequence)
         found = [sequences[0].last]
@@ -338,7 +346,7 @@ def test_step_and_fused_decoder_need_torch_and_nothing_else(tmp_path: Path) -> N
     blocked = ("tiktoken", "safetensors", "PIL", "onnxruntime", "numpy", "transformers", "onnx")
     lines = [f"import sys\nfor name in {blocked!r}: sys.modules[name] = None"]
     lines += [
-        "import qvl_edge.model.fused, qvl_edge.engine.slots, qvl_edge.engine.generate",
+        "import qvl_edge.model.fused, qvl_edge.engine.engine",
         "assert 'triton' not in sys.modules",
     ]
     root = Path(__file__).parent.parent
@@ -348,18 +356,18 @@ def test_step_and_fused_decoder_need_torch_and_nothing_else(tmp_path: Path) -> N
 
 @pytest.mark.parametrize("options", [GREEDY, SAMPLED], ids=["greedy", "sampled"])
 def test_log_probabilities_are_those_of_the_models_own_distribution(model, options: GenerationOptions) -> None:
-    slots, inputs = Slots(model, capacity=30, count=2), prompt_of(9)
+    slots, inputs = Slots(model, capacity=30, count=2), ids_of(9)
     sequence = begun(slots, inputs, dataclasses.replace(options, logprobs=3, temperature=2.0))
-    other = begun(slots, prompt_of(5, seed=1))
+    other = begun(slots, ids_of(5, seed=1))
     found = [sequence.logprob]
     for _ in range(4):
         slots.step()
         found.append(sequence.logprob)
     assert other.logprob is None
-    ids = [*inputs.ids, *(item.token_id for item in found)]
+    ids = [*inputs, *(item.token_id for item in found)]
     cache = KVCache(model.config, 1, 30, dtype=torch.float32)
     with torch.inference_mode():
-        logits = model(Inputs(ids).embed(model, 0, len(ids)), cache, all_logits=True)[0]
+        logits = model(model.embed(torch.tensor([ids])), cache, all_logits=True)[0]
     chances = logits.double().log_softmax(-1)[len(inputs) - 1 : -1]
     for row, item in zip(chances, found, strict=True):
         best = row.topk(3)
@@ -383,16 +391,17 @@ class Alternating:
 
 def test_a_constraint_decides_what_may_come(model) -> None:
     slots, vocab = Slots(model, capacity=30, count=2), model.config.vocab_size
-    free = begun(slots, prompt_of(6, seed=1))
+    free = begun(slots, ids_of(6, seed=1))
     constraint = Alternating(vocab)
-    sequence = slots.begin(prompt_of(6), Sampler(SAMPLED, [], constraint=constraint))
+    sequence = Request.of_ids(ids_of(6), SAMPLED, constraint=constraint)
+    slots.begin(sequence)
     slots.prefill(sequence)
     tokens = [sequence.last, *(slots.step()[sequence] for _ in range(7))]
     assert constraint.taken == tokens and [token % 2 for token in tokens] == [0, 1] * 4
-    expected = plain(model, prompt_of(6, seed=1), 8)
+    expected = plain(model, ids_of(6, seed=1), 8)
     assert [*free.held[6:], free.last] == expected
     slots.end(sequence)
-    assert run(slots, prompt_of(6), 5) == plain(model, prompt_of(6), 5)  # nothing of it is left
+    assert run(slots, ids_of(6), 5) == plain(model, ids_of(6), 5)  # nothing of it is left
 
 
 @pytest.mark.parametrize(
@@ -415,15 +424,13 @@ def test_a_guess_is_what_followed_the_latest_longest_match(elements: list, most:
 @pytest.mark.parametrize("lookup", [1, 3, 7])
 def test_guessing_changes_no_token(model, long_model, lookup: int) -> None:
     for kind, length in ((model, 30), (long_model, 120)):
-        text = prompt_of(length // 3).ids
-        inputs = Inputs([*text, *text, *text])  # full of repetitions
+        text = ids_of(length // 3)
+        inputs = [*text, *text, *text]  # full of repetitions
         slots = Slots(kind, capacity=260, lookup=lookup)
         verified: list[int] = []
         real = slots._verify
 
-        def watched(
-            sequence: Sequence, guess: list[int], real: Any = real, verified: list[int] = verified
-        ) -> list[int]:
+        def watched(sequence: Request, guess: list[int], real: Any = real, verified: list[int] = verified) -> list[int]:
             found = real(sequence, guess)
             verified.append(len(found))
             return found
@@ -432,19 +439,19 @@ def test_guessing_changes_no_token(model, long_model, lookup: int) -> None:
         assert run(slots, inputs, 60) == plain(kind, inputs, 60)
         assert verified and max(verified) <= lookup + 1
         # what it holds is right too: the next turn reuses it
-        again = Inputs([*inputs.ids, *plain(kind, inputs, 20), 1])
+        again = [*inputs, *plain(kind, inputs, 20), 1]
         assert run(slots, again, 9) == plain(kind, again, 9)
 
 
 def test_a_guess_keeps_within_the_cache(model) -> None:
-    text = prompt_of(10).ids
-    inputs = Inputs([*text, *text])
+    text = ids_of(10)
+    inputs = [*text, *text]
     assert run(Slots(model, capacity=26, lookup=7), inputs, 6) == plain(model, inputs, 6)
 
 
 def test_who_samples_or_is_not_alone_is_not_guessed_for(model, monkeypatch: pytest.MonkeyPatch) -> None:
-    text = prompt_of(10).ids
-    inputs = Inputs([*text, *text])
+    text = ids_of(10)
+    inputs = [*text, *text]
     monkeypatch.setattr(Slots, "_verify", None)
     slots = Slots(model, capacity=60, count=2, lookup=7)
     assert run(slots, inputs, 9, SAMPLED) == plain(model, inputs, 9, SAMPLED)

@@ -5,7 +5,7 @@ import random
 import pytest
 from conftest import byte_tokenizer
 
-from qvl_edge.engine.stream import TextStream
+from qvl_edge.text.tokenizer import TextStream
 
 TEXT = "框出红色的车 é 👩‍👩‍👧 <ref>a</ref>"
 

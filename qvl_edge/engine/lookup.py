@@ -6,7 +6,7 @@ draft. Source of the idea: Saxena, "Prompt Lookup Decoding" (2023).
 
 from collections.abc import Sequence
 
-from qvl_edge.engine.inputs import Element
+from qvl_edge.engine.request import Element
 
 LONGEST, SHORTEST = 4, 2  # tokens that have to match; one alone is too often a comma
 LOOKED_AT = 4096  # elements from the end that are searched

@@ -48,7 +48,7 @@ class Sampler:
             self.generator.manual_seed(options.seed)
 
     @property
-    def plainly_greedy(self) -> bool:
+    def is_greedy(self) -> bool:
         """Whether the choice is the largest logit and nothing else is wanted of it."""
         options = self.options
         chosen = not options.do_sample and options.repetition_penalty == 1.0

@@ -1,8 +1,8 @@
-"""Slots: sequences side by side over one cache, each at its own position, decoded together.
+"""Slots: a batch of requests over one key-value cache, each at its own position, decoded together.
 
-A slot that is free keeps the keys and values of its last sequence, and the next prompt that begins alike prefills only
-the rest. That is exact inside one NTK bucket: rotated keys depend on alpha, which the whole prompt's length decides.
-From one decode step to the next everything stays on the device, so that a CUDA graph can be a step; on the CPU the same
+A free slot keeps the keys and values of its last request, and the next prompt with the same beginning prefills only the
+rest. That is exact inside one NTK bucket: rotated keys depend on alpha, which the whole prompt's length decides. From
+one decode step to the next everything stays on the device, so that a CUDA graph can be a step; on the CPU the same
 function runs eagerly.
 """
 
@@ -12,44 +12,26 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qvl_edge.answer import TokenLogprob
 from qvl_edge.engine.decoder import Decoder
 from qvl_edge.engine.graph import StepGraphs, bucket_of
-from qvl_edge.engine.inputs import Element, Inputs, common_prefix
 from qvl_edge.engine.lookup import propose
-from qvl_edge.engine.sampling import NOT_FINITE, Kind, Sampler, Samplers
+from qvl_edge.engine.request import Element, Request, common_prefix
+from qvl_edge.engine.sampling import NOT_FINITE, Kind, Samplers, check_logits
 from qvl_edge.errors import PromptError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import place_sequence, prompt_alpha
 from qvl_edge.model.fused import FusedDecoder
 
-CHUNK = 512  # positions that are prefilled at once: what a layer leaves for them bounds the memory of a prefill
-
-
-@dataclass(eq=False)
-class Sequence:
-    """One prompt and what follows, in its slot from `Slots.begin` to `Slots.end`."""
-
-    slot: int
-    inputs: Inputs
-    sampler: Sampler
-    reused: int  # positions that the slot held already
-    held: list[Element]  # what the slot holds, in order
-    last: int | None = None  # the last token chosen, not yet in the cache; None while the prompt is not through
-    logprob: TokenLogprob | None = None  # of `last`, where it is wanted
-
-    @property
-    def running(self) -> bool:
-        """Whether it takes part in decode steps."""
-        return self.last is not None
+CHUNK = 512  # positions prefilled at once: what a layer leaves for them bounds the memory of a prefill
+SCORED = 256  # positions whose logits are computed at once: 156 MB of Qwen-7B's
 
 
 @dataclass
 class _Slot:
     held: list[Element] = field(default_factory=list)
     alpha: float = 1.0
-    used: int = 0  # when it was last taken; the one that was longest ago goes first
-    sequence: Sequence | None = None
+    used: int = 0  # when it was last taken: the least recently used one goes first
+    request: Request | None = None
 
 
 class Slots:
@@ -70,7 +52,8 @@ class Slots:
         lookup: int = 0,
     ):
         device = model.device
-        self.model, self.capacity, self._kv_cache, self._lookup = model, capacity, kv_cache or model.dtype, lookup
+        self.model, self.capacity, self.count = model, capacity, count
+        self._kv_cache, self._lookup = kv_cache or model.dtype, lookup
         self.samplers = Samplers(count, model.config.vocab_size, device=device)
         self._slots = [_Slot() for _ in range(count)]
         self._clock = itertools.count(1)
@@ -109,7 +92,7 @@ class Slots:
 
         For a vision tower that is in memory only while it encodes: the two are then never there together.
         """
-        assert not self.sequences, "a sequence is running"
+        assert not self.requests, "a request is running"
         self.forget()
         self._cache = self._graphs = None
         if self.model.device.type == "cuda":
@@ -117,30 +100,32 @@ class Slots:
 
     @property
     def free(self) -> int:
-        """Slots that no sequence has."""
-        return sum(slot.sequence is None for slot in self._slots)
+        """Slots without a request."""
+        return sum(slot.request is None for slot in self._slots)
 
     @property
-    def sequences(self) -> list[Sequence]:
+    def requests(self) -> list[Request]:
         """Those that were begun and not ended, by slot."""
-        return [slot.sequence for slot in self._slots if slot.sequence is not None]
+        return [slot.request for slot in self._slots if slot.request is not None]
 
     @torch.inference_mode()
-    def begin(self, inputs: Inputs, sampler: Sampler) -> Sequence:
-        """Take a free slot, with as much of this prompt's beginning as any slot holds, also one that is at work.
+    def begin(self, request: Request) -> None:
+        """Give a request a free slot, with as much of its prompt's beginning as any slot holds, also one at work.
 
-        At least the last position is left to prefill: its logits are wanted. PromptError if the prompt is too long.
+        PromptError if the prompt is too long.
         """
-        if len(inputs) >= self.capacity:
+        length = request.alpha_length or len(request.ids)
+        if request.positions > self.capacity:
             raise PromptError(
-                f"the prompt has {len(inputs)} tokens and the cache holds {self.capacity} positions, one of them for "
-                "an answer; shorten the prompt or raise max_context"
+                f"the prompt has {len(request.ids)} tokens and the cache holds {self.capacity} positions, one of them "
+                "for an answer; shorten the prompt or raise max_context"
             )
-        alpha = prompt_alpha(self.model.config, len(inputs))
-        free = [index for index, slot in enumerate(self._slots) if slot.sequence is None]
+        alpha = prompt_alpha(self.model.config, length)
+        free = [index for index, slot in enumerate(self._slots) if slot.request is None]
         if not free:
-            raise RuntimeError(f"all {len(self._slots)} slots are taken; end a sequence first")
-        shared = [common_prefix(slot.held, inputs.elements[:-1]) if slot.alpha == alpha else 0 for slot in self._slots]
+            raise RuntimeError(f"all {len(self._slots)} slots are taken; end a request first")
+        reusable = request.reusable
+        shared = [common_prefix(slot.held, reusable) if slot.alpha == alpha else 0 for slot in self._slots]
         # one that would keep most of what it holds goes on with it; what else there is can be copied
         kept = [index for index in free if shared[index] and 2 * shared[index] >= len(self._slots[index].held)]
         index = max(kept, key=shared.__getitem__) if kept else min(free, key=lambda index: self._slots[index].used)
@@ -151,106 +136,114 @@ class Slots:
             shared[index] = shared[source]
         slot = self._slots[index]
         del slot.held[shared[index] :]
-        slot.alpha, slot.used = alpha, next(self._clock)
-        slot.sequence = Sequence(index, inputs, sampler, shared[index], slot.held)
-        place_sequence(self.model.config, self.cache, index, len(inputs))
-        return slot.sequence
+        slot.alpha, slot.used, slot.request = alpha, next(self._clock), request
+        request.slot, request.cached_tokens, request.held = index, shared[index], slot.held
+        place_sequence(self.model.config, self.cache, index, length)
 
-    def prefill(self, sequence: Sequence, most: int = CHUNK) -> int | None:
-        """Up to `most` more positions of the prompt; once it is through, the first token (NOT_FINITE where there are no
-        numbers), else None."""
-        logits = self.prefill_logits(sequence, most)
-        if logits is None:
+    @torch.inference_mode()
+    def prefill(self, request: Request, most: int = CHUNK) -> int | None:
+        """Up to `most` more positions of the prompt; at its end the first token (NOT_FINITE where logits are NaN or
+        inf), else None."""
+        logits = self._prefill(request, min(len(request.held) + most, len(request.ids)))
+        if len(request.held) < len(request.ids):
             return None
-        rows = slice(sequence.slot, sequence.slot + 1)
-        self.samplers.set(sequence.slot, sequence.sampler)
+        rows = slice(request.slot, request.slot + 1)
+        self.samplers.set(request.slot, request.sampler)
         self.samplers.draw(rows)
         token = int(self.samplers.choose(logits, rows))
-        sequence.logprob = self.samplers.accept(sequence.slot, token)
-        self.start(sequence, token)
+        request.logprob = self.samplers.accept(request.slot, token)
+        self._start(request, token)
         return token
 
     @torch.inference_mode()
-    def prefill_logits(self, sequence: Sequence, most: int = CHUNK) -> Tensor | None:
-        """As prefill, but the logits (1, vocab) float32 of the prompt's last position instead of a token."""
-        done = len(sequence.held)
-        end = min(done + most, len(sequence.inputs))
-        logits = self._append(sequence, sequence.inputs.embed(self.model, done, end), all_logits=False)
-        sequence.held += sequence.inputs.elements[done:end]
-        return logits if end == len(sequence.inputs) else None
+    def score(self, request: Request, most: int = CHUNK) -> list[float]:
+        """Up to `most` more positions of a prompt with scored tokens: the log-probabilities that they gave.
 
-    @torch.inference_mode()
-    def extend(self, sequence: Sequence, ids: list[int]) -> Tensor:
-        """Append given tokens after the prompt or the last ones given: logits (T, vocab) float32 after each."""
-        embeds = self.model.embed(torch.tensor([ids], device=self.model.device))
-        logits = self._append(sequence, embeds, all_logits=True)
-        sequence.held += ids
-        return logits[0]
+        ConfigError where logits are NaN or inf.
+        """
+        done = len(request.held)
+        start, end = next(span for span in request.scored if done < span[1] - 1)
+        if done < start - 1:
+            self._prefill(request, min(done + most, start - 1))
+            return []
+        targets = request.ids[done + 1 : min(done + 1 + min(most, SCORED), end)]
+        logits = self._append(request, request.embed(self.model, done, done + len(targets)), all_logits=True)[0]
+        request.held += request.elements[done : done + len(targets)]
+        check_logits(logits)
+        if request.on_logits is not None:
+            request.on_logits(logits)
+        return logits.log_softmax(-1)[torch.arange(len(targets)), targets].tolist()
 
-    def _append(self, sequence: Sequence, embeds: Tensor, *, all_logits: bool) -> Tensor:
+    def _prefill(self, request: Request, end: int) -> Tensor:
+        """Positions of the prompt up to `end`: logits (1, vocab) float32 of the last one."""
+        done = len(request.held)
+        logits = self._append(request, request.embed(self.model, done, end), all_logits=False)
+        request.held += request.elements[done:end]
+        return logits
+
+    def _append(self, request: Request, embeds: Tensor, *, all_logits: bool) -> Tensor:
         """Run the model on the slot alone, which is parked before and after."""
-        done = len(sequence.held)
+        done = len(request.held)
         end = done + embeds.shape[1]
-        cache = self.cache.sequence(sequence.slot).window(bucket_of(end, self.capacity))
+        cache = self.cache.sequence(request.slot).window(bucket_of(end, self.capacity))
         cache.lengths.fill_(done)
         cache.filled.fill_(done)
         try:
             return self.model(embeds, cache, all_logits=all_logits)
         finally:
-            self._park(sequence.slot)
+            self._park(request.slot)
 
-    @torch.inference_mode()
-    def start(self, sequence: Sequence, token: int) -> None:
-        """Let a sequence decode from `token` on, after what its slot holds."""
-        self._tokens[sequence.slot] = token
-        self.cache.lengths[sequence.slot] = self.cache.filled[sequence.slot] = len(sequence.held)
-        sequence.last = token
+    def _start(self, request: Request, token: int) -> None:
+        """Let a request decode from `token` on, after what its slot holds."""
+        self._tokens[request.slot] = token
+        self.cache.lengths[request.slot] = self.cache.filled[request.slot] = len(request.held)
+        request.last = token
 
-    def advance(self) -> dict[Sequence, list[int]]:
-        """The next token of every running sequence, or several where a guess was right; otherwise as `step`."""
-        running = [sequence for sequence in self.sequences if sequence.running]
-        if self._lookup and len(running) == 1 and running[0].sampler.plainly_greedy:
-            (sequence,) = running
-            assert sequence.last is not None
-            room = self.capacity - len(sequence.held) - 1
-            guess = propose([*sequence.held, sequence.last], min(self._lookup, room))
+    def advance(self) -> dict[Request, list[int]]:
+        """The next token of every running request, or several where a guess was right; otherwise as `step`."""
+        running = [request for request in self.requests if request.decoding]
+        if self._lookup and len(running) == 1 and running[0].sampler.is_greedy:
+            (request,) = running
+            assert request.last is not None
+            room = self.capacity - len(request.held) - 1
+            guess = propose([*request.held, request.last], min(self._lookup, room))
             if guess:
-                return {sequence: self._verify(sequence, guess)}
-        return {sequence: [token] for sequence, token in self.step().items()}
+                return {request: self._verify(request, guess)}
+        return {request: [token] for request, token in self.step().items()}
 
     @torch.inference_mode()
-    def _verify(self, sequence: Sequence, guess: list[int]) -> list[int]:
+    def _verify(self, request: Request, guess: list[int]) -> list[int]:
         """Run the last token and a guess at once: the guess as far as it is what the model would say, and one more.
 
         What the cache holds past that is not looked at, and is written again by what comes.
         """
-        assert sequence.last is not None
-        given = [sequence.last, *guess]
+        assert request.last is not None
+        given = [request.last, *guess]
         logits = self._append(
-            sequence, self.model.embed(torch.tensor([given], device=self.model.device)), all_logits=True
+            request, self.model.embed(torch.tensor([given], device=self.model.device)), all_logits=True
         )
         said = torch.where(logits[0].sum(1).isfinite(), logits[0].argmax(1), NOT_FINITE).tolist()
         right = next((i for i, (one, other) in enumerate(zip(guess, said, strict=False)) if one != other), len(guess))
-        sequence.held += given[: right + 1]
-        self.start(sequence, said[right])
+        request.held += given[: right + 1]
+        self._start(request, said[right])
         return said[: right + 1]
 
     @torch.inference_mode()
-    def step(self) -> dict[Sequence, int]:
-        """The next token of every running sequence (NOT_FINITE where logits are no numbers).
+    def step(self) -> dict[Request, int]:
+        """The next token of every running request (NOT_FINITE where logits are NaN or inf).
 
         PromptError if one of them has no room left.
         """
-        running = [sequence for sequence in self.sequences if sequence.running]
-        longest = max(len(sequence.held) for sequence in running)
+        running = [request for request in self.requests if request.decoding]
+        longest = max(len(request.held) for request in running)
         if longest >= self.capacity:
             raise PromptError(
-                f"a sequence has {longest} positions, which fill the cache of {self.capacity}; raise max_context"
+                f"a request has {longest} positions, which fill the cache of {self.capacity}; raise max_context"
             )
         if self._embeds is not None:
             ids = torch.tensor([[0]] * len(self._slots))
-            for sequence in running:
-                ids[sequence.slot] = max(sequence.last or 0, 0)
+            for request in running:
+                ids[request.slot] = max(request.last or 0, 0)
             self._host_embeds.copy_(self.model.embed(ids))
             self._embeds.copy_(self._host_embeds, non_blocking=True)
         bucket = bucket_of(longest + 1, self.capacity)
@@ -258,35 +251,45 @@ class Slots:
             self.samplers.draw()
             self._graphs.replay(bucket, self.samplers.kind())
         else:
-            for rows in _neighbours([sequence.slot for sequence in running]):
+            for rows in _neighbours([request.slot for request in running]):
                 self.samplers.draw(rows)
                 self._step(rows, bucket, self.samplers.kind(rows))
         self._host_tokens.copy_(self._tokens)
         tokens = self._host_tokens.tolist()
-        for sequence in running:
-            assert sequence.last is not None
-            sequence.held.append(sequence.last)
-            sequence.last = tokens[sequence.slot]
-            sequence.logprob = self.samplers.accept(sequence.slot, sequence.last)
+        for request in running:
+            assert request.last is not None
+            request.held.append(request.last)
+            request.last = tokens[request.slot]
+            request.logprob = self.samplers.accept(request.slot, request.last)
         for index, slot in enumerate(self._slots):  # a replay counts on the device only, recording on the host too
-            at_work = slot.sequence is not None and slot.sequence.running
+            at_work = slot.request is not None and slot.request.decoding
             self.cache.filled[index] = len(slot.held) if at_work else 0
-        return {sequence: tokens[sequence.slot] for sequence in running}
+        return {request: tokens[request.slot] for request in running}
 
     @torch.inference_mode()
-    def end(self, sequence: Sequence) -> None:
-        """Free its slot, which keeps what it holds for a prompt that begins alike."""
-        if self._slots[sequence.slot].sequence is sequence:
-            self._slots[sequence.slot].sequence = None
-            sequence.last = None
-            self.samplers.clear(sequence.slot)
-            self._park(sequence.slot)
+    def end(self, request: Request) -> None:
+        """Free its slot, which keeps what it holds for a prompt with the same beginning."""
+        if request.slot >= 0 and self._slots[request.slot].request is request:
+            self._slots[request.slot].request = None
+            request.last = None
+            self.samplers.clear(request.slot)
+            self._park(request.slot)
 
     def forget(self) -> None:
         """Let free slots hold nothing."""
         for slot in self._slots:
-            if slot.sequence is None:
+            if slot.request is None:
                 slot.held = []
+
+    def reset(self) -> None:
+        """Empty all slots after a step has failed. Raises what the device raises if it cannot be used any more."""
+        for index, slot in enumerate(self._slots):
+            slot.request, slot.held = None, []
+            self.samplers.clear(index)
+            self._park(index)
+        if self.model.device.type == "cuda":
+            torch.cuda.synchronize(self.model.device)  # an error that stays shows here
+            torch.cuda.empty_cache()
 
     def _park(self, slot: int) -> None:
         """Where attention writes nothing and reads nothing: past the end. A graph steps all slots, whoever runs."""

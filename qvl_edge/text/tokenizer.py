@@ -6,8 +6,9 @@ Source: Qwen-VL-Chat's tokenization_qwen.py. Images travel beside the text, so t
 
 import base64
 import binascii
+import codecs
 import unicodedata
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 
 import tiktoken
@@ -111,3 +112,45 @@ class Tokenizer:
         limit = self.vocab_size
         kept = [i for i in ids if i < limit and not (skip_special_tokens and i in self._special_ids)]
         return self.encoding.decode_bytes(kept)
+
+
+class TextStream:
+    """Token ids -> text as it grows: `push` and `close` return what will not change any more.
+
+    No character is split, and nothing is returned that a stop string takes back; once `stopped` is true the text has
+    ended before one. Bytes that never become a character are shown as U+FFFD.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, stop: Sequence[str] = ()):
+        self._tokenizer = tokenizer
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._stop = stop
+        self._held = ""  # decoded, but perhaps the beginning of a stop string
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """Take one token id, return the new text."""
+        return self._release(self._decoder.decode(self._tokenizer.decode_bytes([token])))
+
+    def close(self) -> str:
+        """Return what was held back, at the end of the answer."""
+        rest = self._release(self._decoder.decode(b"", final=True))
+        rest, self._held = rest + ("" if self.stopped else self._held), ""
+        return rest
+
+    def _release(self, new: str) -> str:
+        if self.stopped:
+            return ""
+        text = self._held + new
+        found = [at for at in (text.find(stop) for stop in self._stop) if at >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            return text[: min(found)]
+        keep = max((_overlap(text, stop) for stop in self._stop), default=0)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Characters at the end of `text` that could begin `stop`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if stop.startswith(text[-n:])), 0)

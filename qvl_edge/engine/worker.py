@@ -1,0 +1,155 @@
+"""Worker: an Engine on threads of its own, for callers on an event loop or on other threads.
+
+Two threads. One prepares requests in their order (it tokenizes, opens and encodes images) while the other steps the
+engine.
+"""
+
+import asyncio
+import contextlib
+import functools
+import queue
+import threading
+from collections.abc import AsyncGenerator, Callable, Sequence
+from typing import TYPE_CHECKING
+
+from qvl_edge.answer import Answer
+from qvl_edge.engine.engine import engine_error
+from qvl_edge.engine.request import Piece, Request
+from qvl_edge.errors import QueueFull, Stopped
+
+if TYPE_CHECKING:
+    from qvl_edge.runtime import Runtime
+
+PREFETCH = 2  # prepared requests that may wait for a slot: their image features are in memory
+
+
+class Worker:
+    """Answers requests for others until `close`.
+
+    At most max_waiting requests wait for a slot, each has time_limit_s seconds from its submission to its end.
+    """
+
+    def __init__(self, runtime: "Runtime", *, max_waiting: int = 32, time_limit_s: float = 300.0):
+        self._runtime, self._engine = runtime, runtime.engine
+        self._max_waiting, self._time_limit_s = max_waiting, time_limit_s
+        self._submitted: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._unprepared = 0
+        self._changed = threading.Condition()
+        self._closed = False
+        self._threads = [
+            threading.Thread(target=work, name=f"qvl-edge-{name}", daemon=True)
+            for name, work in (("prepare", self._prepare), ("decode", self._decode))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Requests that have no slot yet."""
+        return self._unprepared + self._engine.waiting
+
+    @property
+    def running(self) -> int:
+        """Requests in slots."""
+        return self._engine.running
+
+    @property
+    def healthy(self) -> bool:
+        """Whether requests can be answered: False after steps that failed for good, and after `close`."""
+        return self._engine.healthy and all(thread.is_alive() for thread in self._threads)
+
+    def submit(self, requests: Sequence[Request], notify: Callable[[int], None] = lambda index: None) -> None:
+        """Queue requests; `notify` is called, on a thread of the worker, for each piece of an answer and at its end.
+
+        QueueFull, Stopped or EngineFailed if they cannot be taken. What is wrong with one of them becomes its `error`,
+        an EngineError or a QvlError.
+        """
+        if self.waiting >= self._max_waiting:
+            raise QueueFull(self.waiting)
+        if self._engine.broken is not None:
+            raise self._engine.broken
+        with self._changed:
+            if self._closed:
+                raise _stopped()
+            self._unprepared += len(requests)
+            for index, request in enumerate(requests):
+                request.notify = functools.partial(notify, index)
+                request.time_limit_s = min(request.time_limit_s, self._time_limit_s)
+                self._submitted.put(request)
+
+    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
+        """(index, Piece) for the answers of `requests` as they come, in any order, and (index, Answer) at each's end.
+
+        Nothing is queued before the first step. Closing the iterator cancels the requests within a decode step. A step
+        raises QvlError for a mistake of the caller, and EngineError.
+        """
+        loop, moved = asyncio.get_running_loop(), asyncio.Queue[int]()
+
+        def notify(index: int) -> None:
+            with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
+                loop.call_soon_threadsafe(moved.put_nowait, index)
+
+        try:
+            self.submit(requests, notify)
+            left = set(range(len(requests)))
+            while left:
+                index = await moved.get()
+                request = requests[index]
+                done = request.done  # before the last piece is taken
+                if piece := request.take():
+                    yield index, piece
+                if done and index in left:
+                    left.remove(index)
+                    yield index, request.answer()
+        finally:
+            for request in requests:
+                request.cancel()
+
+    def close(self) -> None:
+        """End every request with Stopped and wait for the threads."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+        self._submitted.put(None)
+        for thread in self._threads:
+            thread.join()
+
+    def _prepare(self) -> None:
+        while (request := self._submitted.get()) is not None:
+            error = self._error_in_preparing(request)
+            with self._changed:
+                self._unprepared -= 1
+                if error is None and self._closed:
+                    error = _stopped()
+                if error is None:
+                    self._engine.add(request)
+                    self._changed.notify_all()
+                    self._changed.wait_for(lambda: self._closed or self._engine.waiting < PREFETCH)
+            if error is not None:
+                request.fail(error)
+                request.notify()
+
+    def _error_in_preparing(self, request: Request) -> Exception | None:
+        try:
+            if self._closed:
+                return _stopped()
+            request.check()
+            self._runtime.prepare(request)
+        except BaseException as error:  # a panic in a native library is no Exception
+            return engine_error(error)
+        return None
+
+    def _decode(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._engine.waiting or self._engine.running)
+                if self._closed:
+                    break
+            self._engine.step()
+            with self._changed:
+                self._changed.notify_all()
+        self._engine.abort_all(_stopped())
+
+
+def _stopped() -> Stopped:
+    return Stopped("the server is shutting down")
