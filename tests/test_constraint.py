@@ -3,6 +3,7 @@
 import json
 import random
 import re
+import sys
 
 import pytest
 import torch
@@ -10,7 +11,6 @@ from conftest import byte_tokenizer, write_small_checkpoint
 
 from qvl_edge import ConfigError, Runtime
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
-from qvl_edge.text.box_grammar import BoxGrammar, BoxTables, _can_go_on
 from qvl_edge.text.tokenizer import BOX, BOX_END, IM_END, REF, REF_END, Tokenizer
 
 VOCAB = 512
@@ -39,11 +39,12 @@ def merged_tokenizer() -> Tokenizer:
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), merged_tokenizer()], ids=["bytes", "merged"])
 def test_every_walk_that_the_grammar_allows_is_well_formed_and_none_gets_stuck(tokenizer: Tokenizer) -> None:
     stop = tokenizer.specials[IM_END]
-    tables, rng = BoxTables(tokenizer, VOCAB, frozenset({stop})), random.Random(0)
+    rng = random.Random(0)
     favoured = [tokenizer.specials[name] for name in (REF, REF_END, BOX, BOX_END)]
     seen, boxes = set(), 0
     for _ in range(300):
-        grammar, ids = BoxGrammar(tables), []
+        grammar, ids = constraint_for({"type": "boxes"}, tokenizer, VOCAB, frozenset({stop})), []
+        assert grammar is not None
         for _ in range(60):
             allowed = grammar.allowed().nonzero().flatten().tolist()
             assert allowed, f"stuck after {tokenizer.decode(ids)!r}"
@@ -65,40 +66,6 @@ def test_every_walk_that_the_grammar_allows_is_well_formed_and_none_gets_stuck(t
     assert boxes > 100 and set(favoured) <= seen
     if tokenizer.vocab_size > byte_tokenizer().vocab_size:
         assert {256, 257, 258, 259, 260}.issubset(seen)
-
-
-def test_a_prefix_can_go_on_exactly_if_some_box_begins_with_it() -> None:
-    rng = random.Random(1)
-    boxes = [f"({','.join(map(str, a))}),({','.join(map(str, b))})" for a, b in _corners(rng, 400)]
-    for box in boxes:
-        for end in range(len(box) + 1):
-            assert _can_go_on(box[:end]), box[:end]
-    prefixes = {box[:end] for box in boxes for end in range(len(box) + 1)}
-    whole = re.compile(rf"\({NUMBER},{NUMBER}\),\({NUMBER},{NUMBER}\)")
-    for prefix in rng.sample(sorted(prefixes), 300):
-        for character in "0123456789(),":
-            text = prefix + character
-            endings = [
-                "",
-                *"0(),",
-                "0)",
-                ",0)",
-                "0,0)",
-                "(0,0)",
-                ",(0,0)",
-                "),(0,0)",
-                "0),(0,0)",
-                ",0),(0,0)",
-                "0,0),(0,0)",
-            ]
-            assert _can_go_on(text) == any(whole.fullmatch(text + ending) for ending in endings), text
-
-
-def _corners(rng: random.Random, count: int) -> list:
-    def corner() -> tuple[int, int]:
-        return rng.choice([rng.randrange(1000), rng.randrange(10), 0]), rng.randrange(1000)
-
-    return [(corner(), corner()) for _ in range(count)]
 
 
 @pytest.fixture(scope="module")
@@ -166,13 +133,14 @@ def test_a_format_that_cannot_be_used_says_why(wanted, said: str) -> None:
         constraint_for(wanted, byte_tokenizer(), VOCAB, frozenset({300}))
 
 
-def test_without_the_package_json_names_the_command_that_installs_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
+@pytest.mark.parametrize("kind", ["json_object", "boxes"])
+def test_without_the_package_a_format_names_the_command_that_installs_it(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(ConfigError, match="pip install 'qvl-edge"):
         constraint_for(
-            {"type": "json_object"},
+            {"type": kind},
             Tokenizer(dict(byte_tokenizer().encoding._mergeable_ranks)),
             VOCAB,
             frozenset({300}),

@@ -1,4 +1,4 @@
-"""What may come next: boxes by a grammar of our own, JSON by llguidance, no end before min_new_tokens."""
+"""Constrained decoding: well-formed boxes and JSON by llguidance, and no end before min_new_tokens."""
 
 import functools
 import importlib
@@ -11,11 +11,20 @@ from torch import Tensor
 
 from qvl_edge.engine.sampling import Constraint
 from qvl_edge.errors import ConfigError
-from qvl_edge.text.box_grammar import BoxGrammar, BoxTables
-from qvl_edge.text.tokenizer import Tokenizer
+from qvl_edge.text.tokenizer import BOX, BOX_END, REF, REF_END, Tokenizer
 
 FORMATS = ("text", "boxes", "json_object", "json_schema")
-MOST_SCHEMA = 100_000  # characters of a schema
+MAX_SCHEMA = 100_000  # characters of a schema
+# Free text, and boxes as Qwen-VL was trained to write them: coordinates 0 to 999, and a <ref> has a label and at least
+# one box. In llguidance's dialect of Lark <[N]> is the special token of that id, and terminals match ordinary ones.
+_NUMBER = "(0|[1-9][0-9]{0,2})"
+_BOXES = rf"""
+start: (TEXT | labelled | box)*
+labelled: <[REF]> TEXT <[REF_END]> box+
+box: <[BOX]> CORNERS <[BOX_END]>
+TEXT: /(?s:.)+/
+CORNERS: /\({_NUMBER},{_NUMBER}\),\({_NUMBER},{_NUMBER}\)/
+"""
 
 
 def constraint_for(
@@ -34,15 +43,28 @@ def constraint_for(
         raise ConfigError(f"response_format has type {kind!r}, known are {', '.join(map(repr, FORMATS))}")
     if kind == "text":
         return None
+    matcher, encoding = _llguidance().LLMatcher, _encoding(tokenizer, vocab, stop_ids)
     if kind == "boxes":
-        return BoxGrammar(_box_tables(tokenizer, vocab, stop_ids))
+        grammar = _BOXES
+        for name, token in (("REF", REF), ("REF_END", REF_END), ("BOX", BOX), ("BOX_END", BOX_END)):
+            grammar = grammar.replace(f"<[{name}]>", f"<[{tokenizer.specials[token]}]>")
+        return Grammar(matcher(encoding, grammar, log_level=0), vocab)
     schema: Any = {"type": "object"}
     if kind == "json_schema":
         given = response_format.get("json_schema")
         schema = given.get("schema") if isinstance(given, Mapping) else None
         if not isinstance(schema, Mapping):
             raise ConfigError('response_format has no schema; expected {"json_schema": {"schema": {…}}}')
-    return JsonGrammar(_json_tokenizer(tokenizer, vocab, stop_ids), json.dumps(schema), vocab)
+    text = json.dumps(schema)
+    if len(text) > MAX_SCHEMA:
+        raise ConfigError(f"the JSON schema has {len(text)} characters, at most {MAX_SCHEMA} are taken")
+    # without free whitespace: a small model may emit whitespace forever
+    options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+    try:
+        grammar = matcher.grammar_from_json_schema(text, overrides=options)
+    except ValueError as error:
+        raise ConfigError(f"the JSON schema cannot be used: {error}") from None
+    return Grammar(matcher(encoding, grammar, log_level=0), vocab)
 
 
 class MinNewTokens:
@@ -66,28 +88,19 @@ class MinNewTokens:
             self._inner.accept(token)
 
 
-class JsonGrammar:
-    """JSON that keeps to a schema, then the end of the answer."""
+class Grammar:
+    """A grammar of llguidance, then the end of the answer."""
 
-    def __init__(self, tokenizer: Any, schema: str, vocab: int):
-        if len(schema) > MOST_SCHEMA:
-            raise ConfigError(f"the JSON schema has {len(schema)} characters, at most {MOST_SCHEMA} are taken")
-        matcher = _llguidance().LLMatcher
-        # without free whitespace: a small model may go on with blanks for ever
-        options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-        try:
-            grammar = matcher.grammar_from_json_schema(schema, overrides=options)
-        except ValueError as error:
-            raise ConfigError(f"the JSON schema cannot be used: {error}") from None
-        self._matcher, self._vocab = matcher(tokenizer, grammar, log_level=0), vocab
+    def __init__(self, matcher: Any, vocab: int):
+        self._matcher, self._vocab = matcher, vocab
         self._check()
 
     def _check(self) -> None:
         if self._matcher.is_error():
-            raise ConfigError(f"the JSON schema cannot be used: {self._matcher.get_error().splitlines()[0][:300]}")
+            raise ConfigError(f"response_format cannot be used: {self._matcher.get_error().splitlines()[0][:300]}")
 
     def allowed(self) -> Tensor:
-        """(vocab,) bool. ConfigError if the schema leads nowhere."""
+        """(vocab,) bool. ConfigError if the grammar leads nowhere."""
         words = torch.frombuffer(bytearray(self._matcher.compute_bitmask()), dtype=torch.uint8)
         self._check()
         bits = (words[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
@@ -103,19 +116,11 @@ def _llguidance() -> Any:
     try:
         return importlib.import_module("llguidance")
     except ImportError:
-        raise ConfigError(
-            "response_format with JSON needs the package llguidance: pip install 'qvl-edge[serve]'"
-        ) from None
+        raise ConfigError("response_format needs the package llguidance: pip install 'qvl-edge[serve]'") from None
 
 
 @functools.lru_cache(maxsize=4)  # a second for the published vocabulary
-def _json_tokenizer(tokenizer: Tokenizer, vocab: int, stop_ids: frozenset[int]) -> Any:
-    _llguidance()
+def _encoding(tokenizer: Tokenizer, vocab: int, stop_ids: frozenset[int]) -> Any:
     return importlib.import_module("llguidance.tiktoken").lltokenizer_from_encoding(
         tokenizer.encoding, n_vocab=vocab, eos_token=sorted(stop_ids)
     )
-
-
-@functools.lru_cache(maxsize=4)
-def _box_tables(tokenizer: Tokenizer, vocab: int, stop_ids: frozenset[int]) -> BoxTables:
-    return BoxTables(tokenizer, vocab, stop_ids)
