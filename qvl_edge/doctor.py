@@ -218,7 +218,7 @@ def check_cuda_row(_: Path | None) -> Iterator[Finding]:
     if torch.version.cuda is None or found is None:
         yield Finding("cuda row", "skipped", ("no CUDA packages", "未安装 CUDA 版本的包"))
         return
-    from qvl_edge.vision.cuda_row import cuda_mismatch
+    from qvl_edge.vision.cuda_versions import cuda_mismatch
 
     row = f"torch cu{torch.version.cuda.partition('.')[0]} + onnxruntime-gpu {found}"
     if (mismatch := cuda_mismatch(found, torch.version.cuda)) is None:

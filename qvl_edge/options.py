@@ -73,12 +73,13 @@ class Option:
         """The range in words; empty where there is none."""
         if self.least is None:
             return ""
-        if self.most is None:
+        if self.least == INT64[0]:
+            return "64 bits, signed"
+        if self.most is None or self.most == INT32_MAX:
             return f"more than {self.least:g}" if self.above else f"{self.least:g} or more"
         if self.above:
             return f"more than {self.least:g}, at most {self.most:g}"
-        low, high = (str(int(n)) if float(n).is_integer() else f"{n:g}" for n in (self.least, self.most))
-        return f"{low} to {high}"
+        return f"{self.least:g} to {self.most:g}"
 
     def holds(self, value: float) -> bool:
         """Whether `value` is in the range."""
@@ -265,7 +266,7 @@ class GenerationOptions(Options):
 
     max_new_tokens: int = option(512, "most tokens of an answer", least=1, most=INT32_MAX, metavar="N")
     min_new_tokens: int = option(0, "tokens before the model's own end may come", least=0, most=INT32_MAX, flag=None)
-    do_sample: bool = option(True, "always take the likeliest token", flag="--greedy")
+    do_sample: bool = option(True, "sample, or always take the likeliest token (--greedy)", flag="--greedy")
     temperature: float = option(1.0, "divides the logits; 0 is greedy", least=0, metavar="T")
     top_p: float = option(
         1.0, "sample from the smallest set of tokens whose probabilities reach P", least=0, most=1, above=True,

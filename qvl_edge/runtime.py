@@ -1,7 +1,7 @@
 """Runtime: a loaded model that answers about images."""
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
 from typing import Any
@@ -21,7 +21,7 @@ from qvl_edge.engine.engine import Engine
 from qvl_edge.engine.memory import free_memory, parse_bytes
 from qvl_edge.engine.request import SYSTEM, Request
 from qvl_edge.engine.slots import Slots
-from qvl_edge.errors import ConfigError, PromptError
+from qvl_edge.errors import ConfigError, PromptError, QvlError
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import load_decoder, load_fused
@@ -185,6 +185,22 @@ class Runtime:
         request.prompt = replace(prompt, ids=[*prompt.ids, *ids])
         request.scored, request.alpha_length = [(length, length + len(ids))], length
         return self._run(request).scores
+
+    def run(self, requests: Iterable[Request]) -> Iterator[Request]:
+        """Answer many requests, as many at once as there are slots: each as it gets done, with its answer or its error.
+
+        The next one is taken from `requests`, and its images are opened, when a slot is free.
+        """
+
+        def prepared() -> Iterator[Request]:
+            for request in requests:
+                try:
+                    self.prepare(request)
+                except QvlError as error:
+                    request.fail(error)
+                yield request
+
+        return self.engine.run(prepared())
 
     def prepare(self, request: Request) -> Request:
         """Turn what was asked into token ids and image features: the request can be given to the engine.

@@ -172,7 +172,7 @@ def no_python_header(monkeypatch: Patch, tmp_path: Path) -> Iterator[Finding]:
 def two_cudas(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
     monkeypatch.setattr(doctor, "_version", {"onnxruntime-gpu": "1.31.1"}.get)
     rule = SimpleNamespace(cuda_mismatch=lambda *_: "built for CUDA 13, torch for 12")
-    monkeypatch.setitem(sys.modules, "qvl_edge.vision.cuda_row", rule)
+    monkeypatch.setitem(sys.modules, "qvl_edge.vision.cuda_versions", rule)
     with_card(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     return examine_one("cuda row")

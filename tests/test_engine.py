@@ -14,7 +14,7 @@ import torch
 from conftest import write_small_checkpoint
 from torch import Tensor
 
-from qvl_edge import ConfigError, PromptError, Runtime
+from qvl_edge import ConfigError, ImageError, PromptError, Runtime
 from qvl_edge.answer import Answer
 from qvl_edge.engine.engine import MAX_FAILURES
 from qvl_edge.engine.request import Request
@@ -111,6 +111,13 @@ def test_run_takes_requests_as_slots_become_free(runtime: Runtime) -> None:
         assert request.finish_reason == "length" and len(taken) <= done + 3
         done += 1
     assert done == 7
+
+
+def test_a_request_that_cannot_be_prepared_comes_back_with_its_error(runtime: Runtime) -> None:
+    one = {"do_sample": False, "max_new_tokens": 2}
+    crowd = [Request(query, generation=one) for query in ("a", [{"image": b"no picture"}], "c")]
+    assert set(runtime.run(crowd)) == set(crowd)
+    assert [type(request.error) for request in crowd] == [type(None), ImageError, type(None)]
 
 
 def test_the_same_prompt_from_many_is_prefilled_once(runtime: Runtime) -> None:

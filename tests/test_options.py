@@ -157,3 +157,8 @@ def test_a_bad_flag_is_refused_in_the_same_words(flag: str, value: str) -> None:
 def test_the_table_has_a_row_for_every_option(cls: type[LoadOptions] | type[GenerationOptions]) -> None:
     rows = table(cls).splitlines()[2:]
     assert [row.split("`")[1] for row in rows] == [item.name for item in fields(cls)]
+
+
+def test_the_documentation_has_the_table() -> None:
+    page = (Path(__file__).parent.parent / "docs/options.md").read_text(encoding="utf-8")
+    assert table(LoadOptions) in page and table(GenerationOptions) in page

@@ -33,7 +33,7 @@ if not Path("/proc/self/stat").exists():
 import pyarrow.parquet as pq
 from ray.exceptions import ActorDiedError
 
-from examples.ray.answerer import SMALL_MODEL
+from examples.ray.cluster import SMALL_MODEL
 from examples.ray.serve import PAUSE_S, TRIES, Ingress, read_question
 from qvl_edge.server.guard import Access
 from qvl_edge.server.refusal import Refusal

@@ -9,7 +9,6 @@ import hashlib
 import json
 import math
 import sys
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import ray
 
-from examples.ray.answerer import Answerer, add_arguments, loading_of, start_ray
+from examples.ray.cluster import add_arguments, loading_of, start_ray
 from qvl_edge.bundle import replacing, write_json
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import read_json
-from qvl_edge.engine.run import Run
+from qvl_edge.engine.request import Request
 from qvl_edge.errors import ConfigError, QvlError
+from qvl_edge.runtime import Runtime
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
 JOB = "_job.json"  # what the rows answer; readers of Parquet folders skip names that begin with _
@@ -44,7 +44,7 @@ class Writer:
     """An actor: one Runtime. Called with the paths of a batch it answers all of them and writes their rows."""
 
     def __init__(self, loading: dict[str, Any], images: Path, out: Path, question: str, generation: dict[str, Any]):
-        self._answerer = Answerer(**loading)
+        self._runtime = Runtime.from_pretrained(**loading)
         self._images, self._out, self._question, self._generation = images, out, question, generation
 
     def __call__(self, batch: "dict[str, np.ndarray[Any, Any]]") -> dict[str, list[int]]:
@@ -55,24 +55,25 @@ class Writer:
         its actor died writes the same file.
         """
         paths = [str(path) for path in batch["path"]]
-        runs = [self._submit(path) for path in paths]
-        rows = [_row(path, run) for path, run in zip(paths, runs, strict=True)]
+        requests = [self._request(path) for path in paths]
+        for request in self._runtime.run(requests):
+            if request.error is not None and not isinstance(request.error, QvlError):
+                raise request.error  # not this image's fault: it ends the job
+        rows = [_row(path, request) for path, request in zip(paths, requests, strict=True)]
         name = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
         with replacing(self._out / PARTS.replace("*", name)) as partial:
             pq.write_table(pa.Table.from_pylist(rows, schema=SCHEMA), partial)
         return {"images": [len(rows)], "errors": [sum("error" in row for row in rows)]}
 
-    def _submit(self, path: str) -> Future[Run]:
+    def _request(self, path: str) -> Request:
         query: list[dict[str, Any]] = [{"image": self._images / path}, {"text": self._question}]
-        return self._answerer.submit(query, **self._generation)[0]
+        return Request(query, generation=self._generation)
 
 
-def _row(path: str, run: Future[Run]) -> dict[str, Any]:
-    """What went wrong with this image becomes its row; anything else ends the job."""
-    try:
-        answer = run.result().answer()
-    except QvlError as error:
-        return {"path": path, "error": str(error)}
+def _row(path: str, request: Request) -> dict[str, Any]:
+    if request.error is not None:
+        return {"path": path, "error": str(request.error)}
+    answer = request.answer()
     timing = answer.timing
     return {
         "path": path,

@@ -20,9 +20,12 @@ from ray.serve.handle import DeploymentHandle
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from examples.ray.answerer import Answerer, add_arguments, loading_of, start_ray
-from qvl_edge.engine.scheduler import AHEAD, OutOfMemory, TimeLimit
-from qvl_edge.errors import QvlError
+from examples.ray.cluster import add_arguments, loading_of, start_ray
+from qvl_edge.answer import Answer
+from qvl_edge.engine.request import Request as Asked
+from qvl_edge.engine.worker import PREFETCH, Worker
+from qvl_edge.errors import EngineError, OutOfMemory, QvlError, TimeLimit
+from qvl_edge.runtime import Runtime
 from qvl_edge.server.chat import Limits, parse_chat
 from qvl_edge.server.guard import Access, parse_json, read_body
 from qvl_edge.server.media import Media
@@ -42,26 +45,28 @@ log = logging.getLogger("ray.serve")
 
 
 class Model:
-    """A replica: one Runtime, whose scheduler batches the requests that are here at the same time."""
+    """A replica: one Runtime, whose worker batches the requests that are here at the same time."""
 
     def __init__(self, loading: dict[str, Any]):
-        self._answerer = Answerer(**loading)
+        self._worker = Worker(Runtime.from_pretrained(**loading), max_waiting=sys.maxsize)  # Ingress has the bound
 
     async def answer(self, query: Query, generation: dict[str, Any], seconds: float) -> tuple[int, dict[str, Any]]:
         """Status and body of the response. When the caller leaves, Serve cancels this, and that ends the decoding."""
-        run, cancelled = self._answerer.submit(query, deadline=time.monotonic() + seconds, **generation)
+        asked = Asked(query, generation=generation, time_limit_s=seconds)
+        refusal = Refusal(500, "there is no answer", kind=SERVER)
         try:
-            return 200, (await asyncio.wrap_future(run)).answer().to_dict()
+            async with contextlib.aclosing(self._worker.stream([asked])) as events:
+                async for _, event in events:
+                    if isinstance(event, Answer):
+                        return 200, event.to_dict()
         except QvlError as error:
             refusal = Refusal(400, str(error))
         except TimeLimit:
             refusal = _too_slow()
-        except OutOfMemory:
-            refusal = Refusal(503, "there is not enough memory for this request; send fewer images", kind=SERVER)
-        except RuntimeError as error:  # a bug: the scheduler has logged where, without the request's words
+        except OutOfMemory as error:
+            refusal = Refusal(503, str(error), kind=SERVER)
+        except EngineError as error:  # a bug: the log says where, without the request's words
             refusal = Refusal(500, str(error), kind=SERVER)
-        finally:
-            cancelled.set()
         return refusal.status, refusal.to_dict()
 
 
@@ -142,7 +147,7 @@ def application(args: argparse.Namespace, access: Access) -> serve.Application:
             "target_ongoing_requests": args.slots,
         },
         # what a replica can decode or prepare; the others wait in Ingress, free to go where there is room first
-        max_ongoing_requests=args.slots + AHEAD,
+        max_ongoing_requests=args.slots + PREFETCH,
         graceful_shutdown_timeout_s=TIME_LIMIT_S,  # a replica that is no longer needed ends its answers first
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
     )(Model)

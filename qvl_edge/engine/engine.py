@@ -112,11 +112,13 @@ class Engine:
         try:
             while True:
                 while len(taken) < self.slots.count and (request := next(source, None)) is not None:
-                    self.add(request)
                     taken.append(request)
+                    if not request.done:
+                        self.add(request)
                 if not taken:
                     return
-                self.step()
+                if not any(request.done for request in taken):
+                    self.step()
                 for request in [request for request in taken if request.done]:
                     taken.remove(request)
                     yield request

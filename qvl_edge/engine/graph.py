@@ -1,7 +1,7 @@
 """CUDA graphs of the decode step.
 
-A graph replays the same launches on the same memory, so everything that changes between steps lies in tensors that
-stay. One is recorded for each kind of choice and each bucket of positions that is met, at the first step that needs it.
+A graph replays the same launches on the same memory, so everything that changes between steps is in tensors that stay
+where they are. One graph is captured for each kind of sampling and each bucket of positions, when first needed.
 """
 
 import functools
@@ -12,14 +12,14 @@ from torch import Tensor
 
 from qvl_edge.engine.sampling import Kind
 
-BUCKETS = (512, 1024, 2048, 4096, 8192)  # positions that one graph may meet: they decide how attention is split
+BUCKETS = (512, 1024, 2048, 4096, 8192)  # cache lengths that one graph covers: they decide how attention is split
 
 Step = Callable[[int, Kind], None]
-"""All of a step that happens on the device, for at most so many positions and this kind of choice."""
+"""The part of a step that runs on the device, for a cache length of at most this and this kind of sampling."""
 
 
 class StepGraphs:
-    """Graphs of one `step`. kept: tensors that a step changes and that recording has to put back."""
+    """Graphs of one `step`. kept: tensors that a step changes and that capturing has to restore."""
 
     def __init__(self, step: Step, kept: Sequence[Tensor], device: torch.device):
         self._step, self._kept, self._device = step, kept, device
@@ -33,7 +33,7 @@ class StepGraphs:
         self._graphs[bucket, kind].replay()
 
     def _capture(self, bucket: int, kind: Kind) -> torch.cuda.CUDAGraph:
-        """Record a step. It runs once before, to compile and to allocate, and everything it changed is put back."""
+        """Capture a step. It runs once before, to compile and to allocate, and everything it changed is restored."""
         before = [tensor.clone() for tensor in self._kept]
         side = _side_stream(self._device)
         side.wait_stream(torch.cuda.current_stream(self._device))
@@ -50,11 +50,11 @@ class StepGraphs:
 
 
 def bucket_of(positions: int, capacity: int) -> int:
-    """The smallest bucket that holds so many positions."""
+    """The smallest bucket that holds this many positions."""
     return next((size for size in BUCKETS if positions <= size), capacity)
 
 
 @functools.cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Where graphs are recorded: one for all, as cuBLAS keeps up to 32 MiB for every stream that it was used on."""
+    """The stream that graphs are captured on: one for all, as cuBLAS keeps up to 32 MiB for every stream it runs on."""
     return torch.cuda.Stream(device)

@@ -1,15 +1,15 @@
-"""Prompt lookup: what followed the last time that these tokens stood here is a guess at what comes next.
+"""Prompt lookup decoding: the tokens that followed the same n-gram earlier are the draft of what comes next.
 
-Answers repeat their prompt and themselves (labels, coordinates, printed text), so an n-gram that has occurred is a free
-draft. Source of the idea: Saxena, "Prompt Lookup Decoding" (2023).
+Answers repeat their prompt and themselves (labels, coordinates, printed text), so such a draft is often right, and it
+costs nothing. Source: Saxena, "Prompt Lookup Decoding" (2023).
 """
 
 from collections.abc import Sequence
 
 from qvl_edge.engine.request import Element
 
-LONGEST, SHORTEST = 4, 2  # tokens that have to match; one alone is too often a comma
-LOOKED_AT = 4096  # elements from the end that are searched
+MAX_NGRAM, MIN_NGRAM = 4, 2  # tokens that have to match; a single one is too often a comma
+WINDOW = 4096  # elements searched, from the end
 
 
 def propose(elements: Sequence[Element], most: int) -> list[int]:
@@ -17,8 +17,8 @@ def propose(elements: Sequence[Element], most: int) -> list[int]:
 
     Stops before a picture's slots.
     """
-    tail = list(elements[-LOOKED_AT:])
-    for size in range(min(LONGEST, len(tail) - 1), SHORTEST - 1, -1):
+    tail = list(elements[-WINDOW:])
+    for size in range(min(MAX_NGRAM, len(tail) - 1), MIN_NGRAM - 1, -1):
         wanted = tail[-size:]
         for start in range(len(tail) - size - 1, -1, -1):
             if tail[start] == wanted[0] and tail[start : start + size] == wanted:

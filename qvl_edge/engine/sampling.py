@@ -1,7 +1,7 @@
 """The next token from logits, as transformers' logits processors do it and in their order.
 
-Everything stays on the logits' device and waits for nothing, so that a CUDA graph can hold it: chances come from noise
-that is drawn beforehand, each sequence's from its own generator. A sequence gets the same tokens alone and in a batch.
+Everything stays on the logits' device and never synchronizes, so that a CUDA graph can capture it: the random numbers
+are drawn beforehand, each sequence's from its own generator. A sequence gets the same tokens alone and in a batch.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from qvl_edge.answer import TokenLogprob
 from qvl_edge.errors import ConfigError
 from qvl_edge.options import MAX_LOGPROBS, MIN_TEMPERATURE, GenerationOptions
 
-NOT_FINITE = -1  # stands for a token where the logits are no numbers
+NOT_FINITE = -1  # in the place of a token where logits are NaN or inf
 
 
 class Constraint(Protocol):
@@ -30,7 +30,7 @@ class Constraint(Protocol):
 
 
 class Sampler:
-    """How one sequence's tokens are chosen: its options, its random state, and what its prompt has said."""
+    """How one sequence's tokens are chosen: its options, its random state, and the tokens of its prompt."""
 
     def __init__(
         self,
@@ -49,24 +49,24 @@ class Sampler:
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the choice is the largest logit and nothing else is wanted of it."""
+        """Whether each token is just the argmax of the logits."""
         options = self.options
         chosen = not options.do_sample and options.repetition_penalty == 1.0
         return chosen and options.logprobs is None and self.constraint is None
 
 
 class Kind(NamedTuple):
-    """What some sequence of a step wants: what a CUDA graph is recorded for."""
+    """What any sequence of a step needs: each combination has a CUDA graph of its own."""
 
-    sampled: bool  # tokens are drawn
-    cut: bool  # from less than all
-    penalized: bool  # seen ones are less likely
-    scored: bool  # log-probabilities are wanted
-    masked: bool  # a constraint allows some only
+    sampled: bool  # do_sample
+    cut: bool  # top_k or top_p
+    penalized: bool  # repetition_penalty
+    scored: bool  # logprobs
+    masked: bool  # a constraint
 
 
 class Samplers:
-    """The choice for a batch of slots: one tensor a setting; a slot's rows change when another sequence takes it.
+    """Sampling for a batch of slots: one tensor per option, whose row is rewritten when another request takes the slot.
 
     seen (B, vocab) bool: tokens that the repetition penalty is for. noise (B, vocab) float32: exponential variates.
     allowed (B, vocab) bool: by constraints. scores (B, 1 + n) float32 and likeliest (B, n) int64: the log-probability
@@ -87,12 +87,12 @@ class Samplers:
         self.likeliest = torch.zeros(slots, likeliest, dtype=torch.int64, device=device)
 
     def set(self, slot: int, sampler: Sampler) -> None:
-        """Let `slot` choose as `sampler` says from now on."""
+        """Let `slot` sample by `sampler` from now on."""
         self.samplers[slot], options = sampler, sampler.options
         self._sample[slot] = options.do_sample
         self._penalty[slot] = options.repetition_penalty
         self._temperature[slot] = max(options.temperature, MIN_TEMPERATURE)
-        # the sum of all chances may round to more than 1
+        # the probabilities may add up to more than 1 by rounding
         self._top_p[slot] = options.top_p if options.top_p < 1.0 else 2.0
         self._top_k[slot] = min(options.top_k or self.vocab, self.vocab)
         self.allowed[slot] = True
@@ -101,11 +101,11 @@ class Samplers:
             self.seen[slot, torch.tensor(sampler.prompt_ids, dtype=torch.int64, device=self.seen.device)] = True
 
     def clear(self, slot: int) -> None:
-        """Let `slot` be of no kind; what it would choose is not looked at."""
+        """Let `slot` have no sampler; its token is ignored."""
         self.samplers[slot] = None
 
     def kind(self, rows: slice = slice(None)) -> Kind:
-        """Of the slots `rows`, those that are set."""
+        """What the slots `rows` need."""
         found = [sampler for sampler in self.samplers[rows] if sampler is not None]
         options = [sampler.options for sampler in found]
         return Kind(
@@ -117,7 +117,7 @@ class Samplers:
         )
 
     def draw(self, rows: slice = slice(None)) -> None:
-        """What the next choice needs: noise for the sequences that sample, and what constraints allow."""
+        """Prepare the next token: random numbers for the slots that sample, and the masks of constraints."""
         for slot, sampler in list(enumerate(self.samplers))[rows]:
             if sampler is None:
                 continue
@@ -128,7 +128,7 @@ class Samplers:
                 self.allowed[slot] = sampler.constraint.allowed().to(self.allowed.device)
 
     def accept(self, slot: int, token: int) -> TokenLogprob | None:
-        """Tell `slot`'s constraint what was chosen; its log-probabilities where they are wanted."""
+        """Advance `slot`'s constraint by the token; its log-probabilities, if requested."""
         sampler = self.samplers[slot]
         if sampler is None or token == NOT_FINITE:
             return None
@@ -145,11 +145,11 @@ class Samplers:
         """logits (b, vocab) float32 of the slots `rows` -> tokens (b,) int64.
 
         In order: constraint, repetition penalty, temperature, top_k, top_p.
-        NOT_FINITE for a sequence with a logit that is no number. `seen` is updated in place.
+        NOT_FINITE for a sequence with a logit that is NaN or inf. `seen` is updated in place.
         """
         kind = kind or self.kind(rows)
-        finite = logits.sum(1).isfinite()  # a sum with one number that is not finite is not either
-        chances = logits.log_softmax(1) if kind.scored else None  # the model's own, before any option
+        finite = logits.sum(1).isfinite()  # one NaN or inf makes the sum one
+        logprobs = logits.log_softmax(1) if kind.scored else None  # the model's own, before any option
         if kind.masked:
             logits = logits.masked_fill(~self.allowed[rows], -torch.inf)
         if kind.penalized:
@@ -160,16 +160,16 @@ class Samplers:
             tokens = torch.where(self._sample[rows, 0], self._pick(logits, rows, cut=kind.cut), tokens)
         if kind.penalized:
             self.seen[rows].scatter_(1, tokens[:, None], True)
-        if chances is not None:
-            top = chances.topk(self.likeliest.shape[1], 1)
-            self.scores[rows] = torch.cat((chances.gather(1, tokens[:, None]), top.values), 1)
+        if logprobs is not None:
+            top = logprobs.topk(self.likeliest.shape[1], 1)
+            self.scores[rows] = torch.cat((logprobs.gather(1, tokens[:, None]), top.values), 1)
             self.likeliest[rows] = top.indices
         return torch.where(finite, tokens, NOT_FINITE)
 
     def _pick(self, logits: Tensor, rows: slice, *, cut: bool) -> Tensor:
-        """The token whose chance / noise is largest, as logarithms: that is each with its chance (exponential race).
+        """The token with the largest probability / noise, in logarithms: each with its probability (exponential race).
 
-        A token's noise is its own and not its rank's: logits that a batch rounds otherwise must not shift it.
+        The noise belongs to the token and not to its rank: a batch that rounds logits differently must not shift it.
         """
         logits = logits / self._temperature[rows]
         noise = self.noise[rows].log()
@@ -177,20 +177,20 @@ class Samplers:
             return (logits - noise).argmax(1)
         ordered, tokens = logits.sort(1, descending=True)
         ordered = ordered.masked_fill(ordered < ordered.gather(1, self._top_k[rows] - 1), -torch.inf)
-        # a token stays while those before it have not reached top_p; the first always stays
-        chances = ordered.softmax(1)
-        ordered = ordered.masked_fill(chances.cumsum(1) - chances >= self._top_p[rows], -torch.inf)
+        # a token is kept while those before it have not reached top_p; the first is always kept
+        probabilities = ordered.softmax(1)
+        ordered = ordered.masked_fill(probabilities.cumsum(1) - probabilities >= self._top_p[rows], -torch.inf)
         return tokens.gather(1, (ordered - noise.gather(1, tokens)).argmax(1, keepdim=True))[:, 0]
 
 
 def check_logits(logits: Tensor) -> None:
-    """ConfigError if logits that are to be scored are no numbers."""
+    """ConfigError if logits are NaN or inf."""
     if not bool(logits.isfinite().all()):
         check_tokens([NOT_FINITE])
 
 
 def check_tokens(tokens: Sequence[int]) -> None:
-    """ConfigError if a token stands for logits that are no numbers."""
+    """ConfigError if a token is NOT_FINITE."""
     if NOT_FINITE in tokens:
         raise ConfigError(
             f"the logits of sequence {list(tokens).index(NOT_FINITE)} are not finite: the model's numbers are too "

@@ -14,7 +14,7 @@ from qvl_edge.bundle import VIT_DATA
 from qvl_edge.config import IMAGE_TOKENS, VisualConfig
 from qvl_edge.errors import BundleError, ConfigError, ImageError
 from qvl_edge.pages import trim_heap
-from qvl_edge.vision.cuda_row import cuda_mismatch
+from qvl_edge.vision.cuda_versions import cuda_mismatch
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _AGAIN = "make it again with:\n  python -m export.vit CHECKPOINT {folder}"

@@ -1,5 +1,6 @@
-"""Image features by the picture's content, so that a picture seen before costs nothing."""
+"""Image features cached by content, so that an image seen before is not encoded again."""
 
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -37,23 +38,25 @@ class FeatureCache:
     def __init__(self, encoder: Encoder, image_size: int, *, capacity: int = 32):
         self.encoder, self.image_size, self.capacity = encoder, image_size, capacity
         self._features: OrderedDict[str, Tensor] = OrderedDict()
+        self._lock = threading.Lock()  # one encoder, and callers on any thread
 
     def encode(self, images: Sequence[Image.Image]) -> "Encoded":
         """The features of each RGB picture, from the cache where it was seen before."""
         keys = [content_key(image) for image in images]
-        missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
-        cached = sum(key not in missing for key in keys)
-        began = time.perf_counter()
-        found = {key: self._features[key] for key in keys if key in self._features}
-        if missing:
-            encoded = self.encoder.encode(to_pixels(list(missing.values()), self.image_size)).cpu()
-            found |= dict(zip(missing, encoded.unbind(0), strict=True))
-        seconds = time.perf_counter() - began
-        for key in keys:
-            self._features[key] = found[key]
-            self._features.move_to_end(key)
-        while len(self._features) > self.capacity:
-            self._features.popitem(last=False)
+        with self._lock:
+            missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
+            cached = sum(key not in missing for key in keys)
+            began = time.perf_counter()
+            found = {key: self._features[key] for key in keys if key in self._features}
+            if missing:
+                encoded = self.encoder.encode(to_pixels(list(missing.values()), self.image_size)).cpu()
+                found |= dict(zip(missing, encoded.unbind(0), strict=True))
+            seconds = time.perf_counter() - began
+            for key in keys:
+                self._features[key] = found[key]
+                self._features.move_to_end(key)
+            while len(self._features) > self.capacity:
+                self._features.popitem(last=False)
         return Encoded(keys, [found[key] for key in keys], cached, seconds)
 
     def holds(self, images: Sequence[Image.Image]) -> bool:

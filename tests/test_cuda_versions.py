@@ -4,7 +4,7 @@ import re
 
 import pytest
 
-from qvl_edge.vision.cuda_row import cuda_mismatch
+from qvl_edge.vision.cuda_versions import cuda_mismatch
 
 GOOD = [("1.22.0", "12.4"), ("1.26.1", "12.8"), ("1.27.0", "13.0"), ("1.31.1", "13.2"), ("2.0.0", "13.0")]
 WITH_CUDA_12 = "pip install 'onnxruntime-gpu>=1.22,<1.27'"
