@@ -4,9 +4,17 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
-RUNTIME = ["torch>=2.6", "numpy>=1.26", "pillow>=11", "safetensors>=0.4.5", "tiktoken>=0.7"]
+RUNTIME = [
+    "torch>=2.6",
+    "numpy>=1.26",
+    "pillow>=11",
+    "safetensors>=0.4.5",
+    "tiktoken>=0.7",
+    "filelock>=3.14",
+    "psutil>=5.9",
+]
 EXPORT = ["onnx>=1.17"]
-DOWNLOAD = ["huggingface_hub>=1.0,<3"]  # hubs.py uses its http_get and cache layout, which are not public
+DOWNLOAD = ["huggingface_hub>=1.0"]
 MODELSCOPE = ["modelscope-hub>=0.5"]  # the client inside the package modelscope, without the rest of it
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.14", "llguidance>=1.0"]
 TRITON = "triton>=3.6; platform_system == 'Linux'"

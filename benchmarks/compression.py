@@ -25,7 +25,7 @@ from export.part import export_vit
 from quantize.job import quantize_checkpoint
 from quantize.solver import FULL, PLAIN, Method
 from qvl_edge import Runtime
-from qvl_edge.bundle import MANIFEST, Bundle, replacing, write_json
+from qvl_edge.bundle import MANIFEST, Bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
 from qvl_edge.demo.conversations import write_conversations
@@ -38,6 +38,7 @@ from qvl_edge.evaluate.predict import Predictor, content_of, continuation_logits
 from qvl_edge.evaluate.report import Scored, rows
 from qvl_edge.evaluate.scenes import FILE, write_scenes
 from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
+from qvl_edge.files import replacing, write_json
 from qvl_edge.machine import commit, describe_machine, ends_with_its_message
 from qvl_edge.text.conversations import read_samples
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer

@@ -44,11 +44,12 @@ from PIL import Image
 from benchmarks.plot import Panel, framed
 from qvl_edge import Runtime
 from qvl_edge.answer import Answer
-from qvl_edge.bundle import VIT, VIT_DATA, is_bundle, replacing, write_json
+from qvl_edge.bundle import VIT, VIT_DATA, is_bundle
 from qvl_edge.config import IMAGE_TOKENS, Config
 from qvl_edge.engine.device import find_device
-from qvl_edge.engine.memory import device_memory, peak_host_bytes, reset_peak
+from qvl_edge.files import replacing, write_json
 from qvl_edge.machine import describe_machine, ends_with_its_message
+from qvl_edge.memory import device_memory, peak_host_bytes, reset_peak
 from qvl_edge.model.loading import expected_tensors
 
 TEXT = REPLY = 32  # tokens of a question, and of the answer before turn 2

@@ -19,10 +19,10 @@ from quantize.activations import Activations, writing
 from quantize.blocks import block_name, load_block, projection, run_block
 from quantize.calibration import embed_samples
 from quantize.progress import Tick
-from qvl_edge.bundle import write_json
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import ConfigError
+from qvl_edge.files import write_json
 from qvl_edge.lora import open_checkpoint
 from qvl_edge.machine import describe_machine, ends_with_its_message
 from qvl_edge.model.decoder import QWenBlock

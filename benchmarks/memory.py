@@ -20,8 +20,8 @@ import torch
 from qvl_edge import Runtime
 from qvl_edge.engine.budget import estimate
 from qvl_edge.engine.device import find_device
-from qvl_edge.engine.memory import device_memory, peak_host_bytes
 from qvl_edge.machine import describe_machine, ends_with_its_message
+from qvl_edge.memory import device_memory, peak_host_bytes
 
 
 def picture(size: int = 640) -> np.ndarray[Any, Any]:

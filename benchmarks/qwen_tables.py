@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.latency import Bench, Row, add_model_arguments, describe, model_options, parameters_text
-from qvl_edge.bundle import write_json
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import ConfigError
+from qvl_edge.files import write_json
 from qvl_edge.machine import ends_with_its_message
 
 IMAGE = IMAGE_TOKENS + 2  # with <img> and </img>

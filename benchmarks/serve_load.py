@@ -28,9 +28,8 @@ import numpy as np
 
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
-from qvl_edge.engine.memory import resident_bytes
 from qvl_edge.machine import describe_machine, ends_with_its_message
-from qvl_edge.pages import trim_heap
+from qvl_edge.memory import resident_bytes, trim_heap
 
 KINDS = ("find", "count", "read", "describe", "at")
 HANG_UP = 0.2  # share of requests whose client leaves before the end

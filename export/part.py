@@ -16,10 +16,11 @@ from export.graph import OPSET, build_vit
 from export.parity import Parity, compare, require
 from export.precision import Precision
 from export.weights import TensorSource, VisualWeights
-from qvl_edge.bundle import VIT, VIT_DATA, add_part, check_free_space, check_same_source, replacing
+from qvl_edge.bundle import VIT, VIT_DATA, add_part, check_same_source
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import IMAGE_TOKENS, VisualConfig
 from qvl_edge.errors import BundleError
+from qvl_edge.files import check_free_space, replacing
 from qvl_edge.model.loading import check_tensors, expected_tensors
 from qvl_edge.vision.encoder import self_test_values
 

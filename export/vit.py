@@ -13,10 +13,10 @@ from export.part import export_vit
 from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
 from qvl_edge.bundle import VIT, VIT_DATA
 from qvl_edge.commands.loading import add_source
-from qvl_edge.download import local_folder
-from qvl_edge.engine.memory import peak_host_bytes
 from qvl_edge.errors import QvlError
+from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
+from qvl_edge.memory import peak_host_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -39,8 +39,8 @@ def main(argv: list[str] | None = None) -> int:
         _say(f"stopped; {args.bundle} is as it was. Run the same command again to start anew")
         return 130
     size = sum((args.bundle / name).stat().st_size for name in (VIT, VIT_DATA))
-    peak = f"; took {peak_host_bytes() / 1e9:.2f} GB of memory at most" if sys.platform == "linux" else ""
-    _say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB{peak}")
+    peak = f"took {peak_host_bytes() / 1e9:.2f} GB of memory at most"
+    _say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB; {peak}")
     return 0
 
 

@@ -13,8 +13,8 @@ from typing import overload
 import torch
 from torch import Tensor
 
-from qvl_edge.bundle import replacing
 from qvl_edge.errors import BundleError
+from qvl_edge.files import replacing
 
 Put = Callable[[int, int, Tensor], None]
 """put(sample, first, rows): rows (R, hidden) float32 on the CPU become rows first … first + R - 1 of a sample."""

@@ -15,8 +15,8 @@ from quantize.layout import int4_config
 from quantize.pictures import GROUP
 from quantize.solver import FULL, Method, quantize_weight
 from qvl_edge.config import IMAGE_TOKENS, Config, QuantConfig, VisualConfig
-from qvl_edge.engine.memory import device_memory, host_memory
 from qvl_edge.errors import ConfigError
+from qvl_edge.memory import device_memory, host_memory
 from qvl_edge.model.loading import QUANTIZED, gptq_shapes
 
 PROGRAM = 600 << 20  # bytes of Python with torch and this package, and of what their allocators keep
@@ -139,14 +139,9 @@ def _tower_flops(visual: VisualConfig) -> float:
 
 
 def check_memory(job: Job, device: str) -> None:
-    """ConfigError if the host or the GPU has too little free for the job; where free memory is unknown, nothing."""
-    try:
-        free = host_memory().free
-    except ConfigError:  # not Linux
-        pass
-    else:
-        # the program itself is there already
-        _require(job, "host", job.host_bytes - PROGRAM, free, "" if job.on_cuda else ", use --device cuda")
+    """ConfigError if the host or the GPU has too little free for the job."""
+    # the program itself is there already
+    _require(job, "host", job.host_bytes - PROGRAM, host_memory().free, "" if job.on_cuda else ", use --device cuda")
     if job.on_cuda:
         _require(job, "GPU", job.device_bytes, device_memory(torch.device(device)).free, ", use --device cpu")
 

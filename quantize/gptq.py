@@ -13,12 +13,12 @@ from pathlib import Path
 from quantize.job import Result, check_device, default_device, quantize_checkpoint
 from quantize.progress import Event, LayerReport
 from quantize.repack import repack_checkpoint
-from qvl_edge.bundle import COMMANDS, MANIFEST, VIT
+from qvl_edge.bundle import COMMANDS, VIT, read_manifest
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands.loading import add_source
-from qvl_edge.config import QuantConfig, read_json
-from qvl_edge.download import local_folder
+from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CalibrationError, ConfigError, QvlError
+from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
 from qvl_edge.text.conversations import EXAMPLE, Sample, check_tokenizer, read_samples
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
@@ -178,7 +178,7 @@ def run(args: argparse.Namespace, progress: Printer) -> Result:
 
 def summary(folder: Path, result: Result) -> str:
     """What the bundle holds now, and the next step."""
-    parts = read_json(folder / MANIFEST)["parts"]
+    parts = read_manifest(folder)
     entry = parts["decoder"]
     size = sum(file["bytes"] for file in entry["files"].values()) / 1e6
     quant = entry["quantization"]

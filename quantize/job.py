@@ -17,10 +17,10 @@ from quantize.layout import REPORT, check_source, decoder_bytes, int4_config, sh
 from quantize.progress import Event, LayerReport, Progress, Tick, ignore
 from quantize.solver import FULL, Method
 from quantize.work import WorkFolder, held_bytes, open_work
-from qvl_edge.bundle import write_json, write_tensors
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.config import Config, QuantConfig, read_json
+from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import BundleError, CalibrationError, ConfigError
+from qvl_edge.files import read_json, write_json, write_tensors
 from qvl_edge.model.decoder import QWenBlock
 from qvl_edge.model.loading import check_tensors
 from qvl_edge.text.conversations import Sample, digest_of

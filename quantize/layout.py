@@ -12,10 +12,10 @@ from torch import Tensor
 from quantize.finite import is_finite
 from quantize.shard import write_shard
 from quantize.work import WorkFolder
-from qvl_edge.bundle import copy_file, write_json
 from qvl_edge.checkpoint import SAFETENSORS_INDEX, Checkpoint
-from qvl_edge.config import Config, QuantConfig, read_json
+from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import CheckpointError, ConfigError
+from qvl_edge.files import copy_file, read_json, write_json
 from qvl_edge.model.loading import QUANTIZED, expected_tensors, gptq_shapes
 from qvl_edge.text.tokenizer import VOCAB_FILE
 

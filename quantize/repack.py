@@ -10,10 +10,10 @@ from kernels.int4_layout import check_gptq
 from quantize.layout import check_source, decoder_bytes, shard_name, write_outer, write_settings
 from quantize.progress import Event, Progress, ignore
 from quantize.work import held_bytes, open_work
-from qvl_edge.bundle import check_free_space, write_tensors
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
+from qvl_edge.files import check_free_space, write_tensors
 from qvl_edge.model.loading import GPTQ_TENSORS, QUANTIZED, check_tensors, expected_tensors
 
 

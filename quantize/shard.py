@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvl_edge.bundle import check_free_space, replacing
+from qvl_edge.files import check_free_space, replacing
 
 _DTYPES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int32: "I32"}
 _ALIGNMENT = 8  # of the data within the file, as safetensors' own writer has it

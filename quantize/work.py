@@ -13,9 +13,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qvl_edge.bundle import MANIFEST, WORK, add_part, check_same_source, sha256_of, write_json
-from qvl_edge.config import read_json
+from qvl_edge.bundle import MANIFEST, WORK, add_part, check_same_source, read_manifest, remove_part
 from qvl_edge.errors import BundleError
+from qvl_edge.files import read_json, sha256_of, write_json
 
 SETTINGS, READY, LOCK = "settings.json", "ready.json", "lock"
 PART = "decoder"
@@ -38,10 +38,7 @@ def _short(value: Any) -> str:
 
 def _finished(folder: Path) -> dict[str, Any] | None:
     """The decoder's entry in bundle.json, if there is one."""
-    if not (folder / MANIFEST).exists():
-        return None
-    entry: dict[str, Any] | None = read_json(folder / MANIFEST).get("parts", {}).get(PART)
-    return entry
+    return read_manifest(folder).get(PART)
 
 
 def _intact(folder: Path, entry: Mapping[str, Any]) -> bool:
@@ -93,9 +90,7 @@ class WorkFolder:
         if old is not None and any((self.path / name).exists() for name in files):
             for name in set(old["files"]) - set(files):
                 (self.folder / name).unlink(missing_ok=True)
-            content = read_json(self.folder / MANIFEST)
-            del content["parts"][PART]
-            write_json(self.folder / MANIFEST, content)
+            remove_part(self.folder, PART)
         for name in files:
             if (self.path / name).exists():
                 (self.path / name).replace(self.folder / name)

@@ -7,23 +7,14 @@
 Both parts carry the fingerprint of their source, so halves of two models cannot be mixed.
 """
 
-import errno
-import hashlib
-import json
-import os
-import shutil
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
-
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.config import Config, read_json
+from qvl_edge.config import Config
 from qvl_edge.errors import BundleError
+from qvl_edge.files import read_json, sha256_of, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -33,70 +24,50 @@ COMMANDS = {
     "decoder": "python -m quantize.gptq CHECKPOINT {path}",
     "vit": "python -m export.vit CHECKPOINT {path}",
 }
+_PART = {"fingerprint": str, "files": {"*": {"bytes": int, "sha256": str}}}
+_KINDS = {str: "text", int: "an integer", dict: "an object"}
 _ALWAYS_VERIFIED = 64 << 20  # bytes: smaller files are hashed at every opening, larger ones on request
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """Write to the yielded path beside `path`; on success it takes `path`'s place, on any error nothing stays.
+def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
+    """The parts that bundle.json lists, by name; none if it is not there.
 
-    A full disk becomes a BundleError with the free bytes.
+    A part is {"fingerprint": text, "files": {name: {"bytes": count, "sha256": text}}, …}, and "vit" has its "dtype".
+    BundleError for another format_version, and if anything of this is missing or of another type.
     """
-    partial = path.with_name(f"{path.name}.partial")
-    try:
-        yield partial
-        with open(partial, "rb+") as file:
-            os.fsync(file.fileno())
-        partial.replace(path)
-    except (OSError, SafetensorError) as error:
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full:
-            raise
-        free = shutil.disk_usage(path.parent).free
+    path = folder / MANIFEST
+    if not path.exists():
+        return {}
+    content = read_json(path, error=BundleError)
+    if content.get("format_version") != FORMAT_VERSION:
         raise BundleError(
-            f"the disk of {path.parent} is full ({free} bytes free) while writing {path.name}; "
-            "nothing was replaced. Free some space and run the same command again."
-        ) from None
-    finally:
-        partial.unlink(missing_ok=True)
-
-
-def check_free_space(folder: Path, needed: int) -> None:
-    """BundleError if the disk of `folder` has fewer than `needed` bytes free."""
-    free = shutil.disk_usage(folder).free
-    if free < needed:
-        raise BundleError(
-            f"{folder} needs {needed / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB free; free some space or "
-            "choose another folder"
+            f"{path} has format_version {content.get('format_version')}, this version reads {FORMAT_VERSION}; make the "
+            "bundle again or use a matching qvl_edge"
         )
+    _check(path, "parts", content.get("parts"), {"*": _PART})
+    parts: dict[str, dict[str, Any]] = content["parts"]
+    if unknown := sorted(parts.keys() - COMMANDS.keys()):
+        raise BundleError(f"{path}: parts has {unknown[0]!r}, known are {', '.join(COMMANDS)}")
+    if "vit" in parts:
+        _check(path, "parts.vit.dtype", parts["vit"].get("dtype"), str)
+    return parts
 
 
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """`value` as indented JSON, written beside and renamed."""
-    with replacing(path) as partial:
-        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+def _check(path: Path, where: str, value: Any, schema: Any) -> None:
+    """BundleError unless `value` is of the type `schema`, or an object with its fields; "*" stands for every field."""
+    kind = dict if isinstance(schema, dict) else schema
+    if type(value) is not kind:
+        raise BundleError(
+            f"{path}: {where} is {'missing' if value is None else repr(value)[:40]}, expected {_KINDS[kind]}; copy the "
+            "file again, or make the bundle again in an empty folder"
+        )
+    for field, inner in schema.items() if kind is dict else ():
+        for name in value if field == "*" else [field]:
+            _check(path, f"{where}.{name}", value.get(name), inner)
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """A safetensors file, written beside and renamed, after checking that it fits on the disk."""
-    check_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
-    with replacing(path) as partial:
-        partial.touch()
-        mode = partial.stat().st_mode
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
-        partial.chmod(mode)  # safetensors writes files that only their owner can read
-
-
-def copy_file(source: Path, target: Path) -> None:
-    """A copy, written beside and renamed."""
-    with replacing(target) as partial:
-        shutil.copyfile(source, partial)
-
-
-def sha256_of(path: Path) -> str:
-    """Hex sha256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _write_manifest(folder: Path, parts: Mapping[str, Any]) -> None:
+    write_json(folder / MANIFEST, {"format_version": FORMAT_VERSION, "parts": dict(sorted(parts.items()))})
 
 
 def add_part(
@@ -104,12 +75,8 @@ def add_part(
 ) -> None:
     """Enter a finished part ("decoder" or "vit") and its files into bundle.json: the last step of a writer.
 
-    BundleError if the other part comes from another source.
+    info: what else is to be known of it; of a vit its "dtype". BundleError if the other part comes from another source.
     """
-    manifest = folder / MANIFEST
-    content: dict[str, Any] = {"format_version": FORMAT_VERSION, "parts": {}}
-    if manifest.exists():
-        content = read_json(manifest)
     check_same_source(folder, part, fingerprint)
     entry = {
         "fingerprint": fingerprint,
@@ -119,21 +86,21 @@ def add_part(
             for name in sorted(files)
         },
     }
-    content["parts"][part] = entry
-    content["parts"] = dict(sorted(content["parts"].items()))
-    write_json(manifest, content)
+    _write_manifest(folder, read_manifest(folder) | {part: entry})
+
+
+def remove_part(folder: Path, part: str) -> None:
+    """Take a part out of bundle.json, before a writer replaces its files."""
+    _write_manifest(folder, {name: entry for name, entry in read_manifest(folder).items() if name != part})
 
 
 def check_same_source(folder: Path, part: str, fingerprint: str) -> None:
     """BundleError if `folder` holds another part made from another model; writers call it before they start."""
-    manifest = folder / MANIFEST
-    if not manifest.exists():
-        return
-    for other, entry in read_json(manifest).get("parts", {}).items():
-        if other != part and entry.get("fingerprint") != fingerprint:
+    for other, entry in read_manifest(folder).items():
+        if other != part and entry["fingerprint"] != fingerprint:
             raise BundleError(
-                f"{folder} holds the {other} of another model (fingerprint {entry.get('fingerprint', '')[:12]}, this "
-                f"one is {fingerprint[:12]}); use an empty folder, or make the {other} again from the same checkpoint"
+                f"{folder} holds the {other} of another model (fingerprint {entry['fingerprint'][:12]}, this one is "
+                f"{fingerprint[:12]}); use an empty folder, or make the {other} again from the same checkpoint"
             )
 
 
@@ -167,13 +134,7 @@ class Bundle:
             raise BundleError(
                 f"{path} has no {MANIFEST}; make a bundle with:\n  {COMMANDS['decoder'].format(path=path)}"
             )
-        content = read_json(path / MANIFEST)
-        if content.get("format_version") != FORMAT_VERSION:
-            raise BundleError(
-                f"{path / MANIFEST} has format_version {content.get('format_version')}, this version reads "
-                f"{FORMAT_VERSION}; make the bundle again or use a matching qvl_edge"
-            )
-        parts = content.get("parts", {})
+        parts = read_manifest(path)
         for part, command in COMMANDS.items():
             if part not in parts:
                 raise BundleError(f"{path} has no {part} yet. Make it with:\n  {command.format(path=path)}")
@@ -192,7 +153,7 @@ class Bundle:
     @property
     def fingerprint(self) -> str:
         """Fingerprint of the checkpoint that this bundle was made from."""
-        return str(self.parts["decoder"]["fingerprint"])
+        return self.parts["decoder"]["fingerprint"]
 
     @property
     def checkpoint(self) -> Checkpoint:
@@ -207,7 +168,7 @@ class Bundle:
     @property
     def vit_dtype(self) -> str:
         """How the vision tower was exported: "float32", "float16", "int8" or "int4"."""
-        return str(self.parts["vit"]["dtype"])
+        return self.parts["vit"]["dtype"]
 
 
 def _check_file(folder: Path, part: str, name: str, expected: Mapping[str, Any], *, verify: bool) -> None:

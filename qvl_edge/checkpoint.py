@@ -5,19 +5,18 @@ import json
 import pickle
 import struct
 import zipfile
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from qvl_edge.config import Config, read_json
+from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError
-from qvl_edge.pages import forget_pages
+from qvl_edge.files import read_json
+from qvl_edge.memory import forget_pages
 
 VISUAL = "transformer.visual."  # prefix of the vision tower's tensors
 SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
@@ -39,49 +38,28 @@ class Checkpoint:
         self.config = Config.from_folder(self.path)
         generation = self.path / "generation_config.json"
         self.generation: dict[str, Any] = read_json(generation) if generation.exists() else {}
+        index = next((self.path / n for n in (SAFETENSORS_INDEX, BIN_INDEX) if (self.path / n).exists()), None)
+        weight_map = {} if index is None else _weight_map(index)
         self._shard_of: dict[str, Shard] = {}
-        for shard in self._open_shards():
+        files = sorted({self.path / name for name in weight_map.values()}) or self._find_shards()
+        for shard in map(open_shard, files):
             for name in shard.names():
                 if name in self._shard_of:
                     raise CheckpointError(f"{name} is in {self._shard_of[name].path.name} and in {shard.path.name}")
                 self._shard_of[name] = shard
-        self._check_index()
-
-    def _index_file(self) -> Path | None:
-        return next((self.path / n for n in (SAFETENSORS_INDEX, BIN_INDEX) if (self.path / n).exists()), None)
-
-    def _check_index(self) -> None:
-        index = self._index_file()
-        if index is None:
-            return
-        missing = sorted(set(read_json(index)["weight_map"]) - set(self._shard_of))
-        if missing:
+        if lost := sorted(set(weight_map) - set(self._shard_of)):
             raise CheckpointError(
-                f"{index.name} lists {missing[0]} and {len(missing) - 1} more that no shard holds; the shards of "
-                f"{self.path} are not those of the index, copy them again"
+                f"the index of {self.path} lists {lost[0]} and {len(lost) - 1} more that no shard holds; the shards "
+                "are not those of the index, copy them again"
             )
 
-    def _open_shards(self) -> Iterator["Shard"]:
-        if (index := self._index_file()) is not None:
-            weight_map = read_json(index).get("weight_map")
-            if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
-                raise CheckpointError(f"{index} has no weight_map from tensor names to files")
-            names = sorted(set(weight_map.values()))
-            missing = [name for name in names if Path(name).name != name or not (self.path / name).is_file()]
-            if missing:
-                raise CheckpointError(
-                    f"{self.path} lacks {len(missing)} of the {len(names)} shards that {index.name} lists: "
-                    f"{', '.join(missing[:5])}; copy them from the source of the checkpoint"
-                )
-        else:
-            names = sorted(p.name for p in self.path.glob("*.safetensors"))
-            names = names or sorted(p.name for p in self.path.glob("pytorch_model*.bin"))
-            if not names:
-                raise CheckpointError(
-                    f"{self.path} holds no weights; expected *.safetensors or pytorch_model*.bin beside config.json"
-                )
-        for name in names:
-            yield open_shard(self.path / name)
+    def _find_shards(self) -> list[Path]:
+        for pattern in ("*.safetensors", "pytorch_model*.bin"):
+            if files := sorted(self.path.glob(pattern)):
+                return files
+        raise CheckpointError(
+            f"{self.path} holds no weights; expected *.safetensors or pytorch_model*.bin beside config.json"
+        )
 
     @property
     def names(self) -> list[str]:
@@ -96,10 +74,10 @@ class Checkpoint:
         return self._shard(name).tensor(name)
 
     def release(self, name: str) -> None:
-        """Give back the pages that reading `name` has brought into memory; its tensor stays valid and is read anew.
+        """Release the pages that reading `name` brought into memory; its tensor stays valid and is read again.
 
-        A loader calls it after each tensor, or a checkpoint of 10 GB would leave 10 GB mapped beside what was made of
-        it. Linux only, and only what is mapped; elsewhere nothing happens.
+        A loader calls it after each tensor, or a checkpoint of 10 GB would leave 10 GB mapped beside what was made from
+        it. Mapped files on Linux only; elsewhere nothing happens.
         """
         shard = self._shard(name)
         if shard.mapped:
@@ -128,32 +106,13 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-class Shard(ABC):
-    """One file of tensors."""
+class SafetensorsShard:
+    """A .safetensors file: its tensors are views of the mapped file."""
 
-    mapped = True  # whether tensors are views of the file
+    mapped = True
 
     def __init__(self, path: Path):
         self.path = path
-
-    @abstractmethod
-    def names(self) -> list[str]: ...
-
-    @abstractmethod
-    def shape(self, name: str) -> tuple[int, ...]: ...
-
-    @abstractmethod
-    def tensor(self, name: str) -> Tensor: ...
-
-
-def open_shard(path: Path) -> Shard:
-    """The file at `path`, by the ending of its name. CheckpointError if it cannot be read as tensors."""
-    return _BinShard(path) if path.suffix == ".bin" else _SafetensorsShard(path)
-
-
-class _SafetensorsShard(Shard):
-    def __init__(self, path: Path):
-        super().__init__(path)
         try:
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
@@ -182,11 +141,12 @@ def _size_note(path: Path) -> str:
     return f" ({size} bytes where its header promises {promised})" if size != promised else ""
 
 
-class _BinShard(Shard):
+class BinShard:
+    """A .bin file of torch.save, loaded as tensors only, of which those in a zip archive (torch >= 1.6) are mapped."""
+
     def __init__(self, path: Path):
-        super().__init__(path)
+        self.path = path
         try:
-            # a zip archive (torch >= 1.6) is mapped; weights_only refuses everything but tensors
             self.mapped = zipfile.is_zipfile(path)
             tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
         except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
@@ -206,3 +166,26 @@ class _BinShard(Shard):
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+Shard: TypeAlias = SafetensorsShard | BinShard
+
+
+def open_shard(path: Path) -> Shard:
+    """The file at `path`, by the ending of its name. CheckpointError if it cannot be read as tensors."""
+    return BinShard(path) if path.suffix == ".bin" else SafetensorsShard(path)
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """File names by tensor name; CheckpointError if a file is not there."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
+        raise CheckpointError(f"{index} has no weight_map from tensor names to files")
+    files = sorted(set(weight_map.values()))
+    missing = [name for name in files if Path(name).name != name or not index.with_name(name).is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{index.parent} lacks {len(missing)} of the {len(files)} shards that {index.name} lists: "
+            f"{', '.join(missing[:5])}; copy them from the source of the checkpoint"
+        )
+    return weight_map

@@ -19,11 +19,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from qvl_edge.config import IMAGE_TOKENS, read_json
-from qvl_edge.download import Source, local_folder
+from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import ConfigError, PromptError
+from qvl_edge.files import read_json
+from qvl_edge.hub import local_folder
 from qvl_edge.lora import ADAPTER_CONFIG
-from qvl_edge.options import GenerationOptions
+from qvl_edge.options import GenerationOptions, Source
 from qvl_edge.runtime import SYSTEM, Runtime
 from qvl_edge.text.list_format import from_list_format, to_list_format
 from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, VOCAB_FILE, Tokenizer

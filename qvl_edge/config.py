@@ -1,40 +1,33 @@
 """The model's settings as published in config.json and quantize_config.json: frozen, upstream field names, checked."""
 
-import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from qvl_edge.errors import ConfigError
+from qvl_edge.files import read_json
 
 HEAD_DIM = 128  # resampler heads are output_dim // 128 (Qwen-VL visual.py)
 QUERY_GRID = 16  # the resampler's queries and both position tables are 16 x 16 (Qwen-VL visual.py)
 IMAGE_TOKENS = QUERY_GRID * QUERY_GRID
+_KINDS: dict[Any, str] = {int: "an integer", bool: "true or false", float: "a number"}
 
 
-def _read(section: Mapping[str, Any], cls: type, where: str) -> dict[str, Any]:
-    """The fields of `cls` found in `section`, with types checked; a missing field without default is an error."""
+def _build(section: Mapping[str, Any], cls: type, where: str) -> Any:
+    """`cls` from its fields in `section`; ConfigError for a value of another type, and for a field that is missing."""
     values = {}
     for field in fields(cls):
         if field.name not in section:
             continue
         value = section[field.name]
-        # Mistyped numbers would otherwise surface as a shape error far from here.
-        if field.type is int and (isinstance(value, bool) or not isinstance(value, int)):
-            raise ConfigError(f"{where}: {field.name} is {value!r}, expected an integer")
-        if field.type is bool and not isinstance(value, bool):
-            raise ConfigError(f"{where}: {field.name} is {value!r}, expected true or false")
-        if field.type is float:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise ConfigError(f"{where}: {field.name} is {value!r}, expected a number")
-            value = float(value)
+        # mistyped numbers would otherwise surface as a shape error far from here
+        kind = type(value)
+        if field.type is float and kind is int:
+            value, kind = float(value), float
+        if field.type in _KINDS and kind is not field.type:
+            raise ConfigError(f"{where}: {field.name} is {value!r}, expected {_KINDS[field.type]}")
         values[field.name] = value
-    return values
-
-
-def _build(section: Mapping[str, Any], cls: type, where: str) -> Any:
-    values = _read(section, cls, where)
     try:
         return cls(**values)
     except TypeError as error:  # dataclass: missing required arguments, with their names
@@ -52,12 +45,12 @@ class VisualConfig:
     """config.json:visual: the ViT (OpenCLIP bigG in the published model) and its resampler."""
 
     heads: int
-    image_size: int  # pixels a side
+    image_size: int  # pixels per side
     image_start_id: int  # token id of <img>; </img> and <imgpad> follow it
     layers: int
     mlp_ratio: float
     output_dim: int  # = hidden_size of the decoder
-    patch_size: int  # pixels a side
+    patch_size: int  # pixels per side
     width: int
 
     def __post_init__(self) -> None:
@@ -79,7 +72,7 @@ class VisualConfig:
 
     @property
     def patches(self) -> int:
-        """Patches an image: (image_size / patch_size)²."""
+        """Patches per image: (image_size / patch_size)²."""
         return (self.image_size // self.patch_size) ** 2
 
 
@@ -103,7 +96,7 @@ class QuantConfig:
         if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 32):
             raise ConfigError(f"{where}: group_size is {self.group_size}, supported are -1 and multiples of 32")
         if not 0 < self.damp_percent < 1:
-            raise ConfigError(f"{where}: damp_percent is {self.damp_percent}, expected a share between 0 and 1")
+            raise ConfigError(f"{where}: damp_percent is {self.damp_percent}, expected a value in (0, 1)")
         if self.checkpoint_format not in ("gptq", "gptq_v2"):
             raise ConfigError(
                 f"{where}: checkpoint_format is {self.checkpoint_format!r}, known are 'gptq' and 'gptq_v2'"
@@ -112,6 +105,8 @@ class QuantConfig:
     @classmethod
     def from_dict(cls, section: Mapping[str, Any], where: str = "quantize_config.json") -> "QuantConfig":
         """Read a quantize_config.json or config.json:quantization_config; keys of other tools are ignored."""
+        if not isinstance(section, Mapping):
+            raise ConfigError(f"{where} is {section!r}, expected an object")
         if section.get("quant_method", "gptq") != "gptq":
             raise ConfigError(f"{where}: quant_method is {section['quant_method']!r}, only 'gptq' is supported")
         return _build(section, cls, where)
@@ -160,7 +155,9 @@ class Config:
                 f"{self.num_attention_heads * self.kv_channels}, but hidden_size is {self.hidden_size}"
             )
         if self.intermediate_size % 2:
-            raise ConfigError(f"{where}: intermediate_size {self.intermediate_size} is odd; w1 and w2 take half each")
+            raise ConfigError(
+                f"{where}: intermediate_size {self.intermediate_size} is odd; w1 and w2 take half of it each"
+            )
         if self.visual.output_dim != self.hidden_size:
             raise ConfigError(
                 f"{where}: visual.output_dim {self.visual.output_dim} differs from hidden_size {self.hidden_size}"
@@ -190,12 +187,10 @@ class Config:
         for name, expected in (("rotary_pct", 1.0), ("scale_attn_weights", True), ("tie_word_embeddings", False)):
             if section.get(name, expected) != expected:
                 raise ConfigError(f"config.json: {name} is {section[name]!r}; Qwen-VL has {expected!r}")
-        values = dict(section)
-        values.setdefault("torch_dtype", "float16")
-        values["visual"] = _build(section["visual"], VisualConfig, "config.json:visual")
+        visual = _build(section["visual"], VisualConfig, "config.json:visual")
         found = quantization if quantization is not None else section.get("quantization_config")
-        values["quantization"] = None if found is None else QuantConfig.from_dict(found)
-        return _build(values, cls, "config.json")
+        quant = None if found is None else QuantConfig.from_dict(found)
+        return _build({**section, "visual": visual, "quantization": quant}, cls, "config.json")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Config":
@@ -204,16 +199,3 @@ class Config:
         section = read_json(folder / "config.json")
         quantize = folder / "quantize_config.json"
         return cls.from_dict(section, read_json(quantize) if quantize.exists() else None)
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from `path`; a missing, broken or non-object file is a ConfigError naming it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path} is missing; is {path.parent} the folder of a checkpoint or bundle?") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is not valid JSON: {error}") from None
-    if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds a {type(value).__name__}, expected an object")
-    return value

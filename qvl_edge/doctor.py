@@ -262,7 +262,7 @@ def check_font(_: Path | None) -> Iterator[Finding]:
 def check_cache(path: Path | None) -> Iterator[Finding]:
     """Where vision towers of checkpoints are exported to."""
     from qvl_edge.bundle import is_bundle
-    from qvl_edge.vit_cache import cache_home
+    from qvl_edge.files import cache_home
 
     home = cache_home()
     there = next(folder for folder in (home, *home.parents) if folder.exists())
@@ -284,11 +284,8 @@ def check_cache(path: Path | None) -> Iterator[Finding]:
 
 def check_host_memory(_: Path | None) -> Iterator[Finding]:
     """Free memory of the host."""
-    from qvl_edge.engine.memory import host_memory
+    from qvl_edge.memory import host_memory
 
-    if not sys.platform.startswith("linux"):
-        yield Finding("host memory", "skipped", ("only read on Linux", "仅在 Linux 上读取"))
-        return
     memory = host_memory()
     fix: Said = ("close other programs", "关闭其他程序")
     yield _memory_finding("host memory", memory.free, memory.total, fix)
@@ -338,7 +335,7 @@ def check_card(_: Path | None) -> Iterator[Finding]:
     import torch
 
     from kernels.tiles import device_key, read_table
-    from qvl_edge.engine.memory import device_memory
+    from qvl_edge.memory import device_memory
 
     programs = programs_on_cards()  # before this process is one of them
     device = torch.device("cuda:0")

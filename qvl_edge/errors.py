@@ -1,15 +1,4 @@
-"""Errors a caller can cause. Each says what, where, both numbers and the next step.
-
-QvlError
-├── ConfigError      (ValueError)  config.json or quantize_config.json contradicts itself or the weights
-├── CheckpointError  (OSError)     a checkpoint's files are missing, truncated or foreign
-├── BundleError      (OSError)     a bundle is incomplete, mixed or damaged
-├── ImageError       (ValueError)  an image cannot be read or is refused
-├── PromptError      (ValueError)  text or markup that cannot be turned into a prompt
-├── FitError         (MemoryError) a model does not fit into the memory that is free
-├── CalibrationError (ValueError)  calibration data that cannot be used
-└── ParityError      (ValueError)  an exported graph does not compute what the model does
-"""
+"""Errors a caller can cause. Each says what, where, both numbers and the next step."""
 
 
 class QvlError(Exception):

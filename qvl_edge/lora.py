@@ -20,9 +20,9 @@ import torch
 from torch import Tensor
 
 from qvl_edge.checkpoint import Checkpoint, Shard, open_shard
-from qvl_edge.config import read_json
 from qvl_edge.errors import CheckpointError, ConfigError
-from qvl_edge.pages import forget_pages
+from qvl_edge.files import read_json
+from qvl_edge.memory import forget_pages
 
 ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
@@ -58,13 +58,13 @@ class LoraCheckpoint(Checkpoint):
         _check_kind(settings, self.adapter / ADAPTER_CONFIG)
         self._adapter = _open_adapter(self.adapter)
         self._scales: dict[str, float] = {}  # by name of the base's tensor
-        self._whole: dict[str, str] = {}  # tensors that take a base's place
+        self._whole: dict[str, str] = {}  # tensors that replace a base's
         for key in sorted(self._adapter.names()):
-            self._sort(key, settings)
+            self._match(key, settings)
         self._check_complete(settings)
 
-    def _sort(self, key: str, settings: Mapping[str, Any]) -> None:
-        """Find the place of one of the adapter's tensors. CheckpointError if it has none, or another shape."""
+    def _match(self, key: str, settings: Mapping[str, Any]) -> None:
+        """Match one of the adapter's tensors to the base's. CheckpointError if there is none, or its shape differs."""
         name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
         if name.endswith((_A, _B)):
             module = name.removesuffix(_A).removesuffix(_B)
@@ -104,7 +104,7 @@ class LoraCheckpoint(Checkpoint):
 
         targets = settings.get("target_modules") or ()
         if targets == "all-linear" or any(settings.get(key) for key in ("layers_to_transform", "exclude_modules")):
-            targets = ()  # what was meant is not said by the names alone
+            targets = ()  # the names alone do not say which modules were meant
         if isinstance(targets, str):
             wanted = [f"{module}.weight" for module in modules if re.fullmatch(targets, module)]
         else:
@@ -119,8 +119,8 @@ class LoraCheckpoint(Checkpoint):
             if missing:
                 raise CheckpointError(
                     f"{self._adapter.path} lacks {len(missing)} of the {len(names)} tensors that {option} in "
-                    f"{ADAPTER_CONFIG} speaks of, such as that of {missing[0]}: they were not saved, or the copy is "
-                    f"not complete. To take the base's instead, change {option}"
+                    f"{ADAPTER_CONFIG} lists, such as that of {missing[0]}: they were not saved, or the copy is "
+                    f"incomplete. To use the base's tensors instead, change {option}"
                 )
 
     def __getitem__(self, name: str) -> Tensor:
@@ -169,14 +169,14 @@ def _open_adapter(folder: Path) -> Shard:
 def _check_kind(settings: Mapping[str, Any], file: Path) -> None:
     """ConfigError if this is not a plain LoRA."""
     if settings.get("peft_type") != "LORA":
-        raise ConfigError(f"{file}: peft_type is {settings.get('peft_type')!r}, only 'LORA' can be merged here")
+        raise ConfigError(f"{file}: peft_type is {settings.get('peft_type')!r}, only 'LORA' can be merged")
     other = next((option for option in _OTHER_KINDS if settings.get(option)), None)
     if other is None and settings.get("init_lora_weights", True) not in _INIT:
         other = "init_lora_weights"
     if other is not None:
         raise ConfigError(
-            f"{file}: {other} is {settings[other]!r}, and only plain LoRA can be merged here; merge the adapter with "
-            "PEFT (merge_and_unload), and give the checkpoint that this makes"
+            f"{file}: {other} is {settings[other]!r}, and only plain LoRA can be merged; merge the adapter with PEFT "
+            "(merge_and_unload), and give the merged checkpoint"
         )
     for option in ("r", "lora_alpha"):
         if isinstance(settings.get(option), bool) or not isinstance(settings.get(option), int | float):

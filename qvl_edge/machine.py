@@ -1,4 +1,4 @@
-"""On what a figure was measured: written into every result."""
+"""The machine that a figure was measured on: written into every result."""
 
 import argparse
 import contextlib
@@ -18,7 +18,7 @@ from qvl_edge.errors import QvlError
 
 
 def cpu_name() -> str:
-    """The processor's own name for itself."""
+    """The processor's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -73,13 +73,13 @@ def _nvidia_smi(names: list[str]) -> list[str]:
 
 
 def use_device(parser: argparse.ArgumentParser, device: str, *, tiny: bool) -> None:
-    """End with a way out if `device` cannot run the GPU kernels; on the CPU they are interpreted, small shapes only."""
+    """End with an error if `device` cannot run the GPU kernels; on the CPU they are interpreted, small shapes only."""
     if device == "cpu":
         if not tiny:
             parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
     elif not torch.cuda.is_available():
-        parser.error("no CUDA device is here; --device cpu --tiny needs none")
+        parser.error("torch sees no CUDA device; --device cpu --tiny needs none")
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""The published models' settings, for what is asked about them before a file of theirs is there.
+"""The published models' settings, for questions about a model before any of its files has been fetched.
 
 Source: config.json and generation_config.json of Qwen/Qwen-VL-Chat, quantize_config.json of Qwen/Qwen-VL-Chat-Int4.
 Qwen/Qwen-VL has the sizes of Qwen-VL-Chat.

@@ -13,15 +13,15 @@ from qvl_edge.answer import Answer
 from qvl_edge.bundle import Bundle, is_bundle
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
-from qvl_edge.download import local_folder
 from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
 from qvl_edge.engine.device import find_device, named_with_others
 from qvl_edge.engine.engine import Engine
-from qvl_edge.engine.memory import free_memory, parse_bytes
 from qvl_edge.engine.request import SYSTEM, Request
 from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import ConfigError, PromptError, QvlError
+from qvl_edge.hub import local_folder
+from qvl_edge.memory import free_memory, parse_bytes
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import load_decoder, load_fused

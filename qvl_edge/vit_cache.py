@@ -1,31 +1,19 @@
 """The vision tower of an untouched checkpoint, exported once into a cache folder by the export command."""
 
 import importlib.util
-import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
-from qvl_edge.bundle import MANIFEST, VIT
+from qvl_edge.bundle import VIT, read_manifest
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.config import read_json
 from qvl_edge.errors import BundleError
-
-try:
-    import fcntl
-except ImportError:  # Windows: two processes that export at once are on their own there
-    fcntl = None  # type: ignore[assignment]
+from qvl_edge.files import cache_home, locked
 
 Progress: TypeAlias = Callable[[str], None]
-
-
-def cache_home() -> Path:
-    """Where exported vision towers are kept: $XDG_CACHE_HOME/qvl_edge, by default ~/.cache/qvl_edge."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvl_edge"
 
 
 def exported_vit(
@@ -38,34 +26,18 @@ def exported_vit(
     """Path of the checkpoint's vit.onnx in `dtype`, made now unless the cache has it.
 
     The folder's name holds the fingerprint of the weights, so an edited checkpoint is exported anew. BundleError if the
-    export cannot run or fails, with its last words.
+    export cannot run or fails, with its last line of output.
     """
     folder = Path(cache_dir or cache_home()) / f"vit-{checkpoint.fingerprint[:16]}-{dtype}"
     if not _is_exported(folder):
-        with _alone(folder.parent):
+        with locked(folder.parent / "vit.lock"):
             if not _is_exported(folder):  # another process has made it meanwhile
                 _export(checkpoint, folder, dtype, progress)
     return folder / VIT
 
 
 def _is_exported(folder: Path) -> bool:
-    manifest = folder / MANIFEST
-    return manifest.exists() and "vit" in read_json(manifest)["parts"] and (folder / VIT).exists()
-
-
-@contextmanager
-def _alone(cache: Path) -> Iterator[None]:
-    """Wait until no other process exports into `cache`; the system lifts the lock when its holder ends."""
-    cache.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield
-        return
-    descriptor = os.open(cache, os.O_RDONLY)  # a folder can be locked as it is
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
+    return "vit" in read_manifest(folder) and (folder / VIT).exists()
 
 
 def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress | None) -> None:

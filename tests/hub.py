@@ -1,7 +1,8 @@
 """A stand-in for two hubs on loopback: what huggingface_hub 2.4 and modelscope-hub 0.5 ask of theirs, and faults.
 
-Hugging Face: GET /api/models/R/revision/V and /tree/C, HEAD and GET /R/resolve/C/F. A git file is answered at once,
-with its blob's sha1 as ETag; an LFS file (weights) by a redirect to another host, with X-Linked-ETag and X-Linked-Size.
+Hugging Face: GET /api/models/R/revision/V, with ?blobs=true also its files, and /tree/C; HEAD and GET /R/resolve/C/F. A
+git file is answered at once, with its blob's sha1 as ETag; an LFS file (weights) by a redirect to another host, with
+X-Linked-ETag and X-Linked-Size.
 ModelScope: GET /api/v1/models/R/repo/files and /repo?FilePath=F.
 """
 
@@ -113,27 +114,38 @@ class _Handler(BaseHTTPRequestHandler):
         elif parts[:3] == ["api", "v1", "models"]:
             self._modelscope("/".join(parts[3:5]), parts[5:], query)
         elif parts[:2] == ["api", "models"]:
-            self._hugging_face_api("/".join(parts[2:4]), parts[4:])
+            self._hugging_face_api("/".join(parts[2:4]), parts[4:], blobs="blobs" in query)
         elif len(parts) > 4 and parts[2] == "resolve":
             self._resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         else:
             self._error(404, "EntryNotFound")
 
-    def _hugging_face_api(self, name: str, rest: list[str]) -> None:
+    def _hugging_face_api(self, name: str, rest: list[str], *, blobs: bool) -> None:
         commit = self.hub.commit(name, rest[1] if rest else "main") if name in self.hub.repos else None
         if name not in self.hub.repos or commit is None:
             self._error(404, "RepoNotFound" if name not in self.hub.repos else "RevisionNotFound")
-        elif rest and rest[0] == "tree":
-            self._json([self._entry(path, content) for path, content in self.hub.files(name, commit).items()])
-        else:
-            self._json({"id": name, "modelId": name, "sha": commit, "siblings": [], "tags": [], "private": False})
+            return
+        files = self.hub.files(name, commit)
+        if rest and rest[0] == "tree":
+            self._json(
+                [
+                    {"type": "file", "path": path, "size": len(content), "oid": git_sha1(content)}
+                    | ({"lfs": self._lfs(content, "oid")} if path.endswith(LFS) else {})
+                    for path, content in files.items()
+                ]
+            )
+            return
+        siblings = [
+            {"rfilename": path, "size": len(content), "blobId": git_sha1(content)}
+            | ({"lfs": self._lfs(content, "sha256")} if path.endswith(LFS) else {})
+            for path, content in files.items()
+            if blobs
+        ]
+        self._json({"id": name, "modelId": name, "sha": commit, "siblings": siblings, "tags": [], "private": False})
 
     @staticmethod
-    def _entry(path: str, content: bytes) -> dict[str, object]:
-        entry: dict[str, object] = {"type": "file", "path": path, "size": len(content), "oid": git_sha1(content)}
-        if path.endswith(LFS):
-            entry["lfs"] = {"oid": sha256(content), "size": len(content), "pointerSize": 135}
-        return entry
+    def _lfs(content: bytes, hash_name: str) -> dict[str, object]:
+        return {hash_name: sha256(content), "size": len(content), "pointerSize": 135}
 
     def _resolve(self, name: str, revision: str, file: str) -> None:
         content, commit = self.hub.files(name, revision)[file], self.hub.commit(name, revision)

@@ -28,11 +28,12 @@ NEVER = {
 LAYERS = (
     ("commands", "server", "evaluate", "__main__", "compat"),
     ("runtime",),
-    ("vit_cache", "download", "hubs", "answer", "engine", "demo", "doctor"),
+    ("vit_cache", "hub", "answer", "engine", "demo", "doctor"),
     ("model", "text", "vision"),
     ("bundle", "checkpoint", "lora"),
-    ("published", "pages", "machine"),
-    ("config", "profile"),
+    ("published", "memory", "machine"),
+    ("config", "options"),
+    ("files",),
     ("errors",),
 )
 

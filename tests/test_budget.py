@@ -18,8 +18,8 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.engine import budget as budgets
 from qvl_edge.engine.budget import Plan, check_fits, choose, estimate, longest_context, remedies
-from qvl_edge.engine.memory import Memory, parse_bytes
 from qvl_edge.errors import ConfigError, FitError
+from qvl_edge.memory import Memory, parse_bytes
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.linear import Int4Linear
 from qvl_edge.model.loading import load_decoder
@@ -153,8 +153,8 @@ def test_loading_refuses_before_it_allocates(small_checkpoint: Path, monkeypatch
         monkeypatch.setattr(f"qvl_edge.runtime.{loader}", None)
     with pytest.raises(FitError, match=r"cpu has 0.01 GB free \(layers"):
         Runtime.from_pretrained(small_checkpoint, max_memory="10MB")
-    monkeypatch.setattr("qvl_edge.engine.memory.host_memory", lambda: Memory(2**30, 0))
-    monkeypatch.setattr("qvl_edge.engine.memory.resident_bytes", lambda: 0)
+    monkeypatch.setattr("qvl_edge.memory.host_memory", lambda: Memory(2**30, 0))
+    monkeypatch.setattr("qvl_edge.memory.resident_bytes", lambda: 0)
     with pytest.raises(FitError, match="0.00 GB free"):
         Runtime.from_pretrained(small_checkpoint)
 

@@ -1,16 +1,13 @@
 """The bundle on disk: whole or refused, each refusal with the command that mends it."""
 
-import errno
 import json
-import os
 from pathlib import Path
 
 import pytest
-import torch
 from conftest import write_small_checkpoint
 
-from qvl_edge.bundle import MANIFEST, WORK, Bundle, add_part, check_free_space, replacing, write_tensors
-from qvl_edge.checkpoint import VISUAL, Checkpoint
+from qvl_edge.bundle import MANIFEST, WORK, Bundle, add_part, check_same_source
+from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.errors import BundleError
 
 
@@ -22,7 +19,7 @@ def bundle(tmp_path: Path) -> Path:
     add_part(folder, "decoder", ["config.json", "model.safetensors", "qwen.tiktoken"], fingerprint=fingerprint)
     (folder / "vit.onnx").write_bytes(b"graph")
     (folder / "vit.onnx.data").write_bytes(b"weights")
-    add_part(folder, "vit", ["vit.onnx", "vit.onnx.data"], fingerprint=fingerprint)
+    add_part(folder, "vit", ["vit.onnx", "vit.onnx.data"], fingerprint=fingerprint, info={"dtype": "float16"})
     return folder
 
 
@@ -93,38 +90,43 @@ def test_an_unknown_format_version_is_refused(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
-def test_a_stopped_write_leaves_the_old_file_and_no_half_one(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_text("old")
-    with pytest.raises(KeyboardInterrupt), replacing(path) as partial:
-        partial.write_text("ne")
-        raise KeyboardInterrupt
-    assert os.listdir(tmp_path) == ["file"] and path.read_text() == "old"
+@pytest.mark.parametrize(
+    ("keys", "value", "said"),
+    [
+        (["parts"], [], r"parts is \[\], expected an object"),
+        (["parts", "vit"], "here", r"parts.vit is 'here', expected an object"),
+        (["parts", "vit", "fingerprint"], None, "parts.vit.fingerprint is missing, expected text"),
+        (["parts", "decoder", "fingerprint"], 7, "parts.decoder.fingerprint is 7, expected text"),
+        (["parts", "vit", "dtype"], None, "parts.vit.dtype is missing, expected text"),
+        (["parts", "vit", "files"], None, "parts.vit.files is missing, expected an object"),
+        (["parts", "vit", "files", "vit.onnx"], 5, "parts.vit.files.vit.onnx is 5, expected an object"),
+        (["parts", "vit", "files", "vit.onnx", "bytes"], "5", "vit.onnx.bytes is '5', expected an integer"),
+        (["parts", "vit", "files", "vit.onnx", "bytes"], True, "vit.onnx.bytes is True, expected an integer"),
+        (["parts", "vit", "files", "vit.onnx", "sha256"], None, "vit.onnx.sha256 is missing, expected text"),
+        (["parts", "sound"], {"fingerprint": "f", "files": {}}, "parts has 'sound', known are decoder, vit"),
+    ],
+)
+def test_a_damaged_manifest_names_the_field(bundle: Path, keys: list[str], value: object, said: str) -> None:
+    """None takes the field away."""
+    manifest = owner = json.loads((bundle / MANIFEST).read_text())
+    for key in keys[:-1]:
+        owner = owner[key]
+    if value is None:
+        del owner[keys[-1]]
+    else:
+        owner[keys[-1]] = value
+    (bundle / MANIFEST).write_text(json.dumps(manifest))
+    fingerprint = Checkpoint(bundle).fingerprint
+    for use in (
+        lambda: Bundle.open(bundle),
+        lambda: check_same_source(bundle, "vit", fingerprint),
+        lambda: add_part(bundle, "decoder", ["config.json"], fingerprint=fingerprint),
+    ):
+        with pytest.raises(BundleError, match=f"bundle.json: .*{said}"):
+            use()
 
 
-def test_a_full_disk_is_said_with_the_free_bytes_and_replaces_nothing(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    with pytest.raises(BundleError, match=r"disk of .* is full \(\d+ bytes free\)"), replacing(path) as partial:
-        partial.write_text("ne")
-        raise OSError(errno.ENOSPC, "No space left on device")
-    assert os.listdir(tmp_path) == []
-
-
-def test_a_device_that_is_really_full_leaves_nothing(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="is full"), replacing(tmp_path / "file") as partial:
-        partial.symlink_to("/dev/full")
-        with open(partial, "wb", buffering=0) as file:
-            file.write(b"x")
-    assert os.listdir(tmp_path) == []
-
-
-def test_too_little_space_is_refused_before_writing(tmp_path: Path) -> None:
-    with pytest.raises(BundleError, match="MB free; free some space"):
-        check_free_space(tmp_path, 1 << 60)
-
-
-def test_written_tensors_are_read_back(tmp_path: Path) -> None:
-    write_tensors(tmp_path / "a.safetensors", {"x": torch.arange(6).reshape(2, 3).T})
-    (tmp_path / "config.json").write_text((write_small_checkpoint(tmp_path / "c") / "config.json").read_text())
-    assert Checkpoint(tmp_path)["x"].tolist() == [[0, 3], [1, 4], [2, 5]]
-    assert not any(name.startswith(VISUAL) for name in Checkpoint(tmp_path).names)
+def test_a_manifest_that_is_not_json_is_named(bundle: Path) -> None:
+    (bundle / MANIFEST).write_text('{"format_version": 1')
+    with pytest.raises(BundleError, match="bundle.json is not valid JSON"):
+        Bundle.open(bundle)

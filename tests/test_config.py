@@ -34,6 +34,7 @@ def test_quantize_config_survives_a_round_trip() -> None:
         ({"model_type": "llama"}, ("llama", "qwen")),
         ({"visual": None}, ("no visual section",)),
         ({"tie_word_embeddings": True}, ("tie_word_embeddings", "True", "False")),
+        ({"quantization_config": 4}, ("quantize_config.json", "4", "object")),
         ({"torch_dtype": "int8"}, ("torch_dtype", "int8")),
         ({"visual": {**SMALL["visual"], "output_dim": 256}}, ("256", "128")),
         ({"visual": {**SMALL["visual"], "image_size": 57}}, ("57", "14")),

@@ -15,13 +15,13 @@ import torch
 from conftest import write_small_checkpoint
 
 from export.part import export_vit
-from qvl_edge import doctor
+from qvl_edge import doctor, memory
 from qvl_edge.__main__ import main
 from qvl_edge.bundle import MANIFEST, add_part
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands.doctor import line, user_language
 from qvl_edge.doctor import Finding, examine
-from qvl_edge.engine import memory, self_tests
+from qvl_edge.engine import self_tests
 from qvl_edge.text import font
 
 Patch = pytest.MonkeyPatch

@@ -24,8 +24,8 @@ from quantize.solver import Method
 from qvl_edge import bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
-from qvl_edge.engine.memory import Memory
 from qvl_edge.errors import BundleError, CheckpointError, ConfigError
+from qvl_edge.memory import Memory
 from qvl_edge.model.loading import check_tensors, load_decoder, read_projection
 from qvl_edge.text.conversations import Sample
 
@@ -499,7 +499,7 @@ def test_a_vit_of_another_model_is_not_mixed_in(checkpoint: Checkpoint, tmp_path
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "vit.onnx").write_bytes(b"graph")
-    bundle.add_part(folder, "vit", ["vit.onnx"], fingerprint="0" * 64)
+    bundle.add_part(folder, "vit", ["vit.onnx"], fingerprint="0" * 64, info={"dtype": "float16"})
     with pytest.raises(BundleError, match="holds the vit of another model"):
         quantize_checkpoint(checkpoint, folder, QUANT, samples)
 
@@ -508,7 +508,7 @@ def test_a_vit_of_this_model_stays(checkpoint: Checkpoint, tmp_path: Path, sampl
     folder = tmp_path / "bundle"
     folder.mkdir()
     (folder / "vit.onnx").write_bytes(b"graph")
-    bundle.add_part(folder, "vit", ["vit.onnx"], fingerprint=checkpoint.fingerprint)
+    bundle.add_part(folder, "vit", ["vit.onnx"], fingerprint=checkpoint.fingerprint, info={"dtype": "float16"})
     quantize_checkpoint(checkpoint, folder, QUANT, samples)
     assert bundle.Bundle.open(folder, verify=True).vit.read_bytes() == b"graph"
 

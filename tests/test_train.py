@@ -107,6 +107,8 @@ def test_a_stopped_course_resumes_and_writes_a_checkpoint_in_the_published_layou
     check_tensors(Checkpoint(tmp_path / "checkpoint"))
     # as if stopped in the second stage
     torch.save(state | {"stage": 1}, tmp_path / "state.pt")
+    with open(tmp_path / "log.jsonl", "a") as log:
+        log.write('{"stage": "joi')  # a kill can cut a line short
     resumed = Course(source, tmp_path, {"vision": 1, "joint": 1})
     before = resumed.model.lm_head.weight.clone()
     resumed.run()

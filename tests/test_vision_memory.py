@@ -26,7 +26,7 @@ PROGRAM = """
 import json, sys, torch
 from pathlib import Path
 from qvl_edge.config import VisualConfig
-from qvl_edge.engine.memory import peak_host_bytes, reset_peak, resident_bytes
+from qvl_edge.memory import peak_host_bytes, reset_peak, resident_bytes
 from qvl_edge.vision.encoder import VisionEncoder
 path, visual = sys.argv[1], VisualConfig(**json.loads(sys.argv[2]))
 batch, release = int(sys.argv[3]), sys.argv[4] == "1"

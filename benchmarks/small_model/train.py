@@ -23,10 +23,10 @@ from torch import Tensor, nn
 from benchmarks.small_model.lessons import COORDINATES, IGNORE, CellTargets, Lesson, Teacher, cell_targets, pixels_of
 from benchmarks.small_model.muon import Muon
 from kernels.rotary_attention_torch import rotate
-from qvl_edge.bundle import write_tensors
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, make_scene
+from qvl_edge.files import append_jsonl, read_jsonl, write_jsonl, write_tensors
 from qvl_edge.model.decoder import QWenLMHeadModel, rotary_tables
 from qvl_edge.model.loading import load_decoder, load_visual
 from qvl_edge.model.vit import VisionTransformer
@@ -248,7 +248,7 @@ def draw_loss(folder: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    rows = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+    rows = [row for _, row in read_jsonl(folder / "log.jsonl")]
     figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
     for axis, stage, names in ((axes[0], "vision", ("cells",)), (axes[1], "joint", ("answers", "two", "cells"))):
         for name in names:
@@ -307,10 +307,10 @@ class Course:
     def _cut_log(self) -> None:
         """Drop the rows that a stopped run logged after its last save: those steps are taken again."""
         log = self.folder / "log.jsonl"
-        rows = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
+        rows = [row for _, row in read_jsonl(log, resuming=True)]
         here = (self.stage, self.step)
         kept = {at: row for row in rows if (at := (self.STAGES.index(row["stage"]), row["step"])) <= here}
-        log.write_text("".join(json.dumps(row) + "\n" for row in kept.values()))
+        write_jsonl(log, kept.values())
 
     def _new_optimizers(self) -> list[torch.optim.Optimizer]:
         """AdamW, and in the second stage Muon for the matrices of the decoder's blocks."""
@@ -364,8 +364,7 @@ class Course:
                     seconds = (time.perf_counter() - began) / (self.step - first)
                     means = {key: round(sum(values) / len(values), 4) for key, values in recent.items()}
                     row = {"stage": name, "step": self.step, "s/step": round(seconds, 3), **means}
-                    with open(self.folder / "log.jsonl", "a") as log:
-                        log.write(json.dumps(row) + "\n")
+                    append_jsonl(self.folder / "log.jsonl", [row])
                     left = seconds * (self.steps[name] - self.step) / 60
                     print(json.dumps(row), f"{left:.0f} min left in this stage", file=sys.stderr, flush=True)
                     recent = {}

@@ -18,11 +18,10 @@ import pyarrow.parquet as pq
 import ray
 
 from examples.ray.cluster import add_arguments, loading_of, start_ray
-from qvl_edge.bundle import replacing, write_json
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.config import read_json
 from qvl_edge.engine.request import Request
 from qvl_edge.errors import ConfigError, QvlError
+from qvl_edge.files import read_json, replacing, write_json
 from qvl_edge.runtime import Runtime
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}

@@ -16,8 +16,8 @@ from qvl_edge.options import PROFILES
 
 if TYPE_CHECKING:
     from qvl_edge.config import Config
-    from qvl_edge.download import Source
     from qvl_edge.engine.budget import Budget, Plan
+    from qvl_edge.options import Source
 
 WIDTH = 56  # characters of a whole bar
 FILLS = "█▓▒░▞▚·"  # one for each part, told apart without colour
@@ -85,7 +85,7 @@ def execute(args: argparse.Namespace) -> int:
 def read_config(path: str, *, source: "Source" = "hf", revision: str | None = None) -> tuple["Config", str]:
     """The config to be fitted, and what to say about it."""
     from qvl_edge.config import Config, QuantConfig
-    from qvl_edge.download import local_folder
+    from qvl_edge.hub import local_folder
     from qvl_edge.published import published_config
 
     config = None if Path(path).exists() else published_config(path)
@@ -101,18 +101,14 @@ def memory_of(args: argparse.Namespace) -> tuple[str, int]:
     """Device and bytes that are asked about."""
     import torch
 
-    from qvl_edge.engine.memory import free_memory, parse_bytes
-    from qvl_edge.errors import ConfigError
+    from qvl_edge.memory import free_memory, parse_bytes
 
     if args.gpu:
         return "cuda", parse_bytes(args.gpu)
     if args.cpu:
         return "cpu", parse_bytes(args.cpu)
     device = torch.device("cuda" if args.cpu is None and torch.cuda.is_available() else "cpu")
-    memory = free_memory(device)
-    if memory is None:
-        raise ConfigError("free memory is not known on this system; give it with --gpu 12GB or --cpu 16GB")
-    return device.type, memory
+    return device.type, free_memory(device)
 
 
 def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int) -> str:

@@ -20,7 +20,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Fetch; the folder goes to stdout."""
-    from qvl_edge.download import fetch
+    from qvl_edge.hub import fetch
 
     print(fetch(args.name, source=args.source, revision=args.revision, to=args.to, progress=loading.say))
     return 0

@@ -3,8 +3,8 @@
 import torch
 
 from qvl_edge.doctor import NEEDED, programs_on_cards, too_old
-from qvl_edge.engine.memory import device_memory
 from qvl_edge.errors import ConfigError
+from qvl_edge.memory import device_memory
 
 
 def find_device(name: str) -> torch.device:

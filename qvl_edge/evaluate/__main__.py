@@ -20,8 +20,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from qvl_edge import Runtime
-from qvl_edge.bundle import is_bundle, replacing, sha256_of, write_json
-from qvl_edge.download import local_folder
+from qvl_edge.bundle import is_bundle
 from qvl_edge.errors import QvlError
 from qvl_edge.evaluate import report as reports
 from qvl_edge.evaluate.item import Item, Prediction
@@ -32,6 +31,8 @@ from qvl_edge.evaluate.report import Scored
 from qvl_edge.evaluate.task import QualityDataError, Task
 from qvl_edge.evaluate.tasks import TASKS, perplexity
 from qvl_edge.evaluate.tasks.perplexity import PERPLEXITY
+from qvl_edge.files import replacing, sha256_of, write_json
+from qvl_edge.hub import local_folder
 from qvl_edge.machine import describe_machine
 from qvl_edge.options import PROFILES, Head, KVType
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer

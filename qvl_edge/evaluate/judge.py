@@ -25,11 +25,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from qvl_edge.bundle import replacing
 from qvl_edge.errors import QvlError
 from qvl_edge.evaluate.intervals import mean_of
 from qvl_edge.evaluate.task import QualityDataError
 from qvl_edge.evaluate.tasks.touchstone import metrics
+from qvl_edge.files import replacing
 
 KEY = "JUDGE_API_KEY"  # the environment variable
 _TRIES = 5

@@ -4,8 +4,9 @@ from pathlib import Path
 from typing import Any
 
 from qvl_edge import Runtime
-from qvl_edge.bundle import MANIFEST, is_bundle, sha256_of
+from qvl_edge.bundle import MANIFEST, is_bundle
 from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.files import sha256_of
 
 
 def name_of(model: str) -> str:

@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
-from qvl_edge.bundle import replacing
 from qvl_edge.demo.scenes import KINDS, UNSEEN, Scene, ask, ask_which, make_scene
+from qvl_edge.files import replacing
 
 TEST_SCENES = UNSEEN + 10**6  # first seed; calibration takes scenes from UNSEEN on
 ALWAYS = ("find", "count", "read")

@@ -9,12 +9,12 @@ from kernels import Int8Weight, TritonWeight, dequantize_gptq, pack_for_triton, 
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
+from qvl_edge.memory import trim_heap
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder, fuse_block
 from qvl_edge.model.linear import Int4Linear, Int8Linear, read_gptq
 from qvl_edge.model.vit import VisionTransformer
 from qvl_edge.options import Embeddings, Head
-from qvl_edge.pages import trim_heap
 
 QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # of every block, in the order they run
 GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")

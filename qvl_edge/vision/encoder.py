@@ -13,7 +13,7 @@ from torch import Tensor
 from qvl_edge.bundle import VIT_DATA
 from qvl_edge.config import IMAGE_TOKENS, VisualConfig
 from qvl_edge.errors import BundleError, ConfigError, ImageError
-from qvl_edge.pages import trim_heap
+from qvl_edge.memory import trim_heap
 from qvl_edge.vision.cuda_versions import cuda_mismatch
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}

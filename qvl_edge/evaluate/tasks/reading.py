@@ -14,8 +14,8 @@ from typing import Any
 
 from PIL import Image, UnidentifiedImageError
 
-from qvl_edge.bundle import replacing
 from qvl_edge.evaluate.task import QualityDataError
+from qvl_edge.files import replacing
 
 _MISSING = object()
 _PIXELS = 10**9  # no side of a picture is as long; nor is NaN or infinity below it

@@ -1,0 +1,165 @@
+"""Reading and writing files: JSON, JSON lines and tensors, each written beside its place and renamed, and locks."""
+
+import codecs
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError
+
+from qvl_edge.errors import BundleError, ConfigError, QvlError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Write to the yielded path beside `path`; on success it takes `path`'s place, on any error nothing stays.
+
+    A full disk becomes a BundleError with the free bytes.
+    """
+    partial = path.with_name(f"{path.name}.partial")
+    try:
+        yield partial
+        with open(partial, "rb+") as file:
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except (OSError, SafetensorError) as error:
+        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+        if not full:
+            raise
+        free = shutil.disk_usage(path.parent).free
+        raise BundleError(
+            f"the disk of {path.parent} is full ({free} bytes free) while writing {path.name}; "
+            "nothing was replaced. Free some space and run the same command again."
+        ) from None
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def check_free_space(folder: Path, needed: int) -> None:
+    """BundleError if the disk of `folder` has fewer than `needed` bytes free."""
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise BundleError(
+            f"{folder} needs {needed / 1e6:.1f} MB and its disk has {free / 1e6:.1f} MB free; free some space or "
+            "choose another folder"
+        )
+
+
+def read_json(path: Path, *, error: type[QvlError] = ConfigError) -> dict[str, Any]:
+    """A JSON object from `path`; a missing, broken or non-object file is an `error` naming it."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise error(f"{path} is missing; is {path.parent} the folder of a checkpoint or bundle?") from None
+    except (ValueError, RecursionError) as reason:  # ValueError also for a number of more than 4,300 digits
+        raise error(f"{path} is not valid JSON: {reason}") from None
+    if not isinstance(value, dict):
+        raise error(f"{path} holds a {type(value).__name__}, expected an object")
+    return value
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """`value` as indented JSON."""
+    with replacing(path) as partial:
+        partial.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def read_jsonl(
+    path: Path, *, resuming: bool = False, error: type[QvlError] = ConfigError
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, object) of each line of a JSON lines file that is not blank; a byte order mark is skipped.
+
+    resuming: the file may be missing, and a last line that a killed run cut short is skipped. `error` is raised, with
+    the file and the line, for anything that cannot be read as a JSON object.
+    """
+    try:
+        content = path.read_bytes().removeprefix(codecs.BOM_UTF8)
+    except FileNotFoundError:
+        if resuming:
+            return
+        raise error(f"{path} is missing") from None
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}") from None
+    lines = content.split(b"\n")
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line.decode())
+        except (ValueError, RecursionError) as reason:  # ValueError also for a number of more than 4,300 digits
+            if resuming and number == len(lines):
+                return
+            raise error(f"{path}, line {number} is not valid JSON: {reason}") from None
+        if not isinstance(value, dict):
+            raise error(f"{path}, line {number} holds a {type(value).__name__}, expected an object")
+        yield number, value
+
+
+def write_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """One JSON object a line."""
+    with replacing(path) as partial:
+        partial.write_text("".join(map(_json_line, rows)), encoding="utf-8")
+
+
+def append_jsonl(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    """Add lines to a file that ends with a whole line (after a kill: read it with `resuming`, then write_jsonl)."""
+    with open(path, "a", encoding="utf-8") as file:
+        file.write("".join(map(_json_line, rows)))
+
+
+def _json_line(row: Mapping[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
+    """A safetensors file, after checking that it fits on the disk."""
+    from safetensors.torch import save_file  # imports torch, which readers of settings do without
+
+    check_free_space(path.parent, sum(tensor.nbytes for tensor in tensors.values()))
+    with replacing(path) as partial:
+        partial.touch()
+        mode = partial.stat().st_mode
+        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
+        partial.chmod(mode)  # safetensors writes files that only their owner can read
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """A copy of `source` in the place of `target`."""
+    with replacing(target) as partial:
+        shutil.copyfile(source, partial)
+
+
+def sha256_of(path: Path) -> str:
+    """Hex sha256 of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def cache_home() -> Path:
+    """Where this package keeps what can be made again: $XDG_CACHE_HOME/qvl_edge, by default ~/.cache/qvl_edge."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvl_edge"
+
+
+@contextmanager
+def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
+    """Hold the lock file `path`, which stays there; the system lifts the lock when its holder ends, killed or not.
+
+    While another process holds it, wait; or, if a message `busy` is given, raise it as a BundleError.
+    """
+    from filelock import FileLock, Timeout
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(path, blocking=busy is None):
+            yield
+    except Timeout:
+        raise BundleError(busy) from None
