@@ -1,15 +1,22 @@
-# make demo   set up .venv and run the main job on the small model that ships
-# make test   set up .venv and run the tests
-# make check  lint and types          make test-interop  auto-gptq, optimum and peft, in an environment of their own
+# make demo          set up .venv and run the main job on the small model that ships
+# make quick         set up .venv and run the tests that take a minute together
+# make test          set up .venv and run all tests
+# make test-interop  the tests against auto-gptq, optimum and peft, in an environment of their own
+# make check         lint and types
+# make fix           format, and fix lint automatically
+# make clean         remove everything that the targets above make
 
 PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop/bin
 
-.PHONY: demo test check fix test-interop clean
+.PHONY: demo quick test check fix test-interop clean
 
 demo: .venv/ready
 	$(BIN)/qvl-edge demo
+
+quick: .venv/ready
+	$(BIN)/python -m pytest -m "not slow"
 
 test: .venv/ready
 	$(BIN)/python -m pytest

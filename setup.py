@@ -22,14 +22,16 @@ TRITON = "triton>=3.6; platform_system == 'Linux'"
 setup(
     name="qvl-edge",
     version="0.1.0",
-    description="Qwen-VL and Qwen-VL-Chat (first generation) on the card people have: int4, ONNX ViT, light runtime",
+    description="Qwen-VL and Qwen-VL-Chat (first generation) on consumer GPUs: int4, ONNX ViT, light runtime",
     long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["qvl_edge", "qvl_edge.*", "kernels", "quantize", "export"]),
+    # benchmarks and tests run from a clone
+    packages=find_packages(include=["kernels", "kernels.*", "qvl_edge", "qvl_edge.*", "quantize", "export"]),
     package_data={
         "kernels": ["tiles/*.json"],
+        "qvl_edge": ["py.typed"],
         "qvl_edge.demo": ["checkpoint/*"],
         "qvl_edge.server": ["static/*"],
         "qvl_edge.text": ["fonts/*"],

@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from qvl_edge.engine.inputs import Inputs
 
 from benchmarks.timing import copy_gb_per_s
 from kernels import pack_for_triton, quantize_int8
 from qvl_edge.config import Config
-from qvl_edge.engine.inputs import Inputs
 from qvl_edge.engine.sampling import Sampler
 from qvl_edge.engine.slots import Slots
 from qvl_edge.machine import describe_machine, use_device

@@ -153,10 +153,10 @@ def _crowd(url: str, made: list[Case], clients: int, seconds: float, hang_up: fl
 def serving(runtime: Runtime, waiting: int) -> Any:
     """The server on a free port of loopback; yields its address and its engine."""
     import uvicorn
+    from qvl_edge.server.engine import BatchEngine
 
     from qvl_edge.commands.serve import UVICORN
     from qvl_edge.server.api import Settings, create_app
-    from qvl_edge.server.engine import BatchEngine
     from qvl_edge.server.guard import Access
 
     engine = BatchEngine(runtime, max_waiting=waiting)

@@ -10,16 +10,16 @@ COMMANDS = {
     "run": "answer one question about images",
     "chat": "talk about images, turn by turn",
     "serve": "an OpenAI-compatible API, and a page that draws the boxes",
-    "pull": "fetch a model from a hub, checked and resumed",
-    "fit": "what a model will take of memory, before it is loaded or downloaded",
-    "doctor": "check this machine: what is installed, the card, every kernel, a bundle",
+    "pull": "fetch a model from a hub; resumes, and checks every hash",
+    "fit": "estimate memory use, before a model is loaded or downloaded",
+    "doctor": "check this machine: packages, GPU, every kernel, a bundle",
     "demo": "quantize, export and run the small model that ships with this package",
 }
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a QvlError becomes its message and exit code 1."""
-    parser = argparse.ArgumentParser(prog="qvl-edge", description="Qwen-VL on a small machine.")
+    parser = argparse.ArgumentParser(prog="qvl-edge", description="Qwen-VL on consumer GPUs and CPUs.")
     parser.add_argument("--version", action="version", version=f"qvl-edge {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, summary in COMMANDS.items():

@@ -59,17 +59,20 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
         }
         machine["versions"]["cuda"] = torch.version.cuda
         asked = ["driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit"]
-        machine["nvidia_smi"] = dict(zip(asked, _nvidia_smi(asked), strict=False))
+        machine["nvidia_smi"] = dict(zip(asked, next(iter(nvidia_smi("gpu", *asked)), []), strict=False))
     return machine
 
 
-def _nvidia_smi(names: list[str]) -> list[str]:
-    command = ["nvidia-smi", f"--query-gpu={','.join(names)}", "--format=csv,noheader", "--id=0"]
+def nvidia_smi(what: str, *names: str) -> list[list[str]]:
+    """Rows of `nvidia-smi --query-WHAT=names`; none if it is not installed or fails. Only the last name may have
+    commas in its values."""
+    command = ["nvidia-smi", f"--query-{what}={','.join(names)}", "--format=csv,noheader"]
     try:
-        said = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
+        output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return [value.strip() for value in said.strip().split(",")]
+    rows = (line.split(",", len(names) - 1) for line in output.splitlines() if line.strip())
+    return [[cell.strip() for cell in row] for row in rows]
 
 
 def use_device(parser: argparse.ArgumentParser, device: str, *, tiny: bool) -> None:

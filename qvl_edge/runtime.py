@@ -83,7 +83,9 @@ class Runtime:
         place = find_device(asked.device)
         if asked.dtype == "float32" and place.type == "cuda":
             raise ConfigError("dtype is 'float32', the kernels for CUDA compute in 'float16' or 'bfloat16'; pass one")
-        encoding = place if asked.vision_device is None else find_device(asked.vision_device)
+        encoding = place
+        if asked.vision_device is not None:
+            encoding = find_device(asked.vision_device, option="vision_device", kernels=False)
         folder = local_folder(
             path,
             source=asked.source,

@@ -1,6 +1,7 @@
 """Shared fixtures: the golden checkpoints, and small random checkpoints in the published layout."""
 
 import base64
+import contextlib
 import json
 import os
 from collections.abc import Callable
@@ -18,6 +19,13 @@ from safetensors.torch import save_file
 
 if not torch.cuda.is_available():  # before triton is loaded: its kernels then run in its interpreter, on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+with contextlib.suppress(ImportError):  # the interop tests have an environment without it
+    import hypothesis
+
+    # the same examples in every run, and none kept in a folder
+    hypothesis.settings.register_profile("tests", derandomize=True, database=None, deadline=None)
+    hypothesis.settings.load_profile("tests")
 
 from qvl_edge.config import Config
 from qvl_edge.model.loading import expected_tensors
@@ -75,6 +83,15 @@ def write_small_checkpoint(folder: Path, *, seed: int = 0, **changes: Any) -> Pa
 def byte_tokenizer() -> Tokenizer:
     """A tokenizer whose ranks are the 256 bytes: token id = byte value."""
     return Tokenizer({bytes([byte]): byte for byte in range(RANKS)})
+
+
+@pytest.fixture(scope="session")
+def vit_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cache of exported vision towers, once for all tests: an export is a process of its own that loads torch.
+
+    Its parent is an XDG_CACHE_HOME. A test about exporting takes a folder of its own.
+    """
+    return tmp_path_factory.mktemp("xdg") / "qvl_edge"
 
 
 @pytest.fixture(scope="session")

@@ -1,6 +1,7 @@
 """The walls between the folders, and that `import qvl_edge` stays light."""
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,7 @@ LAYERS = (
 )
 
 
+@functools.cache
 def imports_of(file: Path) -> set[str]:
     """Every module that a file imports, anywhere in it, as dotted names."""
     found = set()
@@ -102,10 +104,15 @@ def test_commands_run_with_m_are_not_imported_by_their_siblings() -> None:
             assert not any(name.startswith(module) for name in imports_of(file)), file
 
 
+@functools.cache
 def modules_after(statement: str) -> set[str]:
+    """The packages that a new process has loaded after `statement`."""
     code = f"{statement}\nimport sys\nprint('\\n'.join(sys.modules))"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     return {name.split(".")[0] for name in run.stdout.split()}
+
+
+EVERYTHING = "from qvl_edge import Runtime; import qvl_edge.compat, qvl_edge.commands.pull"
 
 
 def test_importing_the_package_stays_light() -> None:
@@ -114,10 +121,10 @@ def test_importing_the_package_stays_light() -> None:
 
 
 def test_a_hubs_client_is_loaded_when_a_model_is_fetched_only() -> None:
-    loaded = modules_after("from qvl_edge import Runtime; import qvl_edge.compat, qvl_edge.commands.pull")
-    assert not loaded & {"huggingface_hub", "modelscope_hub", "requests"}
+    assert not modules_after(EVERYTHING) & {"huggingface_hub", "modelscope_hub", "requests"}
 
 
+@pytest.mark.slow
 def test_importing_the_kernels_loads_neither_triton_nor_cuda() -> None:
     code = "import kernels, torch, sys; print('triton' in sys.modules, torch.cuda.is_initialized())"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -125,9 +132,10 @@ def test_importing_the_kernels_loads_neither_triton_nor_cuda() -> None:
 
 
 def test_the_runtime_needs_neither_onnx_nor_triton_nor_transformers() -> None:
-    assert not modules_after("from qvl_edge import Runtime") & {"onnx", "triton", "transformers", "matplotlib"}
+    assert not modules_after(EVERYTHING) & {"onnx", "triton", "transformers", "matplotlib"}
 
 
+@pytest.mark.slow
 def test_another_package_named_kernels_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("")

@@ -17,6 +17,8 @@ pytest.importorskip("triton", reason="needs the triton package, which Linux has"
 from benchmarks.gpu import Report  # noqa: E402
 from benchmarks.plot import picture  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 # a plain checkout has nothing but torch, triton and numpy
 FORBIDDEN = ("PIL", "safetensors", "tiktoken", "onnxruntime", "onnx", "transformers", "matplotlib", "pytest")

@@ -1,12 +1,13 @@
 """Boxes: parsed as the original does, malformed ones skipped, drawn so that labels can be read."""
 
 import json
-import random
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
 from qvl_edge.errors import PromptError
@@ -16,6 +17,9 @@ from qvl_edge.text.font import SHIPPED, find_font, missing_glyphs, split_runs
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "tokenizer.json").read_text(encoding="utf-8"))
 SIZE = (640, 480)
+SIDE = st.integers(1, 5000)
+SPAN = st.tuples(st.integers(0, 1000), st.integers(0, 1000)).map(sorted)
+POINTS = st.tuples(*[st.tuples(st.integers(0, 1000), st.integers(0, 1000))] * 4)
 
 
 def parse(text: str) -> list[Box]:
@@ -30,15 +34,39 @@ def test_boxes_and_labels_are_the_originals_and_its_errors_are_skipped(case: dic
     assert [box.label for box in found] == [box.get("ref") for box in expected]
 
 
-def test_pixels_are_thousandths_of_the_original_picture_cut_to_whole_numbers() -> None:
-    rng = random.Random(0)
-    for _ in range(200):
-        width, height = rng.randrange(1, 5000), rng.randrange(1, 5000)
-        x1, x2 = sorted(rng.randrange(1000) for _ in range(2))
-        y1, y2 = sorted(rng.randrange(1000) for _ in range(2))
-        (box,) = parse_boxes(f"<box>({x1},{y1}),({x2},{y2})</box>", image_sizes=[(width, height)])
-        expected = (int(x1 / 1000 * width), int(y1 / 1000 * height), int(x2 / 1000 * width), int(y2 / 1000 * height))
-        assert box.pixels == expected
+@given(width=SIDE, height=SIDE, across=SPAN, down=SPAN)
+def test_pixels_are_thousandths_of_the_original_picture_cut_to_whole_numbers(
+    width: int, height: int, across: list[int], down: list[int]
+) -> None:
+    (x1, x2), (y1, y2) = across, down
+    (box,) = parse_boxes(f"<box>({x1},{y1}),({x2},{y2})</box>", image_sizes=[(width, height)])
+    expected = (int(x1 / 1000 * width), int(y1 / 1000 * height), int(x2 / 1000 * width), int(y2 / 1000 * height))
+    assert box.pixels == expected
+
+
+PLAIN = st.text(st.characters(exclude_characters="<", exclude_categories=["Cs"]))
+PIECES = st.tuples(st.just("text"), PLAIN) | st.tuples(st.just("box"), SPAN, SPAN) | st.tuples(st.just("quad"), POINTS)
+
+
+@given(pieces=st.lists(st.tuples(PIECES, st.none() | PLAIN), max_size=8))
+def test_boxes_that_are_written_between_any_text_are_read_back(pieces: list[Any]) -> None:
+    text, expected, labels = "", [], []
+    for (kind, *content), label in pieces:
+        text += "." if label is None else f".<ref>{label}</ref>"  # the full stop ends what a label before it holds for
+        if kind == "text":
+            text += content[0]
+            continue
+        if kind == "box":
+            (x1, x2), (y1, y2) = content
+            corners: Any = ((x1, y1), (x2, y2))
+        else:
+            (corners,) = content
+        text += f"<{kind}>" + ",".join(f"({x},{y})" for x, y in corners) + f"</{kind}>"
+        expected.append(corners)
+        labels.append((label or "").strip() or None)
+    found = parse(text)
+    assert [box.quad or (box.corners[:2], box.corners[2:]) for box in found] == expected
+    assert [box.label for box in found] == labels
 
 
 def test_a_label_holds_for_all_boxes_directly_after_it() -> None:
@@ -83,17 +111,24 @@ def test_a_label_left_open_before_a_box_is_no_label() -> None:
     assert [(box.label, box.corners) for box in parse("<ref>open<box>(1,2),(3,4)</box>")] == [(None, (1, 2, 3, 4))]
 
 
+MARKUP = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "(1,2)", ",", "(999,1000)", "狗", "<", "7", "(1,2),(3,4)"]
+MARKUP += ["<box>(1,2),(999,1000)", "(1,2),(5,3),(4,5),(6,1000)</quad>"]
+
+
 def test_random_pieces_of_markup_never_raise_and_always_give_boxes_within_the_picture() -> None:
-    rng = random.Random(1)
-    pieces = ["<ref>", "</ref>", "<box>", "</box>", "<quad>", "(1,2)", ",", "(999,1000)", "狗", "<", "7", "(1,2),(3,4)"]
-    pieces += ["<box>(1,2),(999,1000)", "(1,2),(5,3),(4,5),(6,1000)</quad>"]
     seen = 0
-    for _ in range(10_000):
-        for box in parse("".join(rng.choice(pieces) for _ in range(rng.randrange(14)))):
+
+    @settings(max_examples=1000)
+    @given(text=st.lists(st.sampled_from(MARKUP), max_size=14).map("".join))
+    def check(text: str) -> None:
+        nonlocal seen
+        for box in parse(text):
             seen += 1
             left, top, right, bottom = box.pixels
             assert 0 <= left <= right <= SIZE[0] and 0 <= top <= bottom <= SIZE[1]
-    assert seen > 500
+
+    check()
+    assert seen > 50
 
 
 def test_long_malformed_text_is_read_in_a_moment() -> None:

@@ -180,7 +180,7 @@ def test_fit_answers_for_a_model_that_is_not_there(name: str, capsys: pytest.Cap
     assert [found[profile]["fits"] for profile in PROFILES] == [False, True, True]
     assert main(["fit", name, "--gpu", "8GB"]) == 0
     shown = capsys.readouterr().out
-    assert "too much" in shown and "longest context" in shown and ("quantize.gptq" in shown) == ("Int4" not in name)
+    assert "too large" in shown and "longest context" in shown and ("quantize.gptq" in shown) == ("Int4" not in name)
     assert max(len(line) for line in shown.splitlines()) <= 100
     assert main(["fit", name, "--gpu", "2GB"]) == 1
 

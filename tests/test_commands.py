@@ -17,10 +17,10 @@ SHORT = ["--greedy", "--max-new-tokens", "4"]
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory):
-    """The user's cache folder, so that the vision tower is exported once for all tests of this file."""
+def cache(vit_cache: Path):
+    """The user's cache folder, so that the vision tower is exported once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
+        patch.setenv("XDG_CACHE_HOME", str(vit_cache.parent))
         yield
 
 
@@ -28,7 +28,7 @@ def test_run_prints_the_answer_on_stdout_and_the_speed_on_stderr(capsys: pytest.
     assert main(["run", CHECKPOINT, "--image", PICTURE, "这是什么?", *SHORT]) == 0
     said = capsys.readouterr()
     assert said.out.strip()
-    assert re.search(r"1 images .* prompt 3\d\d tokens .* answer 4 tokens .* ended by length", said.err)
+    assert re.search(r"1 images .* prompt 3\d\d tokens .* answer 4 tokens .* finish: length", said.err)
 
 
 def test_run_json_is_one_object_on_stdout(capsys: pytest.CaptureFixture[str]) -> None:
@@ -52,7 +52,13 @@ def test_run_draws_the_latest_picture(capsys: pytest.CaptureFixture[str], tmp_pa
         (["run", CHECKPOINT, "hi", "--draw", "x.png"], "--draw needs an --image"),
         (["run", CHECKPOINT, "hi", "--image", PICTURE, "--draw", "no/folder/x.png"], "does not exist"),
         (["run", CHECKPOINT, "hi", "--max-context", "99999"], "1 to 8192"),
-        (["run", CHECKPOINT, "hi", "--top-p", "7"], "top_p is 7.0"),
+        (["run", CHECKPOINT, "hi", "--top-p", "7"], "top_p is 7, expected a number, more than 0, at most 1"),
+        (["run", CHECKPOINT, "hi", "--temperature", "hot"], "temperature is 'hot', expected a number"),
+        (["run", CHECKPOINT, "hi", "--seed", str(1 << 64)], "seed is 18446744073709551616, expected an integer"),
+        (["chat", CHECKPOINT, "--lookup", "512"], "lookup is 512, expected an integer, 0 to 511"),
+        (["serve", CHECKPOINT, "--parallel", "17"], "slots is 17, expected an integer, 1 to 16"),
+        (["run", CHECKPOINT, "hi", "--device", "gpu"], "device is 'gpu', expected"),
+        (["run", CHECKPOINT, "hi", "--vision-device", "gpu"], "vision_device is 'gpu', expected"),
         (["run", CHECKPOINT, "word " * 9000], "the context holds 8192"),
     ],
 )
@@ -60,6 +66,7 @@ def test_bad_input_is_one_clear_line_and_exit_code_1(arguments, words: str, caps
     assert main(arguments) == 1
     said = capsys.readouterr()
     assert words in said.err and "Traceback" not in said.err and not said.out
+    assert "loaded" not in said.err or "the context holds" in words
 
 
 def test_an_unwritable_picture_format_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -15,19 +15,14 @@ CHECKPOINT = GOLDEN / "tiny-a/checkpoint"
 
 
 @pytest.fixture(scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("cache")
-
-
-@pytest.fixture(scope="module")
 def tokenizer() -> QWenTokenizer:
     return AutoTokenizer.from_pretrained(str(CHECKPOINT), trust_remote_code=True)
 
 
 @pytest.fixture(scope="module")
-def model(cache: Path):
+def model(vit_cache: Path):
     return AutoModelForCausalLM.from_pretrained(
-        CHECKPOINT, device_map="cpu", trust_remote_code=True, cache_dir=cache
+        CHECKPOINT, device_map="cpu", trust_remote_code=True, cache_dir=vit_cache
     ).eval()
 
 
@@ -79,8 +74,9 @@ def test_the_base_model_snippet_runs_on_ids(tokenizer, model, monkeypatch: pytes
     assert tokenizer.draw_bbox_on_latest_picture(query + "<ref>a</ref><box>(1,1),(500,500)</box>") is not None
 
 
-def test_precision_flags_are_upstreams_and_exclude_one_another(cache: Path) -> None:
-    half = AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map="cpu", bf16=True, cache_dir=cache)
+@pytest.mark.slow
+def test_precision_flags_are_upstreams_and_exclude_one_another(vit_cache: Path) -> None:
+    half = AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map="cpu", bf16=True, cache_dir=vit_cache)
     assert half.runtime.decoder.lm_head.weight.dtype == torch.bfloat16
     with pytest.raises(ConfigError, match="at most one"):
         AutoModelForCausalLM.from_pretrained(CHECKPOINT, bf16=True, fp16=True)
@@ -104,8 +100,8 @@ def test_a_loaded_model_is_where_it_is_and_says_how_to_load_it_elsewhere(model) 
             move()
 
 
-def test_a_device_map_names_one_device(cache: Path) -> None:
-    options = {"use_safetensors": True, "low_cpu_mem_usage": True, "torch_dtype": torch.float32, "cache_dir": cache}
+def test_a_device_map_names_one_device(vit_cache: Path) -> None:
+    options = {"use_safetensors": True, "low_cpu_mem_usage": True, "torch_dtype": torch.float32, "cache_dir": vit_cache}
     whole = AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map={"": torch.device("cpu")}, **options)
     assert whole.device.type == "cpu" and whole.dtype == torch.float32
     with pytest.raises(ConfigError, match=r"has the parts transformer\.wte, lm_head; the model is on one device"):

@@ -12,6 +12,8 @@ pytest.importorskip("triton", reason="needs the triton package, which Linux has"
 
 from kernels.tiles import read_table  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 FAMILIES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120")
 BOUNDED = FAMILIES[1:]

@@ -4,6 +4,7 @@ import json
 import random
 import re
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -69,10 +70,9 @@ def test_every_walk_that_the_grammar_allows_is_well_formed_and_none_gets_stuck(t
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    folder = tmp_path_factory.mktemp("constraint")
-    path = write_small_checkpoint(folder / "checkpoint")
-    return Runtime.from_pretrained(path, cache_dir=folder / "cache", max_context=1024)
+def runtime(tmp_path_factory: pytest.TempPathFactory, vit_cache: Path) -> Runtime:
+    path = write_small_checkpoint(tmp_path_factory.mktemp("constraint") / "checkpoint")
+    return Runtime.from_pretrained(path, cache_dir=vit_cache, max_context=1024)
 
 
 @pytest.mark.parametrize("seed", range(6))

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 import qvl_edge.demo
-from qvl_edge import FitError, Runtime, doctor
+from qvl_edge import FitError, Runtime
 from qvl_edge.__main__ import main
+from qvl_edge.engine import device as devices
 from qvl_edge.engine.device import find_device, named_with_others
 from qvl_edge.errors import ConfigError
 
@@ -23,13 +24,14 @@ WithCard = Callable[..., None]
 
 @pytest.fixture
 def with_card(monkeypatch: pytest.MonkeyPatch) -> WithCard:
-    """Makes torch see one card of 12 GB, beside which nothing else computes unless `programs` says so."""
+    """Makes torch see a card of 12 GB (or `count`), beside which nothing else computes unless `programs` says so."""
 
     def make(
         capability: tuple[int, int] = (8, 6),
         *,
-        free: int = 12 * GB - doctor.NEEDED,
+        free: int = 12 * GB - devices.MIN_FREE,
         refuses: str = "",
+        count: int = 1,
         programs: list[list[str]] | None = None,
     ) -> None:
         major, minor = capability
@@ -45,10 +47,11 @@ def with_card(monkeypatch: pytest.MonkeyPatch) -> WithCard:
             return programs
 
         monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-        monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: count)
+        monkeypatch.setattr(torch.cuda, "current_device", lambda: count - 1)
         monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: card)
         monkeypatch.setattr(torch.cuda, "mem_get_info", memory)
-        monkeypatch.setattr(doctor, "nvidia_smi", nvidia_smi)
+        monkeypatch.setattr(devices, "nvidia_smi", nvidia_smi)
 
     return make
 
@@ -74,9 +77,26 @@ def test_the_command_says_it_in_one_line(with_card: WithCard, capsys: pytest.Cap
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_a_card_that_the_kernels_run_on_is_taken(capability: tuple[int, int], with_card: WithCard) -> None:
     with_card(capability)
-    assert find_device("auto") == find_device("cuda") == torch.device("cuda")
-    assert find_device("cuda:0") == torch.device("cuda:0")
-    assert find_device("cpu") == torch.device("cpu")
+    assert find_device("auto") == find_device("cuda") == find_device("cuda:0") == torch.device("cuda:0")
+    assert find_device("cpu") == find_device("cpu:0") == torch.device("cpu")
+
+
+def test_cuda_is_the_current_device_under_its_number(with_card: WithCard) -> None:
+    with_card(count=3)
+    assert find_device("auto") == find_device("cuda") == find_device("cuda:2") != find_device("cuda:0")
+    with pytest.raises(ConfigError, match="torch sees 3 CUDA devices; use cuda:0 or cuda:1 or cuda:2"):
+        find_device("cuda:3")
+
+
+def test_images_may_be_encoded_on_a_card_that_is_too_old_for_the_kernels(with_card: WithCard) -> None:
+    with_card((7, 5))
+    assert find_device("cuda", option="vision_device", kernels=False) == torch.device("cuda:0")
+
+
+@pytest.mark.parametrize("name", ["gpu", "mps", "cuda:x", ""])
+def test_a_device_that_is_not_known_is_refused_under_the_name_of_its_option(name: str) -> None:
+    with pytest.raises(ConfigError, match=f"vision_device is '{name}', expected 'auto', 'cpu', 'cuda' or 'cuda:N'"):
+        find_device(name, option="vision_device")
 
 
 def test_a_card_whose_number_is_too_high_is_named_with_how_many_there_are(with_card: WithCard) -> None:
@@ -101,13 +121,15 @@ def test_a_card_that_another_program_keeps_for_itself_is_named_with_that_program
 
 def test_where_memory_is_short_the_programs_that_share_the_card_are_named(with_card: WithCard) -> None:
     with_card(free=GB // 10, programs=[TRAINING])
-    with pytest.raises(FitError, match=r"cuda \(shared with python, train \(pid 4711, 7400 MiB\)\) has 0\.10 GB free"):
+    with pytest.raises(
+        FitError, match=r"cuda:0 \(shared with python, train \(pid 4711, 7400 MiB\)\) has 0\.10 GB free"
+    ):
         Runtime.from_pretrained(SMALL, device="cuda")
 
 
 def test_a_card_that_is_all_but_free_is_not_asked_who_uses_it(with_card: WithCard) -> None:
     with_card()
-    assert named_with_others(find_device("cuda")) == "cuda"
+    assert named_with_others(find_device("cuda")) == "cuda:0"
 
 
 MODEL_BENCHMARKS = ("memory", "latency", "qwen_tables", "soak", "serve_load", "lookup")
@@ -115,6 +137,7 @@ MODEL_BENCHMARKS = ("memory", "latency", "qwen_tables", "soak", "serve_load", "l
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here they would run")
 @pytest.mark.parametrize("name", MODEL_BENCHMARKS)
+@pytest.mark.slow
 def test_without_cuda_each_benchmark_of_a_model_ends_with_the_error_that_names_it(name: str) -> None:
     run = importlib.import_module(f"benchmarks.{name}").main
     with pytest.raises(SystemExit, match=rf"benchmarks\.{name}: device is 'cuda', but torch .* sees no CUDA device"):

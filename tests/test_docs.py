@@ -31,6 +31,8 @@ from qvl_edge.config import QuantConfig
 from qvl_edge.engine.budget import Plan, by_profile, estimate, longest_context
 from qvl_edge.published import published_config
 
+pytestmark = pytest.mark.slow
+
 PAGES = sorted((ROOT / "docs").glob("*.md"))
 MAKES_ITS_BUNDLE = {"fine-tune.md", "quantize.md", "quickstart.md"}  # the others begin with one
 
@@ -234,14 +236,19 @@ def extras() -> set[str]:
     return set(re.findall(r'^        "(\w+)": ', (ROOT / "setup.py").read_text(), re.M))
 
 
+@pytest.mark.parametrize("page", [ROOT / "README.md", *PAGES], ids=lambda page: page.name)
+def test_a_page_that_names_a_benchmark_says_that_it_needs_the_clone(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    assert ("python -m benchmarks" in text) == ("clone" in text)
+
+
 PYTHON = [(page, text) for page in PAGES for language, text in blocks(page) if language == "python"]
 
 
 @pytest.fixture(scope="module")
 def server_url(furnished: Path) -> Iterator[str]:
-    from server.harness import serving
-
     from qvl_edge.server.engine import BatchEngine
+    from server.harness import serving
 
     bundle = furnished / "BUNDLE"
     with serving(BatchEngine(Runtime.from_pretrained(bundle, device="cpu", slots=2)), model="MODEL") as running:

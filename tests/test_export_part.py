@@ -23,6 +23,8 @@ from qvl_edge.config import Config
 from qvl_edge.errors import BundleError, CheckpointError, ConfigError, ParityError
 from qvl_edge.model.loading import expected_tensors
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ("float32", "float16", "int8", "int4")
 
 

@@ -18,6 +18,8 @@ from qvl_edge.bundle import VIT, VIT_DATA
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.vision.encoder import VisionEncoder
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # float32 in another order of sums, features up to 5
 DTYPES = ("float32", "float16", "int8", "int4")
 

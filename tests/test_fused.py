@@ -25,6 +25,8 @@ from qvl_edge.text.tokenizer import Tokenizer
 
 pytest.importorskip("triton", reason="needs the triton package, which Linux has")
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # relative norm error of float16 logits against float32 ones: each of two blocks rounds 7 activations and, for a prompt,
 # 4 weights; embeddings, the last norm and the logits are 3 more. 25 roundings of 2^-11 / sqrt(3) at most give 1.4e-3

@@ -29,6 +29,8 @@ from qvl_edge.memory import Memory
 from qvl_edge.model.loading import check_tensors, load_decoder, read_projection
 from qvl_edge.text.conversations import Sample
 
+pytestmark = pytest.mark.slow
+
 FILES = {
     "bundle.json",
     "config.json",

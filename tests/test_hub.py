@@ -94,6 +94,7 @@ def names(hub: Hub) -> set[str]:
 # a model's name in place of a folder
 
 
+@pytest.mark.slow
 def test_a_name_is_fetched_and_answers_and_then_needs_no_network(
     hub: Hub, vit: Path, request: pytest.FixtureRequest
 ) -> None:
@@ -140,6 +141,7 @@ def test_what_is_neither_a_folder_nor_a_name_is_said(no_network: None, path: str
         Runtime.from_pretrained(path)
 
 
+@pytest.mark.slow
 def test_upstreams_snippets_take_names_and_fetch_only_what_they_read(hub: Hub, vit: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(NAME, trust_remote_code=True)
     assert names(hub) == {"qwen.tiktoken"}
@@ -211,6 +213,7 @@ def test_a_cut_shard_goes_on_with_a_range_in_the_same_process(hub: Hub) -> None:
     assert same(folder, hub, NAME)
 
 
+@pytest.mark.slow
 def test_a_killed_download_resumes_and_fetches_no_more_than_one_file_again(hub: Hub) -> None:
     extra = {name: name.encode() * 1000 for name in ("extra-1.safetensors", "n-2.safetensors")}
     hub.repos[NAME] = {branch: files | extra for branch, files in hub.repos[NAME].items()}

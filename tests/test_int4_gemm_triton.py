@@ -26,6 +26,8 @@ triton = pytest.importorskip("triton", reason="needs the triton package, which L
 from kernels.int4_gemm_triton import RESIDUAL, SWIGLU, gemm_triton  # noqa: E402
 from kernels.rows_triton import sum_rows  # noqa: E402
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # relative norm error against float64 of x as it is given: the result is rounded to 16 bits, and so is, for many rows,
 # each weight: 2^-11 / sqrt(3) and 2^-8 / sqrt(3) at most for each. The interpreter cuts bfloat16 off where a GPU

@@ -16,6 +16,8 @@ from benchmarks.latency import Bench, Job, jobs, main, measure, parameters, reco
 from qvl_edge.answer import Answer
 from qvl_edge.published import published_config
 
+pytestmark = pytest.mark.slow
+
 CPU = {"device": "cpu", "max_context": 1200}
 
 
@@ -35,9 +37,9 @@ class Watched:
 
 
 @pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory):
+def cache(vit_cache: Path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
+        patch.setenv("XDG_CACHE_HOME", str(vit_cache.parent))
         yield
 
 

@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 from conftest import GOLDEN as GOLDEN_FOLDER
 from conftest import GOLDEN_MODELS, byte_tokenizer
+from hypothesis import given
+from hypothesis import strategies as st
 
 from qvl_edge.errors import PromptError
 from qvl_edge.text.list_format import from_list_format
@@ -204,6 +206,19 @@ def test_the_window_keeps_the_newest_turns_that_stay_below_it() -> None:
             assert prompt.text.count("assistant\na") == expected
             assert prompt.text.endswith("\n<|im_start|>user\nlast<|im_end|>\n<|im_start|>assistant\n")
             assert [f"q{index}" in prompt.text for index in range(5)] == [index >= 5 - expected for index in range(5)]
+
+
+BYTES = byte_tokenizer()
+LETTERS = st.text("ab\n", max_size=30)
+
+
+@given(history=st.lists(st.tuples(LETTERS, LETTERS), max_size=6), window=st.integers(0, 400))
+def test_as_many_of_the_newest_turns_stay_as_the_window_holds(history: list[tuple[str, str]], window: int) -> None:
+    whole = [chat(BYTES, "last", history[first:], window=10**6).ids for first in range(len(history) + 1)]
+    unasked = len(whole[-1]) - len("system\n" + SYSTEM) - 2  # the query is not counted
+    kept = [ids for ids in whole[:-1] if len(ids) - unasked < window]
+    # the longest tail of the history below the window; every turn has a size, so lengths fall from one to the next
+    assert chat(BYTES, "last", history, window=window).ids == (kept[0] if kept else whole[-1])
 
 
 def test_a_turn_that_does_not_fit_hides_all_before_it() -> None:

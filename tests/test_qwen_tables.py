@@ -9,11 +9,13 @@ import pytest
 from benchmarks.latency import Bench
 from benchmarks.qwen_tables import MEMORIES, PUBLISHED, SPEEDS, main, measure, tables
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True, scope="module")
-def cache(tmp_path_factory: pytest.TempPathFactory):
+def cache(vit_cache: Path):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("xdg")))
+        patch.setenv("XDG_CACHE_HOME", str(vit_cache.parent))
         yield
 
 

@@ -38,6 +38,8 @@ from examples.ray.serve import PAUSE_S, TRIES, Ingress, read_question
 from qvl_edge.server.guard import Access
 from qvl_edge.server.refusal import Refusal
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 WAIT_S = 180  # for anything here: far more than it takes
 QUESTIONS = (

@@ -8,6 +8,8 @@ import pytest
 import torch
 from snippets import ROOT, blocks, links, make_home, make_int4_checkpoint, type_in
 
+pytestmark = pytest.mark.slow
+
 READMES = (ROOT / "README.md", ROOT / "README_CN.md")
 
 

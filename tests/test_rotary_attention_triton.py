@@ -12,6 +12,8 @@ from kernels.cache_rows import dequantize_rows, quantize_rows
 from kernels.dispatch import rotary_attention, rotary_attention_rows
 from kernels.rotary_attention_triton import MOST_SPLITS, decode_config, splits_for
 
+pytestmark = pytest.mark.slow
+
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # relative norm of the difference to float64 over the cache as it is. float16: prefill rounds q, p and the output, each
 # by 2^-12 at most. bfloat16: the same by 2^-9, and the interpreter cuts off (2^-8, and always downwards) where the GPU

@@ -22,11 +22,6 @@ from qvl_edge.vit_cache import exported_vit
 TOLERANCE = 1e-4  # nats: golden logits agree to 1e-4, and so do their log-probabilities
 
 
-@pytest.fixture(scope="session")
-def vit_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("vit-cache")
-
-
 @pytest.fixture(scope="module", params=GOLDEN_MODELS)
 def golden(request, vit_cache: Path) -> tuple[Path, Runtime]:
     folder = GOLDEN / request.param
@@ -186,6 +181,7 @@ def test_what_cannot_be_loaded_is_refused_with_the_way_out(tmp_path: Path) -> No
         Runtime.from_pretrained(tmp_path)
 
 
+@pytest.mark.slow
 def test_the_vision_tower_is_exported_once_and_again_when_the_weights_change(tmp_path: Path, make_checkpoint) -> None:
     checkpoint, cache, said = make_checkpoint("a", seed=1), tmp_path / "cache", []
     for expected in (True, False):
@@ -204,6 +200,7 @@ def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, make_checkpoint
         Runtime.from_pretrained(folder, cache_dir=tmp_path / "cache")
 
 
+@pytest.mark.slow
 def test_processes_that_need_one_vision_tower_export_it_once(tmp_path: Path, make_checkpoint) -> None:
     checkpoint, said = Checkpoint(make_checkpoint("one", seed=3)), []
     with ThreadPoolExecutor(2) as pool:  # a lock belongs to an open file, so threads meet it as processes do

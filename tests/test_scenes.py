@@ -90,5 +90,5 @@ def test_the_two_picture_question_names_the_one_that_shows_it() -> None:
 
 
 def test_an_unknown_kind_is_refused() -> None:
-    with pytest.raises(ValueError, match="no question kind 'sing'"):
+    with pytest.raises(ValueError, match="kind is 'sing', a question about one scene"):
         ask(make_scene(0), "sing", "en", np.random.default_rng(0))

@@ -238,6 +238,7 @@ def test_pictures_are_told_apart_by_their_content() -> None:
     assert common_prefix(one, other) == common_prefix(one, without) == 1
 
 
+@pytest.mark.slow
 def test_reuse_gives_the_tokens_of_no_reuse_over_random_edits_and_across_the_ntk_border(long_model) -> None:
     rng = random.Random(0)
     slots, ids, seen = Slots(long_model, capacity=400), ids_of(60), set()
@@ -342,6 +343,7 @@ def test_graphs_give_the_tokens_of_eager_steps_and_wait_for_nothing(options: Gen
     assert rows[0] == rows[1]
 
 
+@pytest.mark.slow
 def test_step_and_fused_decoder_need_torch_and_nothing_else(tmp_path: Path) -> None:
     blocked = ("tiktoken", "safetensors", "PIL", "onnxruntime", "numpy", "transformers", "onnx")
     lines = [f"import sys\nfor name in {blocked!r}: sys.modules[name] = None"]

@@ -17,6 +17,8 @@ from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
 from qvl_edge.model.loading import check_tensors
 from qvl_edge.text.tokenizer import SPECIALS
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 SCENES = 12
 
@@ -55,14 +57,16 @@ def test_test_scenes_are_neither_trained_on_nor_calibrated_with() -> None:
     assert TEST_SCENES >= UNSEEN + 10**6 and demo.FIRST_SCENE > TEST_SCENES + 10**6
 
 
-def test_float_and_int4_answer_most_questions_about_unseen_scenes(output: Path, tmp_path: Path) -> None:
+def test_float_and_int4_answer_most_questions_about_unseen_scenes(
+    output: Path, tmp_path: Path, vit_cache: Path
+) -> None:
     items = [
         item
         for item in SYNTHETIC.read(write_scenes(tmp_path / "scenes", SCENES), None)
         if item.group in ("find", "count", "read")
     ]
     for path in (CHECKPOINT, output / "bundle"):
-        runtime = Runtime.from_pretrained(path, slots=8, max_context=1024, cache_dir=tmp_path)
+        runtime = Runtime.from_pretrained(path, slots=8, max_context=1024, cache_dir=vit_cache)
         predictor = Predictor(runtime, chat_format=SYNTHETIC.chat_format, generation=SYNTHETIC.generation)
         right, _ = SYNTHETIC.score(items, {one.id: one for one in predictor.predict(items)})
         shares = {

@@ -8,13 +8,14 @@ import qvl_edge.demo
 from benchmarks.soak import soak
 from qvl_edge import Runtime
 
+pytestmark = pytest.mark.slow
+
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 
 
 @pytest.fixture(scope="module")
-def runtimes(tmp_path_factory: pytest.TempPathFactory) -> list[Runtime]:
-    cache = tmp_path_factory.mktemp("vit")
-    return [Runtime.from_pretrained(SMALL, device="cpu", cache_dir=cache, max_context=4096) for _ in range(2)]
+def runtimes(vit_cache: Path) -> list[Runtime]:
+    return [Runtime.from_pretrained(SMALL, device="cpu", cache_dir=vit_cache, max_context=4096) for _ in range(2)]
 
 
 def test_turns_about_many_pictures_give_the_answers_of_fresh_runs(runtimes: list[Runtime]) -> None:

@@ -24,10 +24,10 @@ def test_bytes_that_are_no_character_become_one_replacement_at_the_end() -> None
 
 @pytest.mark.parametrize("stop", [("END",), ("ab", "abc", "bcd"), ("车",), ("aab",), ("\n\n", "Observation:")])
 def test_deltas_add_up_to_the_text_before_the_first_stop_string(stop: tuple[str, ...]) -> None:
-    rng = random.Random(0)
+    rng, tokenizer = random.Random(0), byte_tokenizer()
     for _ in range(200):
         text = "".join(rng.choice(["a", "b", "c", "d", "EN", "END", "车", "\n", "Obs"]) for _ in range(12))
-        stream, shown = TextStream(byte_tokenizer(), stop), ""
+        stream, shown = TextStream(tokenizer, stop), ""
         for token in text.encode():
             shown += stream.push(token)
             if stream.stopped:

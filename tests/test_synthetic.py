@@ -73,6 +73,7 @@ def test_the_int4_one_passes_for_gptq_with_zero_8(tmp_path: Path) -> None:
 
 @torch.inference_mode()
 @pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.slow
 def test_activations_keep_a_sane_size_through_32_and_48_layers_in_float16(int4: bool, tmp_path: Path) -> None:
     visual = TINY["visual"] | {"layers": 48}
     checkpoint = write(tmp_path / "made", int4=int4, num_hidden_layers=32, visual=visual)

@@ -99,6 +99,7 @@ def test_the_position_table_is_the_written_formula() -> None:
     assert float(table[row * 4 + column, 12 + k]) == pytest.approx(torch.tensor(row / 10000 ** (k / 4)).cos().item())
 
 
+@pytest.mark.slow
 def test_a_stopped_course_resumes_and_writes_a_checkpoint_in_the_published_layout(tmp_path: Path) -> None:
     source = CHECKPOINT / "qwen.tiktoken"
     Course(source, tmp_path, {"vision": 1, "joint": 0}).run()
@@ -115,6 +116,16 @@ def test_a_stopped_course_resumes_and_writes_a_checkpoint_in_the_published_layou
     assert not torch.equal(resumed.model.lm_head.weight, before)
     assert (tmp_path / "loss.png").stat().st_size > 0
     assert not list(tmp_path.glob("*.partial")) and json.loads((tmp_path / "checkpoint/config.json").read_text())
+
+
+def test_denormals_are_zero_during_training_only(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def tiny() -> float:
+        return float(torch.full((64,), 1e-310, dtype=torch.float64).mul(1.0)[0])
+
+    seen: list[float] = []
+    monkeypatch.setattr(Course, "_train_step", lambda _: seen.append(tiny()) or {})
+    Course(CHECKPOINT / "qwen.tiktoken", tmp_path, {"vision": 1, "joint": 0}).run()
+    assert seen == [0.0] and tiny() > 0
 
 
 def test_a_course_can_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:

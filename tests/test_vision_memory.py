@@ -18,6 +18,8 @@ from qvl_edge.model.loading import expected_tensors
 from qvl_edge.published import CONFIG
 from qvl_edge.vision.memory import parameters, session_bytes, workspace_bytes
 
+pytestmark = pytest.mark.slow
+
 DTYPES = ("float32", "float16", "int8", "int4")
 # bytes: libraries are paged in 64 KiB at a time and the C library and the arena round up; towers here take 40 to 180 MB
 TOLERANCE = 15_000_000

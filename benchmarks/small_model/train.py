@@ -9,10 +9,12 @@ published layout. QWEN_TIKTOKEN is the published qwen.tiktoken, of which the fir
 """
 
 import argparse
+import contextlib
 import json
 import math
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -265,6 +267,16 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: int, decay: flo
     return peak * min(1.0, (step - fresh + 1) / warmup, (1 - step / steps) / decay)
 
 
+@contextlib.contextmanager
+def flushed_denormals() -> Iterator[None]:
+    """Denormals are zero meanwhile: optimizer moments fade into them, and they are slow on x86."""
+    torch.set_flush_denormal(True)
+    try:
+        yield
+    finally:
+        torch.set_flush_denormal(False)  # the default; torch cannot be asked what it was
+
+
 class Course:
     """The training itself: modules, optimizers, and where it stands."""
 
@@ -275,7 +287,6 @@ class Course:
     ):
         """Resume `folder`, or begin: at random, or with `start`, a checkpoint and a step of the joint stage."""
         torch.manual_seed(0)
-        torch.set_flush_denormal(True)  # optimizer moments fade into denormals, which are slow on x86
         self.folder, self.steps = folder, steps
         checkpoint = folder / "checkpoint"
         checkpoint.mkdir(parents=True, exist_ok=True)
@@ -350,6 +361,7 @@ class Course:
         write_checkpoint(self.folder / "checkpoint", self.model, self.visual)
         draw_loss(self.folder)
 
+    @flushed_denormals()
     def run(self) -> None:
         """Train to the end of the last stage, with a line of progress every 20 steps and a save every SAVE_EVERY."""
         while self.stage < len(self.STAGES):

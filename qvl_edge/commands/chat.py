@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from qvl_edge.commands import loading
+from qvl_edge.options import GenerationOptions, LoadOptions
 
 HELP = """/image FILE  add a picture to the next question
-/draw FILE   save the latest picture with the last answer's boxes
-/clear       start anew
+/draw FILE   save the last picture with the last answer's boxes
+/clear       start a new conversation
 /exit        leave (or Ctrl-D)"""
 
 
@@ -17,17 +18,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge chat`."""
     loading.add_arguments(parser)
     parser.add_argument("--image", action="append", default=[], metavar="FILE", help="pictures of the first question")
-    parser.add_argument("--system", default=None, help="the system turn")
+    parser.add_argument("--system", help="the system prompt")
 
 
 def execute(args: argparse.Namespace) -> int:
     """Read lines from stdin, stream answers to stdout."""
+    from qvl_edge.commands.run import stream, summary
     from qvl_edge.errors import QvlError
     from qvl_edge.vision.image import load_image
 
+    options, generation = LoadOptions.given(args), GenerationOptions.given(args)
+    if args.system is not None:
+        generation["system"] = args.system
     for image in args.image:
         load_image(image)
-    runtime = loading.load(args)
+    runtime = loading.load(args.path, options)
     history: list[tuple[Any, str]] = []
     pictures: list[str] = list(args.image)
     loading.say(HELP)
@@ -47,12 +52,14 @@ def execute(args: argparse.Namespace) -> int:
                 loading.say(HELP)
             elif line.strip():
                 query = [*({"image": picture} for picture in pictures), {"text": line}]
-                history.append((query, _answer(runtime, query, history, args)))
+                answer = stream(runtime, query, history, **generation)
+                loading.say(summary(answer))
+                history.append((query, answer.text))
                 pictures = []
         except QvlError as error:
             loading.say(str(error))
         except KeyboardInterrupt:
-            loading.say("\nstopped; the turn is not kept")
+            loading.say("\nstopped; this turn is discarded")
     return 0
 
 
@@ -61,21 +68,6 @@ def _read() -> str | None:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:
         return None
-
-
-def _answer(runtime: Any, query: list[dict[str, Any]], history: list[tuple[Any, str]], args: argparse.Namespace) -> str:
-    from qvl_edge.answer import Answer
-    from qvl_edge.commands.run import summary
-
-    given = {} if args.system is None else {"system": args.system}
-    for piece in runtime.answer_stream(query, history, **given, **loading.generation_of(args)):
-        if isinstance(piece, Answer):
-            print(flush=True)
-            loading.say(summary(piece))
-            return piece.text
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    raise AssertionError("answer_stream ends with the Answer")
 
 
 def _draw(runtime: Any, history: list[tuple[Any, str]], out: str) -> None:

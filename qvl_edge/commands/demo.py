@@ -16,19 +16,23 @@ if TYPE_CHECKING:
     from qvl_edge.runtime import Runtime
 
 CALIBRATION_SCENES = 48
-FIRST_SCENE = 2_000_000_011  # past UNSEEN: no scene from here on was trained on or calibrated with
+FIRST_SCENE = 2_000_000_011  # past UNSEEN: no scene from here on is used for training or calibration
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge demo`."""
     parser.add_argument(
-        "--output", type=Path, default=Path("demo-output"), metavar="FOLDER", help="made anew (demo-output)"
+        "--output",
+        type=Path,
+        default=Path("demo-output"),
+        metavar="FOLDER",
+        help="its bundle is replaced (demo-output)",
     )
-    parser.add_argument("--scenes", type=int, default=4, metavar="N", help="pictures to ask about (4)")
+    parser.add_argument("--scenes", type=int, default=4, metavar="N", help="pictures to ask about (default: 4)")
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Checkpoint → int4 bundle → ONNX vision tower → answers, each step shown."""
+    """Checkpoint → int4 bundle → ONNX vision tower → answers, step by step."""
     import qvl_edge.demo
     from qvl_edge.demo.conversations import write_conversations
     from qvl_edge.demo.scenes import UNSEEN
@@ -71,30 +75,23 @@ def _heading(text: str) -> None:
 
 
 def _command(module: str, *arguments: str) -> None:
-    """Run one of the two writers as a user would."""
+    """Run `python -m module` as a user would."""
     from qvl_edge.errors import QvlError
 
     print(f"$ python -m {module} {' '.join(arguments)}", flush=True)
     code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
     if code:
-        raise QvlError(f"python -m {module} ended with exit code {code}; its last lines above say why")
+        raise QvlError(f"python -m {module} failed with exit code {code}; see its last lines above")
 
 
 def _parts(checkpoint: "Checkpoint") -> dict[str, int]:
     """Bytes of each part of a checkpoint's or bundle's tensors."""
     from qvl_edge.checkpoint import VISUAL
 
-    sizes = {"decoder layers": 0, "embeddings": 0, "lm_head": 0, "vision tower": 0}
+    prefixes = {"embeddings": "transformer.wte", "lm_head": "lm_head", "vision tower": VISUAL}
+    sizes = dict.fromkeys(("decoder layers", *prefixes), 0)
     for name in checkpoint.names:
-        part = (
-            "vision tower"
-            if name.startswith(VISUAL)
-            else "embeddings"
-            if name.startswith("transformer.wte")
-            else "lm_head"
-            if name.startswith("lm_head")
-            else "decoder layers"
-        )
+        part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), "decoder layers")
         sizes[part] += checkpoint[name].nbytes
     return sizes
 
@@ -125,7 +122,7 @@ def _memory_table(source: Path, bundle: Path) -> None:
 
 
 def _questions(scene: "Scene", index: int) -> list["Question"]:
-    """Four questions, half of them in Chinese; a different choice for every scene."""
+    """Up to four questions, every second one in Chinese; kinds and languages change from scene to scene."""
     import numpy as np
 
     from qvl_edge.demo.scenes import ask
@@ -143,16 +140,16 @@ def _answers(bundle: Path, output: Path, count: int) -> None:
     from qvl_edge.text.draw import draw_boxes
 
     runtime = Runtime.from_pretrained(bundle)
-    right = total = 0
+    exact: list[bool] = []
     for index in range(count):
         scene = make_scene(FIRST_SCENE + index)
         picture, boxes = output / f"scene-{index + 1}.png", list[Box]()
         print(f"\nscene {index + 1}")
         for question in _questions(scene, index):
             answer = runtime.ask(scene.image, question.text, do_sample=False)
-            same = answer.text == question.answer
-            right, total, boxes = right + same, total + 1, boxes + answer.boxes
-            note = "" if same else f"   (exact answer: {question.answer})"
+            exact.append(answer.text == question.answer)
+            boxes += answer.boxes
+            note = "" if exact[-1] else f"   (exact answer: {question.answer})"
             print(f"  {question.text}\n    {answer.text}{note}")
             timing, cached = answer.timing, " (cached)" if answer.usage.cached_images else ""
             say(
@@ -161,18 +158,18 @@ def _answers(bundle: Path, output: Path, count: int) -> None:
             )
         draw_boxes(scene.image, list(dict.fromkeys(boxes))).save(picture)
         print(f"  picture with boxes: {picture}")
-    right_two, total_two = _two_pictures(runtime)
-    print(f"\n{right + right_two} of {total + total_two} answers are exact to the letter.")
+    exact += _two_pictures(runtime)
+    print(f"\n{sum(exact)} of {len(exact)} answers are exact to the letter.")
 
 
-def _two_pictures(runtime: "Runtime") -> tuple[int, int]:
-    """Ask which of two pictures shows something; (right, asked)."""
+def _two_pictures(runtime: "Runtime") -> list[bool]:
+    """Ask which of two pictures shows something; whether each answer is exact."""
     import numpy as np
 
     from qvl_edge.demo.scenes import ask_which, make_scene
 
     scenes = make_scene(FIRST_SCENE + 100), make_scene(FIRST_SCENE + 101)
-    right = total = 0
+    exact = []
     print("\ntwo pictures")
     for language in ("en", "zh"):
         question = ask_which(scenes, language, np.random.default_rng(1))
@@ -180,6 +177,6 @@ def _two_pictures(runtime: "Runtime") -> tuple[int, int]:
             continue
         images: list[Any] = [scene.image for scene in scenes]
         answer = runtime.ask(images, question.text, do_sample=False)
-        right, total = right + (answer.text == question.answer), total + 1
+        exact.append(answer.text == question.answer)
         print(f"  {question.text}\n    {answer.text}")
-    return right, total
+    return exact

@@ -1,17 +1,18 @@
-"""What a model will take of memory, before it is loaded or downloaded: qvl-edge fit PATH [--gpu 12GB] [--context 4096]
+"""Estimate a model's memory use before it is loaded or downloaded: qvl-edge fit PATH [--gpu 12GB] [--context 4096]
 
 PATH is a bundle, a checkpoint, a folder with nothing but its config.json, or the name of a model on a hub, of which
-only the settings are fetched (those of Qwen/Qwen-VL, Qwen/Qwen-VL-Chat and Qwen/Qwen-VL-Chat-Int4 are known). GB are
-10^9 bytes; a card that is sold as 12 GB has 12GiB.
+only the settings are fetched (those of Qwen/Qwen-VL, Qwen/Qwen-VL-Chat and Qwen/Qwen-VL-Chat-Int4 are built in). A GB
+is 10^9 bytes; a card that is sold as 12 GB has 12GiB.
 """
 
 import argparse
 import json
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvl_edge.commands import loading
+from qvl_edge.commands.loading import add_source
 from qvl_edge.options import PROFILES
 
 if TYPE_CHECKING:
@@ -36,13 +37,17 @@ NAMES = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge fit`."""
     parser.add_argument("path", metavar="PATH", help="a bundle, a checkpoint, its config.json's folder, or a name")
-    loading.add_source(parser)
+    add_source(parser)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpu", metavar="12GB", help="memory of the card (default: what is free on the one here)")
-    where.add_argument("--cpu", metavar="16GB", nargs="?", const="", help="run on the CPU, with so much (what is free)")
+    where.add_argument("--gpu", metavar="12GB", help="memory of the card (default: what is free on this one)")
+    where.add_argument(
+        "--cpu", metavar="16GB", nargs="?", const="", help="run on the CPU, with this memory (default: what is free)"
+    )
     parser.add_argument("--context", type=int, default=2048, metavar="N", help="positions (default: 2048)")
-    parser.add_argument("--images", type=int, default=1, metavar="N", help="images that are encoded at once (1)")
-    parser.add_argument("--slots", type=int, default=1, metavar="N", help="answers at once, each with its context (1)")
+    parser.add_argument("--images", type=int, default=1, metavar="N", help="images encoded at once (default: 1)")
+    parser.add_argument(
+        "--slots", type=int, default=1, metavar="N", help="answers at once, each with its own context (default: 1)"
+    )
     parser.add_argument("--json", action="store_true", help="bytes as JSON on stdout")
 
 
@@ -83,7 +88,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def read_config(path: str, *, source: "Source" = "hf", revision: str | None = None) -> tuple["Config", str]:
-    """The config to be fitted, and what to say about it."""
+    """The config to estimate, and a note for the title."""
     from qvl_edge.config import Config, QuantConfig
     from qvl_edge.hub import local_folder
     from qvl_edge.published import published_config
@@ -94,11 +99,11 @@ def read_config(path: str, *, source: "Source" = "hf", revision: str | None = No
         config = Config.from_folder(local_folder(path, source=source, revision=revision, only=settings))
     if config.quantization is not None:
         return config, ""
-    return replace(config, quantization=QuantConfig()), "\nas quantize.gptq makes it, 4 bits in groups of 128"
+    return replace(config, quantization=QuantConfig()), "\nas quantized by quantize.gptq, 4 bits in groups of 128"
 
 
 def memory_of(args: argparse.Namespace) -> tuple[str, int]:
-    """Device and bytes that are asked about."""
+    """The device type and its bytes."""
     import torch
 
     from qvl_edge.memory import free_memory, parse_bytes
@@ -113,8 +118,6 @@ def memory_of(args: argparse.Namespace) -> tuple[str, int]:
 
 def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int) -> str:
     """Parts by profile in GB, whether they fit, and a bar for each."""
-    import sys
-
     colour = sys.stdout.isatty()
 
     def painted(text: str, index: int) -> str:
@@ -126,7 +129,7 @@ def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int
         label = f"{painted(FILLS[index], index)} {name:<18}"
         lines.append(label + "".join(f"{size / 1e9:>10.2f}" if size else f"{'–':>10}" for size in sizes))
     lines.append(f"{'total':<20}" + "".join(f"{budget.total / 1e9:>10.2f}" for _, _, budget, _ in rows))
-    verdicts = ("fits" if budget.total <= memory else "too much" for _, _, budget, _ in rows)
+    verdicts = ("fits" if budget.total <= memory else "too large" for _, _, budget, _ in rows)
     lines.append(f"{f'of {memory / 1e9:.2f} GB':<20}" + "".join(f"{verdict:>10}" for verdict in verdicts))
     longest = (f"{positions:,}" if positions else "none" for *_, positions in rows)
     lines.append(f"{'longest context':<20}" + "".join(f"{positions:>10}" for positions in longest))
@@ -140,7 +143,7 @@ def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int
             bar += painted(FILLS[index] * (end - start), index)
         gap = round(WIDTH * memory / whole) - end  # up to the end of the memory
         over = budget.total - memory
-        tail = f" {over / 1e9:.2f} GB too much" if over > 0 else f"{' ' * gap}▏"
+        tail = f" {over / 1e9:.2f} GB over" if over > 0 else f"{' ' * gap}▏"
         lines.append(f"{name:>4} {bar}{tail}")
         exact = str(plan.dtype).removeprefix("torch.") if plan.head == "float16" else plan.head
         lines.append(f"     vision tower {plan.vit}, lm_head and cache {exact}")

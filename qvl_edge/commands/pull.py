@@ -1,20 +1,20 @@
-"""Fetch a model from a hub, checked: qvl-edge pull Qwen/Qwen-VL-Chat-Int4 [--source modelscope] [--to FOLDER]
+"""Fetch a model from a hub and check its hashes: qvl-edge pull Qwen/Qwen-VL-Chat-Int4 [--source modelscope] [--to DIR]
 
-Says what it fetches and how large it is, then fetches it; stopped, the same command goes on. The folder is printed.
+Prints what is fetched and how large it is; after a stop, the same command resumes. The folder is printed at the end.
 """
 
 import argparse
 from pathlib import Path
 
-from qvl_edge.commands import loading
+from qvl_edge.commands.loading import add_source, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge pull`."""
     parser.add_argument("name", metavar="OWNER/NAME", help="such as Qwen/Qwen-VL-Chat-Int4")
-    loading.add_source(parser)
+    add_source(parser)
     parser.add_argument(
-        "--to", type=Path, metavar="FOLDER", help="plain files there, to be carried elsewhere (the hub's cache)"
+        "--to", type=Path, metavar="FOLDER", help="plain files there, to copy elsewhere (default: the hub's own cache)"
     )
 
 
@@ -22,5 +22,5 @@ def execute(args: argparse.Namespace) -> int:
     """Fetch; the folder goes to stdout."""
     from qvl_edge.hub import fetch
 
-    print(fetch(args.name, source=args.source, revision=args.revision, to=args.to, progress=loading.say))
+    print(fetch(args.name, source=args.source, revision=args.revision, to=args.to, progress=say))
     return 0

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_edge.commands import loading
+from qvl_edge.options import GenerationOptions, LoadOptions
 
 if TYPE_CHECKING:
     from qvl_edge.answer import Answer
@@ -20,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--image", action="append", default=[], metavar="FILE", help="repeatable; Picture 1, Picture 2, …"
     )
-    parser.add_argument("--system", help="the system turn")
-    parser.add_argument("--draw", metavar="OUT", help="write the latest picture with the answer's boxes drawn on it")
+    parser.add_argument("--system", help="the system prompt")
+    parser.add_argument("--draw", metavar="OUT", help="write the last picture with the answer's boxes drawn on it")
     parser.add_argument("--json", action="store_true", help="the whole answer as JSON on stdout")
 
 
@@ -30,41 +31,43 @@ def execute(args: argparse.Namespace) -> int:
     from qvl_edge.errors import ImageError
     from qvl_edge.vision.image import load_image
 
-    for image in args.image:  # a bad image is said before the model is loaded
+    options, generation = LoadOptions.given(args), GenerationOptions.given(args)
+    for image in args.image:  # errors before the model is loaded
         load_image(image)
     if args.draw and not args.image:
         raise ImageError("--draw needs an --image to draw on")
     if args.draw and not Path(args.draw).absolute().parent.is_dir():
         raise ImageError(f"--draw {args.draw}: the folder {Path(args.draw).absolute().parent} does not exist")
-    runtime = loading.load(args)
+    runtime = loading.load(args.path, options)
     query: list[dict[str, Any]] = [*({"image": image} for image in args.image), {"text": args.question}]
-    answer = stream(runtime, query, args)
+    if args.system is not None:
+        generation["system"] = args.system
     if args.json:
+        answer = runtime.answer(query, **generation)
         print(json.dumps(answer.to_dict(), ensure_ascii=False))
+    else:
+        answer = stream(runtime, query, **generation)
     if args.draw:
         draw(answer, args.image, Path(args.draw))
     loading.say(summary(answer))
     return 0
 
 
-def stream(runtime: "Runtime", query: list[dict[str, Any]], args: argparse.Namespace) -> "Answer":
-    """Print the answer as it comes, unless it is wanted as JSON."""
+def stream(runtime: "Runtime", query: list[dict[str, Any]], history: Any = None, **options: Any) -> "Answer":
+    """Print the answer as it is generated. options: those of Runtime.answer."""
     from qvl_edge.answer import Answer
 
-    given = {} if args.system is None else {"system": args.system}
-    for piece in runtime.answer_stream(query, **given, **loading.generation_of(args)):
+    for piece in runtime.answer_stream(query, history, **options):
         if isinstance(piece, Answer):
-            if not args.json:
-                print(flush=True)
+            print(flush=True)
             return piece
-        if not args.json:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
+        sys.stdout.write(piece)
+        sys.stdout.flush()
     raise AssertionError("answer_stream ends with the Answer")
 
 
 def draw(answer: "Answer", images: list[str], out: Path) -> None:
-    """Write the picture that the boxes are on (the latest)."""
+    """Write the picture that the boxes are on (the last)."""
     from qvl_edge.errors import ImageError
     from qvl_edge.text.draw import draw_boxes
     from qvl_edge.vision.image import load_image
@@ -81,9 +84,9 @@ def summary(answer: "Answer") -> str:
     """One line: tokens and speed."""
     usage, timing = answer.usage, answer.timing
     images = f"{usage.images} images {timing.image_s:.2f} s | " if usage.images else ""
-    cached = f" ({usage.cached_tokens} kept)" if usage.cached_tokens else ""
+    cached = f" ({usage.cached_tokens} cached)" if usage.cached_tokens else ""
     return (
         f"{images}prompt {usage.prompt_tokens} tokens{cached} {timing.prefill_s:.2f} s | "
         f"answer {usage.completion_tokens} tokens {timing.decode_tokens_per_s:.1f} tokens/s | "
-        f"ended by {answer.finish_reason}"
+        f"finish: {answer.finish_reason}"
     )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from qvl_edge.commands import loading
 from qvl_edge.errors import ConfigError, QvlError
+from qvl_edge.options import GenerationOptions, LoadOptions
 
 if TYPE_CHECKING:
     from qvl_edge.server.media import Media
@@ -21,10 +22,10 @@ UVICORN: dict[str, Any] = {
     "loop": "asyncio",
     "lifespan": "on",
     "log_config": None,
-    "access_log": False,  # paths are the caller's words
+    "access_log": False,  # paths are user input
     "server_header": False,
     "proxy_headers": False,
-    "timeout_graceful_shutdown": 30,  # seconds that a stop leaves running answers to end
+    "timeout_graceful_shutdown": 30,  # seconds for running answers to finish
 }
 
 
@@ -35,16 +36,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--cpu-only", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     parser.add_argument("--max-model-len", dest="max_context", type=int, metavar="N", help="the same as --max-context")
     group = parser.add_argument_group("server")
-    group.add_argument("--host", "--server-name", default="127.0.0.1", help="address to listen on (127.0.0.1)")
-    group.add_argument("--port", "--server-port", type=int, default=8000, help="0 takes a free one (8000)")
-    group.add_argument("--api-key", metavar="KEY", help=f"needed to use the API (better: in {KEY_VARIABLE})")
-    group.add_argument("--served-model-name", metavar="NAME", help="the model's name (the folder's)")
-    group.add_argument("--slots", "--parallel", type=int, default=4, metavar="N", help="answers at once (4)")
-    group.add_argument("--max-concurrent-requests", type=int, default=32, metavar="N", help="more get 429 (32)")
-    group.add_argument("--time-limit", type=float, default=300.0, metavar="S", help="seconds for one request (300)")
-    group.add_argument("--max-body-mb", type=int, default=32, metavar="N", help="of one request (32)")
-    group.add_argument("--max-images", type=int, default=16, metavar="N", help="in one request (16)")
-    group.add_argument("--max-n", type=int, default=8, metavar="N", help="draws in one request (8)")
+    group.add_argument("--host", "--server-name", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
+    group.add_argument("--port", "--server-port", type=int, default=8000, help="0: any free one (default: 8000)")
+    group.add_argument("--api-key", metavar="KEY", help=f"required from clients (better: in {KEY_VARIABLE})")
+    group.add_argument("--served-model-name", metavar="NAME", help="the model's name (default: the folder's)")
+    group.add_argument(
+        "--slots", "--parallel", type=int, default=4, metavar="N", help="answers generated at once (default: 4)"
+    )
+    group.add_argument(
+        "--max-concurrent-requests",
+        type=int,
+        default=32,
+        metavar="N",
+        help="reject requests beyond N with 429 (default: 32)",
+    )
+    group.add_argument(
+        "--time-limit", type=float, default=300.0, metavar="S", help="seconds for one request (default: 300)"
+    )
+    group.add_argument("--max-body-mb", type=int, default=32, metavar="N", help="of one request (default: 32)")
+    group.add_argument("--max-images", type=int, default=16, metavar="N", help="in one request (default: 16)")
+    group.add_argument("--max-n", type=int, default=8, metavar="N", help="choices in one request (default: 8)")
     group.add_argument(
         "--allowed-local-media-path", type=Path, metavar="FOLDER", help="file:// images below it may be read (none)"
     )
@@ -53,12 +64,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         default=[],
         metavar="HOST",
-        help="http(s) images of these hosts are fetched, with :PORT if it is not the usual one (none)",
+        help="http(s) images of these hosts are fetched, with :PORT if it is not the default one (none)",
     )
 
 
 def execute(args: argparse.Namespace) -> int:
     """Check what can be checked, load the model, serve until SIGINT or SIGTERM."""
+    path, options, generation = _path(args), LoadOptions.given(args), GenerationOptions.given(args)
     try:
         import uvicorn
 
@@ -69,22 +81,22 @@ def execute(args: argparse.Namespace) -> int:
         raise QvlError(f"the server needs {error.name}; install it with: pip install 'qvl-edge[serve]'") from None
     from qvl_edge.server.engine import BatchEngine
 
-    args.path = _path(args)
     if args.release_vision:
-        raise ConfigError("--release-vision drops the cache of answers that are being made; leave it out here")
+        raise ConfigError("--release-vision drops the cache of running answers; leave it out here")
     access = Access(args.host, args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE))
     media = _media(args)
-    listening = _bind(args.host, args.port)  # before the model is loaded: a port that is taken is said at once
+    listening = _bind(args.host, args.port)  # before the model is loaded: an error about the port comes at once
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    runtime = loading.load(args)
+    runtime = loading.load(path, options)
+    runtime.options = runtime.options.with_overrides(generation)
     engine = BatchEngine(runtime, max_waiting=args.max_concurrent_requests, time_limit_s=args.time_limit)
     settings = Settings(
-        model=args.served_model_name or Path(args.path).resolve().name,
+        model=args.served_model_name or Path(path).resolve().name,
         max_model_len=runtime.max_context,
         access=access,
         limits=Limits(images=args.max_images, n=args.max_n),
         media=media,
-        defaults=loading.generation_of(args),
+        defaults=generation,
         max_body_bytes=args.max_body_mb << 20,
         max_concurrent=args.max_concurrent_requests,
     )
@@ -118,7 +130,7 @@ def _media(args: argparse.Namespace) -> "Media":
 
 
 def _bind(host: str, port: int) -> socket.socket:
-    """A socket bound to the address; uvicorn begins to listen once the model is there."""
+    """A socket bound to the address; uvicorn listens on it once the model is loaded."""
     try:
         version6 = ipaddress.ip_address(host).version == 6
     except ValueError:

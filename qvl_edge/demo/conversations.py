@@ -1,4 +1,4 @@
-"""Scenes as conversations in Qwen-VL's own fine-tuning format: calibration data for the small model."""
+"""Scenes as conversations in Qwen-VL's fine-tuning format: calibration data for the small model."""
 
 import json
 from pathlib import Path

@@ -1,8 +1,8 @@
-"""Synthetic scenes with exact answers: what the small model is trained on, and what the demo and the tests ask about.
+"""Synthetic scenes with exact answers: the small model is trained on them, the demo and the tests ask about them.
 
 A scene is a 448-pixel picture of one to four shapes, no two of one kind or colour, and in every second scene a printed
-number. Shapes and digits stand on the 28-pixel grid of the small model's patches, which lets 7 million parameters learn
-them on two CPU cores. Everything follows from the seed, whatever the machine: digits are drawn from a bitmap.
+number. Shapes and digits are aligned with the 28-pixel grid of the small model's patches, which lets 7 million
+parameters learn them on two CPU cores. The seed determines everything, on any machine: digits are drawn from a bitmap.
 """
 
 from dataclasses import dataclass
@@ -10,8 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
-SIZE = 448  # pixels a side, the model's input size
-CELL = 28  # pixels a side of one grid cell, the small model's patch
+SIZE = 448  # pixels per side, the model's input size
+CELL = 28  # pixels per side of a grid cell, the small model's patch
 GRID = SIZE // CELL
 COLOURS = {
     "red": ((220, 40, 40), "红"),
@@ -27,7 +27,7 @@ SHAPES = {"circle": "圆形", "square": "方块", "triangle": "三角形", "diam
 KINDS = ("find", "at", "count", "colour", "read", "describe", "which")
 UNSEEN = 10**9  # scenes from this seed on are never trained on
 
-# 5 x 7 dots a digit, one row of five bits after another
+# 5 x 7 dots per digit: seven rows of five bits
 DIGITS = (
     "01110 10001 10011 10101 11001 10001 01110",
     "00100 01100 00100 00100 00100 00100 01110",
@@ -65,7 +65,7 @@ class Shape:
 
 @dataclass(frozen=True)
 class Scene:
-    """A picture and what is on it; `number` is None where none is printed, `number_cell` its first digit's cell."""
+    """A picture and its contents; `number` is None if none is printed, `number_cell` is the cell of its first digit."""
 
     image: Image.Image
     shapes: tuple[Shape, ...]  # from left to right
@@ -75,22 +75,22 @@ class Scene:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about one scene (about two for the kind 'which') and its exact answer."""
+    """A question about one scene, or two for kind "which", and its exact answer."""
 
     kind: str
     language: str
     text: str
     answer: str
-    target: Shape | None = None  # what is asked for, where it is one thing
+    target: Shape | None = None  # the shape in question, if there is one
 
 
 def make_scene(seed: int) -> Scene:
-    """The scene of this seed."""
+    """The scene of `seed`."""
     rng = np.random.default_rng(seed)
     free = np.ones((GRID + 2, GRID + 2), dtype=bool)  # one cell of margin around
 
     def place(width: int, height: int) -> tuple[int, int] | None:
-        """A free place with a free cell around it, now taken; None if 40 tries found none."""
+        """Take a free rectangle with a free cell around it; None if 40 tries find none."""
         for _ in range(40):
             x, y = int(rng.integers(0, GRID - width + 1)), int(rng.integers(0, GRID - height + 1))
             if free[y : y + height + 2, x : x + width + 2].all():
@@ -153,7 +153,7 @@ def box_markup(box: tuple[int, int, int, int]) -> str:
 
 
 def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator) -> Question | None:
-    """A question of `kind` in "en" or "zh" about `scene`; None where the scene has nothing to ask it about."""
+    """A question of `kind` in "en" or "zh" about `scene`; None if the scene has nothing to ask about."""
     english = language == "en"
     target = scene.shapes[int(rng.integers(len(scene.shapes)))]
     name = target.name(language)
@@ -184,12 +184,12 @@ def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator) -> Que
         if scene.number is not None:
             answer += f", number {scene.number}" if english else f"，数字{scene.number}"
     else:
-        raise ValueError(f"no question kind {kind!r} about one scene; known are {KINDS[:-1]}")
+        raise ValueError(f"kind is {kind!r}, a question about one scene has one of {KINDS[:-1]}")
     return Question(kind, language, text, answer, target if kind in ("find", "at", "colour") else None)
 
 
 def ask_which(scenes: tuple[Scene, Scene], language: str, rng: np.random.Generator) -> Question | None:
-    """A question about which of two pictures shows a thing; None where no thing is on one of them only."""
+    """Which of two pictures shows a shape; None if no shape is on only one of them."""
     names = [{(shape.colour, shape.kind) for shape in scene.shapes} for scene in scenes]
     choices = [
         (index, shape)

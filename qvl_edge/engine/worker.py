@@ -10,17 +10,24 @@ import functools
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from qvl_edge.answer import Answer
-from qvl_edge.engine.engine import engine_error
+from qvl_edge.engine.engine import Engine, engine_error
 from qvl_edge.engine.request import Piece, Request
 from qvl_edge.errors import QueueFull, Stopped
 
-if TYPE_CHECKING:
-    from qvl_edge.runtime import Runtime
-
 PREFETCH = 2  # prepared requests that may wait for a slot: their image features are in memory
+
+
+class Model(Protocol):
+    """What a Worker needs of a Runtime."""
+
+    engine: Engine
+
+    def prepare(self, request: Request) -> Request:
+        """Turn what was asked into token ids and image features."""
+        ...
 
 
 class Worker:
@@ -29,7 +36,7 @@ class Worker:
     At most max_waiting requests wait for a slot, each has time_limit_s seconds from its submission to its end.
     """
 
-    def __init__(self, runtime: "Runtime", *, max_waiting: int = 32, time_limit_s: float = 300.0):
+    def __init__(self, runtime: Model, *, max_waiting: int = 32, time_limit_s: float = 300.0):
         self._runtime, self._engine = runtime, runtime.engine
         self._max_waiting, self._time_limit_s = max_waiting, time_limit_s
         self._submitted: queue.SimpleQueue[Request | None] = queue.SimpleQueue()

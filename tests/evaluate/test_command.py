@@ -40,8 +40,8 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(autouse=True)
-def cache(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+def cache(vit_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(vit_cache.parent))
 
 
 @pytest.fixture(scope="module")
@@ -70,6 +70,7 @@ def test_every_task_has_a_miniature_data_set() -> None:
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
+@pytest.mark.slow
 def test_every_task_runs_from_its_file_to_a_report(
     task: str, home: Path, loaded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -102,6 +103,7 @@ def test_every_task_runs_from_its_file_to_a_report(
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
 
+@pytest.mark.slow
 def test_a_killed_evaluation_started_again_gives_the_report_of_an_uninterrupted_one(home: Path, tmp_path: Path) -> None:
     data = miniature("synthetic", tmp_path / "data")
     whole = run(home, tmp_path / "whole", "synthetic", data)

@@ -16,6 +16,8 @@ from qvl_edge.evaluate.predict import content_of
 from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
 from qvl_edge.machine import commit
 
+pytestmark = pytest.mark.slow
+
 EXACT = 1e-4  # log-probabilities in float32, prompts cut into other chunks
 CHOSEN = "8g"
 
@@ -44,8 +46,8 @@ def test_float_diverges_from_itself_by_nothing_and_the_others_by_something(resul
     assert kept[DEFAULT]["kl_over_default"]["value"] == 0
 
 
-def test_the_perplexity_is_that_of_the_runtime_s_own_scores(out: Path, tmp_path: Path) -> None:
-    runtime = Runtime.from_pretrained(compression.CHECKPOINT, cache_dir=tmp_path)
+def test_the_perplexity_is_that_of_the_runtime_s_own_scores(out: Path, vit_cache: Path) -> None:
+    runtime = Runtime.from_pretrained(compression.CHECKPOINT, cache_dir=vit_cache)
     items = {item.id: item for item in SYNTHETIC.read(out / "scenes-4/scenes.jsonl", None)}
     lines = [json.loads(line) for line in next(out.glob(f"*-4/{FLOAT}.divergence.jsonl")).read_text().splitlines()]
     assert {line["id"].split("-")[0] for line in lines} == {"0", "3"}

@@ -21,14 +21,14 @@ SYSTEM = "You are a helpful assistant."
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    return Runtime.from_pretrained(GOLDEN / "tiny-a/checkpoint", cache_dir=tmp_path_factory.mktemp("vit"))
+def runtime(vit_cache: Path) -> Runtime:
+    return Runtime.from_pretrained(GOLDEN / "tiny-a/checkpoint", cache_dir=vit_cache)
 
 
 @pytest.fixture(scope="module")
-def runtime_of_128(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
+def runtime_of_128(vit_cache: Path) -> Runtime:
     """With a seq_length of 128: NTK and log-n are at work in longer passages."""
-    return Runtime.from_pretrained(GOLDEN / "tiny-long/checkpoint", cache_dir=tmp_path_factory.mktemp("vit"))
+    return Runtime.from_pretrained(GOLDEN / "tiny-long/checkpoint", cache_dir=vit_cache)
 
 
 @torch.inference_mode()

@@ -19,9 +19,8 @@ EXACT = 1e-4  # log-probabilities in float32, of a batch of another shape
 
 
 @pytest.fixture(scope="module")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    cache = tmp_path_factory.mktemp("cache")
-    return Runtime.from_pretrained(SMALL, device="cpu", slots=3, max_context=1024, cache_dir=cache)
+def runtime(vit_cache: Path) -> Runtime:
+    return Runtime.from_pretrained(SMALL, device="cpu", slots=3, max_context=1024, cache_dir=vit_cache)
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +43,7 @@ def predictor(runtime: Runtime, **generation) -> Predictor:
     return Predictor(runtime, chat_format="chatml", generation={"max_new_tokens": 48, **generation})
 
 
+@pytest.mark.slow
 def test_predictions_are_those_of_lone_runs(runtime: Runtime, items: list[Item]) -> None:
     found = predictor(runtime).predict(items)
     assert [one.id for one in found] == [item.id for item in items]
@@ -82,6 +82,7 @@ class Stops(Exception):
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 @pytest.mark.parametrize("torn", [False, True])
+@pytest.mark.slow
 def test_an_interrupted_run_ends_in_the_same_file(
     runtime: Runtime, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, torn: bool
 ) -> None:

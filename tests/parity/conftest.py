@@ -35,17 +35,17 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def at_home(home: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def at_home(home: Path, vit_cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Run where the snippets' relative paths lead somewhere; what is exported and cached stays there too."""
-    monkeypatch.setenv("XDG_CACHE_HOME", str(home / "cache"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(vit_cache.parent))
     monkeypatch.chdir(home)
     yield
 
 
 @pytest.fixture(scope="session")
-def runtime(home: Path) -> Runtime:
+def runtime(vit_cache: Path) -> Runtime:
     """The oracle: the small model asked with pictures beside the text, in no snippet's way."""
-    return Runtime.from_pretrained(SMALL, device="cpu", cache_dir=home / "cache/qvl_edge")
+    return Runtime.from_pretrained(SMALL, device="cpu", cache_dir=vit_cache)
 
 
 @pytest.fixture(scope="session")

@@ -36,7 +36,7 @@ from qvl_edge.text.conversations import read_samples
 
 from .conftest import CAPTION_TOKENS, assert_framed, pixels_of
 
-pytestmark = pytest.mark.usefixtures("at_home")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("at_home")]
 READ = {"README.md": "What number is printed?", "README_CN.md": "印着什么数字？"}
 FIND = {"README.md": "Find the {}.", "README_CN.md": "框出{}。"}
 LANGUAGE = {"README.md": "en", "README_CN.md": "zh"}

@@ -21,7 +21,7 @@ from qvl_edge.text.boxes import parse_boxes
 
 from .conftest import assert_framed, pixels_of
 
-pytestmark = pytest.mark.usefixtures("at_home")
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("at_home")]
 DESCRIBE = "描述这张图并框出图形。"
 History = list[tuple[str, str]]
 
@@ -32,9 +32,9 @@ def tokenizer() -> QWenTokenizer:
 
 
 @pytest.fixture(scope="module")
-def loaded(home: Path) -> QWenLMHeadModel:
+def loaded(vit_cache: Path) -> QWenLMHeadModel:
     return AutoModelForCausalLM.from_pretrained(
-        SMALL, device_map="cpu", trust_remote_code=True, cache_dir=home / "cache/qvl_edge"
+        SMALL, device_map="cpu", trust_remote_code=True, cache_dir=vit_cache
     ).eval()
 
 

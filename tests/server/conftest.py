@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from qvl_edge.server.engine import BatchEngine
 
 import qvl_edge.demo
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import Scene, make_scene
-from qvl_edge.server.engine import BatchEngine
 
 from .harness import Server, serving
 
@@ -17,8 +17,8 @@ SCENES = (2_100_000_011, 2_100_000_013, 2_100_000_014)  # a red diamond; a purpl
 
 
 @pytest.fixture(scope="session")
-def runtime(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    return Runtime.from_pretrained(CHECKPOINT, device="cpu", cache_dir=tmp_path_factory.mktemp("vit"))
+def runtime(vit_cache: Path) -> Runtime:
+    return Runtime.from_pretrained(CHECKPOINT, device="cpu", cache_dir=vit_cache)
 
 
 @pytest.fixture(scope="session")

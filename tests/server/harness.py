@@ -14,11 +14,11 @@ import httpx
 import openai
 import uvicorn
 from PIL import Image
+from qvl_edge.server.engine import ChatRequest, Delta, Engine, Event, Finished
 
 from qvl_edge.answer import Answer, Timing, Usage
 from qvl_edge.commands.serve import UVICORN
 from qvl_edge.server.api import Settings, create_app
-from qvl_edge.server.engine import ChatRequest, Delta, Engine, Event, Finished
 from qvl_edge.server.guard import Access
 from qvl_edge.text.boxes import parse_boxes
 

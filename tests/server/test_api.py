@@ -9,12 +9,12 @@ import httpx
 import openai
 import pytest
 from PIL import Image
+from qvl_edge.server.engine import BatchEngine, Delta, OutOfMemory, QueueFull, TimeLimit, TokenLogprob
 
 from qvl_edge.demo.scenes import Scene
 from qvl_edge.errors import PromptError
 from qvl_edge.runtime import Runtime
 from qvl_edge.server.chat import Limits
-from qvl_edge.server.engine import BatchEngine, Delta, OutOfMemory, QueueFull, TimeLimit, TokenLogprob
 
 from .harness import MODEL, ScriptedEngine, Server, data_uri, for_ever, picture, serving, text, until
 

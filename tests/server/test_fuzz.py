@@ -15,9 +15,9 @@ import httpx
 import pytest
 from conftest import write_small_checkpoint
 from PIL import Image
+from qvl_edge.server.engine import BatchEngine
 
 from qvl_edge.runtime import Runtime
-from qvl_edge.server.engine import BatchEngine
 
 from .harness import MODEL, data_uri, picture, serving, text, until
 
@@ -94,9 +94,10 @@ def mutated(body: dict[str, Any], rng: random.Random) -> bytes:
     return bytes(raw)
 
 
-def test_no_body_makes_a_500_and_the_next_request_is_answered(tmp_path: Path) -> None:
+@pytest.mark.slow
+def test_no_body_makes_a_500_and_the_next_request_is_answered(tmp_path: Path, vit_cache: Path) -> None:
     path = write_small_checkpoint(tmp_path / "checkpoint")
-    runtime = Runtime.from_pretrained(path, cache_dir=tmp_path / "cache", slots=4, max_context=512)
+    runtime = Runtime.from_pretrained(path, cache_dir=vit_cache, slots=4, max_context=512)
     expected = runtime.answer("hello", do_sample=False, max_new_tokens=8).text
     rng, found = random.Random(0), Counter[int]()
     engine = BatchEngine(runtime)

@@ -14,8 +14,8 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-
 from qvl_edge.server.engine import BatchEngine
+
 from qvl_edge.server.fetch import Fetcher, is_public
 from qvl_edge.server.media import Media
 from qvl_edge.server.refusal import Refusal

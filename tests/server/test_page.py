@@ -22,6 +22,8 @@ if CHROMIUM is None:
     pytest.skip("no Chromium here (apt-get install chromium)", allow_module_level=True)
 playwright = pytest.importorskip("playwright.sync_api")
 
+pytestmark = pytest.mark.slow
+
 FIRST_COLOUR = (230, 25, 75)  # the first of the palette
 DONE = ".answer[aria-busy=false]"
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import httpx
 import pytest
 from PIL import Image
+from qvl_edge.server.engine import BatchEngine
 
 from qvl_edge.__main__ import main
 from qvl_edge.runtime import Runtime
 from qvl_edge.server.chat import FIELDS, NEUTRAL, WITHOUT_EFFECT, Limits
-from qvl_edge.server.engine import BatchEngine
 from qvl_edge.server.openapi import document
 
 from .conftest import CHECKPOINT
@@ -25,6 +25,7 @@ from .harness import MODEL, ScriptedEngine, Server, data_uri, picture, serving
 SMALL = str(CHECKPOINT)
 
 
+@pytest.mark.slow
 def test_serve_answers_logs_no_content_and_stops_when_told(tmp_path: Path) -> None:
     environment = os.environ | {"XDG_CACHE_HOME": str(tmp_path), "QVL_EDGE_API_KEY": "from-the-environment"}
     arguments = [
@@ -97,6 +98,7 @@ def test_the_description_names_exactly_the_fields_that_are_read() -> None:
     assert request["properties"].keys() == FIELDS | WITHOUT_EFFECT | NEUTRAL.keys()
 
 
+@pytest.mark.slow
 def test_the_description_holds_when_the_api_is_fuzzed(tmp_path: Path) -> None:
     schemathesis = pytest.importorskip("schemathesis")
     hypothesis = pytest.importorskip("hypothesis")
@@ -131,6 +133,7 @@ def test_the_description_holds_when_the_api_is_fuzzed(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+@pytest.mark.slow
 def test_the_curl_lines_of_the_docs_work_as_they_stand(runtime: Runtime, tmp_path: Path) -> None:
     docs = (Path(__file__).parents[2] / "docs/server.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```sh\n(.*?)^```$", docs, re.S | re.M)

@@ -1,6 +1,7 @@
-"""Each kernel against its definition on small random operands: the relative norm error, for `doctor`.
+"""Each kernel against its definition on small random operands: the relative norm error.
 
-Odd sizes, so that the last tile is not full; 3 rows as in decoding, and 20 as in a prompt: another kernel on the GPU.
+Odd sizes, so that the last tile is not full; 3 rows as in decoding, and 20 as in a prompt, which is another kernel on
+the GPU.
 """
 
 from collections.abc import Callable
@@ -31,7 +32,7 @@ ON_CPU = ("int4_gemm", "int8_gemm")  # the others run as their definitions there
 
 
 class Operands:
-    """Random tensors on a device, the same at every call."""
+    """Random tensors on a device, the same in every test."""
 
     def __init__(self, device: str, backend: str):
         self.device, self.dtype = device, DTYPES[backend]
@@ -42,7 +43,7 @@ class Operands:
         return torch.randn(shape, device=self.device, generator=self._generator).to(self.dtype)
 
     def weight(self, outputs: int) -> Int4Weight:
-        """Levels, scales and zeros at random; products of normal x are about normal."""
+        """Random levels, scales and zeros; products with normal x are about normal."""
         groups = INPUTS // GROUP
 
         def integers(low: int, high: int, *shape: int) -> Tensor:
@@ -54,14 +55,14 @@ class Operands:
 
 
 def relative_error(found: Tensor, expected: Tensor) -> float:
-    """Norm of the difference by the norm of what is expected; infinite if anything is not finite."""
+    """Norm of the difference by that of `expected`; infinite if `found` is not finite."""
     if not bool(found.isfinite().all()):
         return float("inf")
     return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 def int4_gemm_error(device: str, backend: str) -> float:
-    """With a bias."""
+    """x W^T with a bias."""
     make = Operands(device, backend)
     weight, bias = make.weight(OUTPUTS), make.normal(OUTPUTS)
     packed = PACK[backend](weight)
@@ -76,16 +77,15 @@ def swiglu_error(device: str, backend: str) -> float:
     make = Operands(device, backend)
     weight = make.weight(2 * OUTPUTS)
     packed = PACK[backend](weight)
-    return max(
-        relative_error(
-            int4_gemm_swiglu(rows, packed, backend=backend).x, int4_gemm_swiglu(rows, weight, backend="torch").x
-        )
+    results = (
+        (int4_gemm_swiglu(rows, packed, backend=backend), int4_gemm_swiglu(rows, weight, backend="torch"))
         for rows in (Rows(make.normal(count, INPUTS)) for count in ROWS)
     )
+    return max(relative_error(found.x, expected.x) for found, expected in results)
 
 
 def residual_error(device: str, backend: str) -> float:
-    """The residual, and the rows that come of it."""
+    """The residual, and the normalized rows that follow from it."""
     make = Operands(device, backend)
     weight, norm = make.weight(OUTPUTS), make.normal(OUTPUTS)
     packed = PACK[backend](weight)
@@ -100,7 +100,7 @@ def residual_error(device: str, backend: str) -> float:
 
 
 def attention_error(device: str, backend: str) -> float:
-    """What is attended and what is appended, for one token and for several, on top of unequal lengths."""
+    """Attention and the appended cache, for one token and for several, on top of unequal lengths."""
     make = Operands(device, backend)
     heads, size, capacity = 2, 64, 64
     start = torch.tensor([0, 37], device=device)
@@ -120,7 +120,7 @@ def attention_error(device: str, backend: str) -> float:
 
 
 def int8_gemm_error(device: str, backend: str) -> float:
-    """As the head uses it."""
+    """As lm_head uses it."""
     make = Operands(device, backend)
     weight = quantize_int8(make.normal(OUTPUTS, INPUTS).float())
     packed = pack_for_cpu(weight) if backend == "cpu" else pack_for_triton(weight)

@@ -1,0 +1,87 @@
+"""The wheel holds all of the four rooms and nothing else, and runs outside the source tree."""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+ROOMS = ("kernels", "qvl_edge", "quantize", "export")
+BUILT_FROM = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the sources, as building leaves files behind; the wheel and the sdist are in its `dist`."""
+    folder = tmp_path_factory.mktemp("tree")
+    for room in (*ROOMS, "tests", "benchmarks", "examples"):
+        shutil.copytree(ROOT / room, folder / room, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in BUILT_FROM:
+        shutil.copy(ROOT / name, folder)
+    build = "from setuptools import build_meta as b; b.build_wheel('dist'); b.build_sdist('dist')"
+    subprocess.run([sys.executable, "-c", build], cwd=folder, check=True, capture_output=True)
+    return folder
+
+
+def files_of_rooms(tree: Path) -> set[str]:
+    return {str(file.relative_to(tree)) for room in ROOMS for file in (tree / room).rglob("*") if file.is_file()}
+
+
+def test_the_wheel_holds_every_file_of_the_rooms_and_nothing_else(tree: Path) -> None:
+    (wheel,) = (tree / "dist").glob("*.whl")
+    names = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
+    assert names == files_of_rooms(tree)
+    assert {name.partition("/")[0] for name in names} == set(ROOMS)
+    assert "qvl_edge/py.typed" in names and any(name.endswith("sm_86.json") for name in names)
+
+
+def test_the_sdist_holds_what_the_wheel_is_built_from(tree: Path) -> None:
+    (sdist,) = (tree / "dist").glob("*.tar.gz")
+    with tarfile.open(sdist) as archive:
+        names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
+    made = {name for name in names if name.startswith("qvl_edge.egg-info/")} | {"PKG-INFO", "setup.cfg"}
+    assert names - made == files_of_rooms(tree) | set(BUILT_FROM)
+
+
+@pytest.fixture(scope="module")
+def installed(tree: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An environment with the wheel, which finds the packages that it needs in this one."""
+    folder = tmp_path_factory.mktemp("user") / "venv"
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", folder], check=True)
+    (wheel,) = (tree / "dist").glob("*.whl")
+    install = ["-m", "pip", "--python", folder, "install", "--quiet", "--no-index", "--no-deps", wheel]
+    subprocess.run([sys.executable, *install], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # packages only: an editable install of the tree hangs on .pth files, which are not read in a folder that one names
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    return folder
+
+
+def run(installed: Path, *command: str) -> str:
+    """The output of a program of the environment, run beside it without this process's paths."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment["XDG_CACHE_HOME"] = str(installed.parent / "cache")
+    program = [str(installed / "bin" / command[0]), *command[1:]]
+    done = subprocess.run(program, cwd=installed.parent, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_every_room_comes_from_the_wheel(installed: Path) -> None:
+    code = f"import {', '.join(ROOMS)}\nfor room in ({', '.join(ROOMS)}): print(room.__file__)"
+    files = run(installed, "python", "-c", code).split()
+    assert len(files) == len(ROOMS) and all(Path(file).is_relative_to(installed) for file in files)
+
+
+def test_the_demo_runs_outside_the_tree(installed: Path) -> None:
+    output = run(installed, "qvl-edge", "demo", "--scenes", "1")
+    assert "answers are exact" in output and str(installed) in output  # the checkpoint of the wheel
+    assert (installed.parent / "demo-output/bundle/vit.onnx").is_file()
