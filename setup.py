@@ -11,6 +11,7 @@ RUNTIME = [
     "safetensors>=0.4.5",
     "tiktoken>=0.7",
     "filelock>=3.14",
+    "tqdm>=4.66",
     "psutil>=5.9",
 ]
 EXPORT = ["onnx>=1.17"]

@@ -15,10 +15,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from quantize.activations import Activations, writing
-from quantize.blocks import block_name, load_block, projection, run_block
-from quantize.calibration import embed_samples
-from quantize.progress import Tick
+from quantize.blocks import Tick, block_name, load_block, projection, run_block
+from quantize.calibration import Activations, embed_samples, writing
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import ConfigError
@@ -98,7 +96,7 @@ def compare_layers(
     lengths, width = [len(sample.ids) for sample in samples], config.hidden_size
     paths = [folder / "0.float32", folder / "0.float32"]  # what enters a block of the float model, and of the other
     with torch.inference_mode(), writing(paths[0], lengths, width) as put:
-        embed_samples(exact, samples, put, device=device, tick=tick)
+        embed_samples(exact, samples, put, device=device, say=lambda text: tick(0.0, text))
     for index in range(config.num_hidden_layers):
         with torch.inference_mode():
             float_block = load_block(exact, index, device)

@@ -23,11 +23,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quantize.shard import Layout, layout_bytes, write_shard
 from qvl_edge.checkpoint import SAFETENSORS_INDEX, VISUAL
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, QvlError
-from qvl_edge.files import check_free_space, copy_file, write_json
+from qvl_edge.files import Layout, check_free_space, copy_file, layout_bytes, write_json, write_shard
 from qvl_edge.model.loading import expected_tensors
 from qvl_edge.published import CONFIG, GENERATION, QUANTIZATION
 from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer

@@ -1,26 +1,39 @@
-"""Does the exported graph compute what the model does? Numbers, limits, and a report."""
+"""Does the exported graph compute what the model does? Both run side by side, stage by stage, against stated limits.
+
+The model in float32 takes 7.7 GB and a whole graph 2 to 4 GB. A stage is a block: with one in memory at a time, a
+full-size tower needs some hundred megabytes. Sessions have the options of vision/encoder.py, so that a CPU later
+computes what was compared.
+
+onnxruntime computes float16 products on a CPU in float32 and drops the rounding in between. So that a value past
+float16's range is seen here and not first on a GPU, every stage also returns the largest of the values it computes.
+"""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnx
+import onnxruntime as ort
 import torch
+from onnx import helper
 from torch import Tensor
 
-from export.stages import run_definition, run_graph, stage_names
-from export.weights import TensorSource
-from qvl_edge.config import VisualConfig
+from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.errors import ParityError
-from qvl_edge.vision.encoder import self_test_pixels
+from qvl_edge.model.streaming import stream_vision
+from qvl_edge.vision.encoder import cpu_options, self_test_pixels
 
 IMAGES = "noise, waves and squares"
+_STAGE_FILE = "vit.stage.onnx"  # beside the data file while a stage runs
+_COMPUTING = ("Add", "Gelu", "LayerNormalization", "MatMul", "MatMulNBits", "MultiHeadAttention")
 
 
 @dataclass(frozen=True)
 class Limit:
-    """What features must keep to: the worst row's cosine at least, ‖difference‖ / ‖features‖ at most."""
+    """What the features must meet: at least this cosine in the worst row, at most this ‖difference‖ / ‖features‖."""
 
     cosine: float
     relative: float
@@ -72,31 +85,31 @@ class Difference:
 
 @dataclass(frozen=True)
 class Parity:
-    """The outcome: `features` decides, `stages` says where a difference begins."""
+    """The result: `features` decides, `stages` shows where a difference begins."""
 
     dtype: str
     features: Difference
     stages: tuple[Difference, ...]
-    self_test_features: Tensor  # (256, output_dim) of self_test_pixels, as the graph gave them
+    self_test_features: Tensor  # (256, output_dim) of self_test_pixels, as the graph computes them
 
     @property
     def passed(self) -> bool:
-        """Whether the features keep to the limit of this dtype and all that was computed is finite; NaN fails both."""
+        """Whether the features meet the limit of this dtype and every computed value is finite; NaN fails both."""
         limit = LIMITS[self.dtype]
         finite = all(math.isfinite(stage.range) for stage in self.stages)
         return finite and self.features.cosine_min >= limit.cosine and self.features.relative <= limit.relative
 
     def summary(self) -> dict[str, Any]:
-        """For the manifest: figures and limits."""
+        """Figures and limits, for the manifest."""
         figures = {name: value for name, value in asdict(self.features).items() if name != "stage"}
         return {**figures, "limits": asdict(LIMITS[self.dtype]), "images": IMAGES}
 
     def report(self, *, per_layer: bool = False) -> str:
-        """Lines for people."""
+        """A table to read: the features, or with per_layer every stage."""
         limit = LIMITS[self.dtype]
         rows = self.stages if per_layer else (self.features,)
         lines = [
-            f"parity of {self.dtype} with the definition in float32, on {IMAGES}",
+            f"parity of {self.dtype} with the PyTorch model in float32, on {IMAGES}",
             f"{'stage':<10} {'cosine min':>10} {'mean':>10} {'largest |Δ|':>12} {'relative':>10} {'max |x|':>10}",
             *(
                 f"{row.stage:<10} {row.cosine_min:>10.6f} {row.cosine_mean:>10.6f} {row.largest:>12.3e} "
@@ -119,38 +132,92 @@ def probe_pixels(image_size: int) -> Tensor:
     return torch.cat([self_test_pixels(image_size), noise[None], squares])
 
 
+def cut_stages(model: onnx.ModelProto) -> Iterator[onnx.ModelProto]:
+    """The model cut after each tensor that its value_info lists: every node is in one stage, in the same order."""
+    graph = model.graph
+    ends = {info.name: info for info in [*graph.value_info, *graph.output]}
+    known = {info.name: info for info in [*graph.input, *ends.values()]}
+    initializers = {tensor.name: tensor for tensor in graph.initializer}
+    nodes: list[onnx.NodeProto] = []
+    for node in graph.node:
+        nodes.append(node)
+        if node.output[0] not in ends:
+            continue
+        made = {output for inner in nodes for output in inner.output}
+        used = dict.fromkeys(name for inner in nodes for name in inner.input if name not in made)
+        stage = helper.make_graph(
+            nodes,
+            "stage",
+            [known[name] for name in used if name not in initializers],
+            [ends[node.output[0]]],
+            [initializers[name] for name in used if name in initializers],
+        )
+        yield helper.make_model(stage, opset_imports=model.opset_import, ir_version=model.ir_version)
+        nodes = []
+
+
+def run_graph(path: Path, pixels: Tensor) -> Iterator[tuple[Tensor, float]]:
+    """Run the graph at `path` on the CPU, each stage on the output of the one before it.
+
+    Yields the output of every stage, float32, and the largest magnitude of all values computed in it (infinite where a
+    float16 value left its range).
+    """
+    model = onnx.load(str(path), load_external_data=False)
+    values: dict[str, Any] = {"pixels": pixels.numpy()}
+    options = cpu_options(next((entry.value for entry in model.metadata_props if entry.key == "dtype"), None))
+    stage_path = path.with_name(_STAGE_FILE)  # a session finds the weights beside its file
+    for stage in cut_stages(model):
+        output = stage.graph.output[0].name
+        extra = [node.output[0] for node in stage.graph.node if node.op_type in _COMPUTING and node.output[0] != output]
+        stage.graph.output.extend(onnx.ValueInfoProto(name=name) for name in extra)
+        try:
+            stage_path.write_bytes(stage.SerializeToString())
+            session = ort.InferenceSession(str(stage_path), options, providers=["CPUExecutionProvider"])
+        finally:
+            stage_path.unlink(missing_ok=True)
+        rows, largest = [], 0.0
+        for index in range(len(pixels)):  # one image at a time: the extra outputs of a full-size block take 170 MB each
+            inputs = {info.name: values[info.name][index : index + 1] for info in stage.graph.input}
+            row, *computed = session.run([output, *extra], inputs)
+            rows.append(row)
+            # np.maximum and not max(): it keeps a NaN
+            largest = float(np.maximum.reduce([largest, *(np.abs(array).max() for array in (row, *computed))]))
+        values = {"pixels": values["pixels"], output: np.concatenate(rows)}
+        del session, row, computed  # or they would stay until the next session is open
+        yield torch.from_numpy(values[output]), largest
+
+
 def compare(
-    source: TensorSource,
-    visual: VisualConfig,
-    path: Path,
-    dtype: str,
-    *,
-    progress: Callable[[str], None] = lambda _: None,
+    checkpoint: Checkpoint, path: Path, dtype: str, *, progress: Callable[[str], None] = lambda _: None
 ) -> Parity:
-    """Run the graph at `path` and the definition over `source`, stage by stage, on `probe_pixels`."""
+    """Run the graph at `path` and the checkpoint's own vision tower, stage by stage, on `probe_pixels`."""
+    visual = checkpoint.config.visual
     pixels = probe_pixels(visual.image_size)
-    names, outputs = iter(stage_names(visual)), run_graph(path, pixels)
+    names = ["ln_pre", *(f"block {index}" for index in range(visual.layers)), "features"]  # each ends a stage
+    outputs = run_graph(path, pixels)
     stages: list[Difference] = []
     latest = pixels
 
-    def on_stage(expected: Tensor) -> None:
+    def on_stage(stage: int, expected: Tensor) -> None:
         nonlocal latest
         latest, largest_computed = next(outputs)
-        stages.append(Difference.of(next(names), latest, expected, largest_computed))
-        progress(f"compared {stages[-1].stage}")
+        stages.append(Difference.of(names[stage], latest, expected, largest_computed))
+        progress(f"compared {names[stage]}")
 
-    run_definition(source, visual, pixels, on_stage)
+    tower = stream_vision(checkpoint, on_stage=on_stage)
+    with torch.inference_mode():
+        on_stage(len(names) - 1, tower(pixels))
     return Parity(dtype, stages[-1], tuple(stages), latest[0])
 
 
 def require(parity: Parity) -> None:
-    """ParityError unless it passed; it names the first stage that is not finite, or where the error grows most."""
+    """ParityError unless it passed: names the first stage that is not finite, or the one where the error grows most."""
     if parity.passed:
         return
     for stage in parity.stages:
         if not math.isfinite(stage.range):
             raise ParityError(
-                f"the {parity.dtype} graph reaches values past the range of its numbers (float16 ends at 65504) in "
+                f"the {parity.dtype} graph computes values beyond the range of its dtype (float16 ends at 65504) in "
                 f"{stage.stage}. Nothing was written. Export with --dtype float32"
             )
     errors = [1e-9, *(stage.relative for stage in parity.stages)]  # 1e-9: below float32's rounding
@@ -159,7 +226,7 @@ def require(parity: Parity) -> None:
     limit = LIMITS[parity.dtype]
     raise ParityError(
         f"the {parity.dtype} graph does not compute what the model does: cosine {parity.features.cosine_min:.6f} in "
-        f"the worst row (at least {limit.cosine} is asked for), relative error {parity.features.relative:.3g} (at most "
+        f"the worst row (at least {limit.cosine} is required), relative error {parity.features.relative:.3g} (at most "
         f"{limit.relative}). The error grows most in {worst}. Nothing was written. See every stage with --per-layer; a "
         "wider --dtype loses less"
     )

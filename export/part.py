@@ -1,4 +1,4 @@
-"""The part "vit" of a bundle: written into a work folder, compared with the definition, then put in place."""
+"""The part "vit" of a bundle: written to a temporary folder, compared with the PyTorch model, then moved into place."""
 
 import os
 import shutil
@@ -11,21 +11,18 @@ from pathlib import Path
 
 import onnx
 
-from export.external import ALIGNMENT, ExternalData
-from export.graph import OPSET, build_vit
+from export.graph import OPSET, TensorSource, VisualWeights, build_vit
 from export.parity import Parity, compare, require
-from export.precision import Precision
-from export.weights import TensorSource, VisualWeights
+from export.precision import ALIGNMENT, ExternalData, Precision
 from qvl_edge.bundle import VIT, VIT_DATA, add_part, check_same_source
 from qvl_edge.checkpoint import VISUAL, Checkpoint
-from qvl_edge.config import IMAGE_TOKENS, VisualConfig
+from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import BundleError
 from qvl_edge.files import check_free_space, replacing
 from qvl_edge.model.loading import check_tensors, expected_tensors
 from qvl_edge.vision.encoder import self_test_values
 
-Progress = Callable[[str], None]
-WORK_PREFIX = ".vit-"
+_WORK_PREFIX = ".vit-"
 _ABANDONED = 3600  # seconds without a write: a killed export left it; a running one writes every few seconds
 
 
@@ -35,20 +32,20 @@ def export_vit(
     *,
     dtype: str = "float16",
     block_size: int | None = None,
-    progress: Progress | None = None,
+    progress: Callable[[str], None] = lambda _: None,
     on_parity: Callable[[Parity], None] | None = None,
     weights: TensorSource | None = None,
 ) -> Parity:
     """Export the vision tower of `checkpoint` (float or Int4: it is float in both) as the part "vit" of `folder`.
 
     dtype: "float16", "float32", "int8" or "int4" (see export.precision); block_size of the last two. on_parity gets the
-    outcome before it is judged. weights: what the graph is made of, if not the checkpoint's own tensors, under the
-    same names; it is compared with the checkpoint all the same.
+    result before it is judged. weights: tensors to build the graph from instead of the checkpoint's own, under the same
+    names; the comparison is with the checkpoint all the same.
 
-    `folder` is made if needed and may hold the decoder of the same model. What is there stays until the new files have
+    `folder` is made if needed and may hold the decoder of the same model. Its files stay until the new ones have
     passed. ParityError, BundleError, CheckpointError and ConfigError leave nothing behind.
     """
-    folder, say = Path(folder), progress or (lambda _: None)
+    folder = Path(folder)
     visual, precision = checkpoint.config.visual, Precision.of(dtype, block_size)
     check_tensors(checkpoint, decoder=False)
     if folder.exists() and folder.resolve() == checkpoint.path.resolve():
@@ -64,18 +61,25 @@ def export_vit(
             "patch_size": str(visual.patch_size),
             "output_dim": str(visual.output_dim),
         }
-        _write(work, visual, weights or checkpoint, precision, metadata, say)
-        say("comparing with the definition in float32")
-        parity = compare(checkpoint, visual, work / VIT, dtype, progress=say)
+        with replacing(work / VIT_DATA) as partial, open(partial, "wb") as file:
+            source, data = VisualWeights(weights or checkpoint, visual), ExternalData(file, VIT_DATA)
+            model = build_vit(source, data, precision, metadata=metadata, progress=progress)
+        _save(model, work / VIT)
+        progress("comparing with the PyTorch model in float32")
+        parity = compare(checkpoint, work / VIT, dtype, progress=progress)
         if precision.accuracy_level and not parity.passed:
-            say("int8 activations on the CPU lose too much with these weights; comparing with float16 ones")
+            progress("int8 activations on the CPU lose too much with these weights; comparing with float16 ones")
             precision = replace(precision, accuracy_level=0)
-            _set_accuracy_level(work / VIT, 0)
-            parity = compare(checkpoint, visual, work / VIT, dtype, progress=say)
+            for node in model.graph.node:  # the weights are the same at any level
+                for attribute in node.attribute:
+                    if attribute.name == "accuracy_level":
+                        attribute.i = precision.accuracy_level
+            _save(model, work / VIT)
+            parity = compare(checkpoint, work / VIT, dtype, progress=progress)
         if on_parity:
             on_parity(parity)
         require(parity)
-        # Without its graph a data file is not used: stopped between these lines, the bundle names the command to run.
+        # Without its graph a data file is unused: stopped between these lines, the bundle names the command to run.
         (folder / VIT).unlink(missing_ok=True)
         for name in (VIT_DATA, VIT):
             (work / name).replace(folder / name)
@@ -87,40 +91,13 @@ def export_vit(
     return parity
 
 
-def _write(
-    work: Path,
-    visual: VisualConfig,
-    source: TensorSource,
-    precision: Precision,
-    metadata: dict[str, str],
-    progress: Progress,
-) -> None:
-    with replacing(work / VIT_DATA) as partial, open(partial, "wb") as file:
-        model = build_vit(
-            visual,
-            VisualWeights(source, visual),
-            ExternalData(file, VIT_DATA),
-            precision,
-            metadata=metadata,
-            progress=progress,
-        )
-    with replacing(work / VIT) as partial:
-        partial.write_bytes(model.SerializeToString(deterministic=True))
-
-
-def _set_accuracy_level(path: Path, level: int) -> None:
-    """Of every MatMulNBits of the graph at `path`; its weights are the same at any level."""
-    model = onnx.load(str(path), load_external_data=False)
-    for node in model.graph.node:
-        for attribute in node.attribute:
-            if attribute.name == "accuracy_level":
-                attribute.i = level
+def _save(model: onnx.ModelProto, path: Path) -> None:
     with replacing(path) as partial:
         partial.write_bytes(model.SerializeToString(deterministic=True))
 
 
 def data_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
-    """Bytes that vit.onnx.data takes at most; some percent too many."""
+    """Upper bound for the bytes of vit.onnx.data, some percent too high."""
     visual = checkpoint.config.visual
     shapes = expected_tensors(checkpoint.config, decoder=False)
     products = {name: shape for name, shape in shapes.items() if len(shape) == 2}
@@ -139,21 +116,20 @@ def data_bytes(checkpoint: Checkpoint, precision: Precision) -> int:
 
 @contextmanager
 def _work_folder(folder: Path) -> Iterator[Path]:
-    """An empty folder inside `folder` while the context lasts; `folder` itself is made, and unmade on error."""
+    """A temporary folder inside `folder`, which is made, and removed again on error if it is empty."""
     made = not folder.exists()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for left in folder.glob(f"{WORK_PREFIX}*"):
+        for left in folder.glob(f"{_WORK_PREFIX}*"):
             if time.time() - left.stat().st_mtime > _ABANDONED:
                 shutil.rmtree(left, ignore_errors=True)
-        work = Path(tempfile.mkdtemp(prefix=WORK_PREFIX, dir=folder))
+        temporary = tempfile.TemporaryDirectory(prefix=_WORK_PREFIX, dir=folder, ignore_cleanup_errors=True)
     except OSError as error:
         raise BundleError(f"{folder} cannot be written to: {error.strerror or error}; choose another folder") from None
     try:
-        yield work
+        with temporary as work:
+            yield Path(work)
     except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
         if made and not os.listdir(folder):
             folder.rmdir()
         raise
-    shutil.rmtree(work, ignore_errors=True)

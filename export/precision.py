@@ -1,20 +1,22 @@
-"""How numbers are kept in the exported graph, and the block layout of weights in 8 or 4 bits.
+"""How numbers are stored in the exported graph: its dtypes, weights in blocks of 8 or 4 bits, and the data file.
 
-    float32   all of it
+    float32   everything
     float16   weights, matrix products and attention; the residual stream and every LayerNorm are float32
     int8      as float16, but the weights of matrix products are 8 bits, a scale and a zero point per 128; on a CPU
               their activations too, unless the comparison shows that it loses too much
     int4      as float16, but the weights of matrix products are 4 bits, a scale and a zero point per 32
 
-Pixels come in and features go out in float32 always. The residual stream is the one place where values of many layers
-add up, so it alone could leave float16's range (65504); in float32 it cannot, for two Casts a block.
-float16 products of 8- and 4-bit weights run on onnxruntime's CPU and CUDA providers alike.
+Pixels and features are always float32. The residual stream is the one place where values of many layers add up, so it
+alone could leave float16's range (65504); in float32 it cannot, at the cost of two Casts per block. float16 products of
+8- and 4-bit weights run on onnxruntime's CPU and CUDA providers alike.
 """
 
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import torch
 import torch.nn.functional as F
+from onnx import TensorProto, helper
 from torch import Tensor
 
 from qvl_edge.errors import ConfigError
@@ -28,10 +30,11 @@ ALLOWED_BLOCK_SIZES = (16, 32, 64, 128, 256)  # MatMulNBits: a power of two, 16 
 BITS = {"int8": 8, "int4": 4}
 DTYPES = ("float16", "float32", "int8", "int4")
 # An accuracy_level of MatMulNBits (onnxruntime, ContribOperators.md): the CPU provider also rounds the activations to
-# 8 bits, each block with a scale of its own; the CUDA provider does not read it. Without it every product first turns
-# its weights into float32. Four blocks and the resampler at full width, CPU seconds an image (onnxruntime 1.32, AVX-512
-# with VNNI): int8 1.6 instead of 3.3, and 2.3 in float32; int4 2.1 instead of 2.3, for 40 % more memory.
+# 8 bits, each block with a scale of its own; the CUDA provider ignores it. Without it every product first converts its
+# weights to float32. Four blocks and the resampler at full width, CPU seconds per image (onnxruntime 1.32, AVX-512 with
+# VNNI): int8 1.6 instead of 3.3, and 2.3 in float32; int4 2.1 instead of 2.3, for 40 % more memory.
 INT8_ACTIVATIONS = 4
+ALIGNMENT = 4096  # bytes: a page, as onnx.proto recommends for mmap
 
 
 @dataclass(frozen=True)
@@ -91,3 +94,27 @@ def _pack_bits(levels: Tensor, bits: int) -> Tensor:
         return levels
     levels = F.pad(levels, (0, levels.shape[-1] % 2))
     return levels[..., ::2] | levels[..., 1::2] << 4
+
+
+class ExternalData:
+    """ONNX external data: tensors written one at a time to `file`, which the graph calls `location` (a bare file name).
+
+    Layout (onnx.proto, "TensorProto.external_data"): raw little-endian values, row-major; the graph names file, offset
+    and length of each tensor. Offsets are multiples of ALIGNMENT so that a runtime can map the file.
+    """
+
+    def __init__(self, file: BinaryIO, location: str):
+        self._file, self._location, self._offset = file, location, 0
+
+    def add(self, name: str, tensor: Tensor) -> TensorProto:
+        """Write `tensor` (CPU; float32, float16 or uint8) and return the initializer that points to it."""
+        array = tensor.contiguous().numpy()
+        padding = -array.nbytes % ALIGNMENT
+        self._file.write(array.data)
+        self._file.write(bytes(padding))
+        found = TensorProto(name=name, data_type=helper.np_dtype_to_tensor_dtype(array.dtype), dims=array.shape)
+        found.data_location = TensorProto.EXTERNAL
+        for key, value in (("location", self._location), ("offset", self._offset), ("length", array.nbytes)):
+            found.external_data.add(key=key, value=str(value))
+        self._offset += array.nbytes + padding
+        return found

@@ -12,7 +12,7 @@ from pathlib import Path
 from export.part import export_vit
 from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
 from qvl_edge.bundle import VIT, VIT_DATA
-from qvl_edge.commands.loading import add_source
+from qvl_edge.commands.loading import add_source, say
 from qvl_edge.errors import QvlError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
@@ -23,34 +23,30 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 0 on success, 1 on a QvlError, 130 when stopped."""
     args = _parser().parse_args(argv)
     try:
-        folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=_say)
+        folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=say)
         export_vit(
             open_checkpoint(folder, args.lora),
             args.bundle,
             dtype=args.dtype,
             block_size=args.block_size,
-            progress=_say,
+            progress=say,
             on_parity=lambda parity: print(parity.report(per_layer=args.per_layer), flush=True),
         )
     except QvlError as error:
-        _say(f"error: {error}")
+        say(f"error: {error}")
         return 1
     except KeyboardInterrupt:
-        _say(f"stopped; {args.bundle} is as it was. Run the same command again to start anew")
+        say(f"stopped; {args.bundle} is unchanged. Run the same command again to start over")
         return 130
     size = sum((args.bundle / name).stat().st_size for name in (VIT, VIT_DATA))
     peak = f"took {peak_host_bytes() / 1e9:.2f} GB of memory at most"
-    _say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB; {peak}")
+    say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB; {peak}")
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
     description, _, notes = (__doc__ or "").strip().split("\n\n")
-    parser = argparse.ArgumentParser(
-        prog="python -m export.vit",
-        description=description,
-        epilog=notes,
-    )
+    parser = argparse.ArgumentParser(prog="python -m export.vit", description=description, epilog=notes)
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or OWNER/NAME on a hub")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write to; made if needed")
     add_source(parser)
@@ -65,10 +61,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--per-layer", action="store_true", help="report the comparison after every block")
     return parser
-
-
-def _say(line: str) -> None:
-    print(line, file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

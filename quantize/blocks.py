@@ -1,6 +1,6 @@
 """One decoder block: collect Hessians in the order its projections run, quantize them, run the quantized block."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -8,26 +8,38 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kernels.rotary_attention_torch import rotate
-from quantize.parts import load_part
-from quantize.progress import LayerReport, Tick
-from quantize.solver import (
-    FULL,
-    Hessian,
-    Method,
-    Quantized,
-    output_energy,
-    quantize_weight,
-    relative_error,
-    round_weight,
-)
+from quantize.grid import Quantized, round_weight
+from quantize.solver import FULL, Hessian, Method, output_energy, quantize_weight, relative_error
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import CalibrationError, CheckpointError
 from qvl_edge.model.decoder import Attend, QWenBlock, logn_scale, ntk_alpha, rotary_tables
 from qvl_edge.model.loading import QUANTIZED
+from qvl_edge.model.streaming import load_part
 
 STAGES = (("attn.c_attn",), ("attn.c_proj",), ("mlp.w1", "mlp.w2"), ("mlp.c_proj",))
-"""Projections that share an input stand together; with true_sequential a stage sees the earlier ones quantized."""
+"""Projections that share an input form a stage; with true_sequential a stage sees the earlier ones quantized."""
+_NORMS = {"attn.c_attn": "ln_1", "mlp.w1": "ln_2"}  # stages whose input is a norm's output
+
+Tick = Callable[[float, str], None]
+"""tick(share, text): the share of the block that is done (0 … 1), and what is running."""
+
+
+@dataclass(frozen=True)
+class LayerReport:
+    """What quantizing one projection cost. Errors are relative squared ones.
+
+    error: |(W - Q) X|² / |W X|² over the calibration inputs X as they arrive (from earlier layers already quantized);
+    with --round-to-nearest, which has no inputs, |W - Q|² / |W|².
+    """
+
+    name: str  # transformer.h.0.attn.c_attn
+    in_features: int
+    out_features: int
+    error: float
+    round_to_nearest_error: float  # the same for what --round-to-nearest would write
+    damp_percent: float | None = None  # above the setting where the Hessian needed more; None without a Hessian
+    dead_channels: int = 0  # inputs that were 0 in every sample
 
 
 @dataclass(frozen=True)
@@ -35,11 +47,8 @@ class Streams:
     """The float model's residual stream (T, hidden) on each sample: before a block, inside, after it."""
 
     before: Sequence[Tensor]
-    middle: Sequence[Tensor]  # what the attention left, before the MLP
+    middle: Sequence[Tensor]  # after the attention, before the MLP
     after: Sequence[Tensor]
-
-
-_NORMS = {"attn.c_attn": "ln_1", "mlp.w1": "ln_2"}  # stages whose input a norm gives
 
 
 class _Stop(Exception):
@@ -90,7 +99,7 @@ def load_block(checkpoint: Checkpoint, index: int, device: torch.device | str) -
 
 
 def _run(block: QWenBlock, config: Config, sample: Tensor, device: torch.device | str) -> Tensor:
-    """The block's output (T, hidden) on one sample, on `device`; its input if a hook ended the pass."""
+    """The block's output (T, hidden) on one sample, on `device`; its input if a hook raised _Stop."""
     x = sample.to(device)[None]
     try:
         return block(x, causal_attention(config, len(sample), device))[0]
@@ -99,8 +108,8 @@ def _run(block: QWenBlock, config: Config, sample: Tensor, device: torch.device 
 
 
 def _missing(block: QWenBlock, layer: str, streams: Streams, number: int, x: Tensor) -> Tensor:
-    """What the float model has more than this one on a sample: of the input (T, K) behind a norm, else of the output
-    (T, N) that the inputs x (T, K) give."""
+    """The float model's values minus this one's on a sample: of the input x (T, K) behind a norm, else of the output
+    (T, N) on x."""
     before, middle = (stream[number].to(x) for stream in (streams.before, streams.middle))
     if layer in _NORMS:
         return block.get_submodule(_NORMS[layer])(before if layer == "attn.c_attn" else middle) - x
@@ -119,7 +128,7 @@ def collect_moments(
     tick: Tick,
 ) -> dict[str, tuple[Hessian, Tensor | None]]:
     """The Hessian of each stage's input x, by the stage's first projection, and with `streams` the sum of d x.T, d
-    being that of _missing. Nothing later than the last stage's input is computed.
+    being what `_missing` returns. The forward pass ends at the last stage's input.
     """
     found: dict[str, tuple[Hessian, Tensor | None]] = {}
     number, hooks = 0, []
@@ -169,8 +178,8 @@ def quantize_block(
 ) -> tuple[dict[str, Quantized], list[LayerReport]]:
     """GPTQ on the five projections of block `index`, whose weights become the quantized ones in place.
 
-    inputs: (T, hidden) float32 a sample. streams: the float model's, to whose activations the projections are to come
-    back. Returns the projections by name ("attn.c_attn") and what each cost.
+    inputs: (T, hidden) float32 per sample. streams: the float model's, whose activations the projections are solved
+    for. Returns the projections by name ("attn.c_attn") and what each cost.
     """
     quantized: dict[str, Quantized] = {}
     reports: list[LayerReport] = []
@@ -193,9 +202,9 @@ def quantize_block(
             name = f"{block_name(index)}.{layer}"
             module = projection(block, layer)
             weight = module.weight
-            aside = weight @ drift if drift is not None and stage[0] in _NORMS else drift
-            result = quantized[layer] = quantize_weight(weight, hessian, quant, drift=aside, method=method, name=name)
-            del aside
+            owed = weight @ drift if drift is not None and stage[0] in _NORMS else drift
+            result = quantized[layer] = quantize_weight(weight, hessian, quant, drift=owed, method=method, name=name)
+            del owed
             whole = output_energy(weight, hessian)
             rounded = round_weight(weight, quant, name=name).weight()
             rounding_error = relative_error(weight, rounded, hessian, whole=whole)
@@ -249,8 +258,7 @@ def run_block(
 def run_float(
     block: QWenBlock, config: Config, index: int, inputs: Sequence[Tensor], device: torch.device | str, tick: Tick
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """The float model's residual stream after the block's attention and after the block, on each of `inputs`; as
-    run_block."""
+    """As run_block, the float model's residual stream after the block's attention and after the block."""
     middle: list[Tensor] = []
     hook = block.ln_2.register_forward_pre_hook(lambda module, arguments: middle.append(arguments[0][0]))
     try:
@@ -271,7 +279,7 @@ def _check_output(output: Tensor, index: int, number: int) -> None:
 def block_tensors(
     block: QWenBlock, checkpoint: Checkpoint, index: int, quantized: dict[str, Quantized], quant: QuantConfig
 ) -> dict[str, Tensor]:
-    """A block's tensors for the disk: norms as in the source; a bias for every projection, as auto-gptq has it."""
+    """A block's tensors as written: norms as in the source; a bias for every projection, as in auto-gptq's files."""
     prefix = block_name(index)
     tensors = {f"{prefix}.{norm}.weight": checkpoint[f"{prefix}.{norm}.weight"] for norm in ("ln_1", "ln_2")}
     for layer, result in quantized.items():

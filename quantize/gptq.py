@@ -1,34 +1,45 @@
 """Make the int4 decoder of a bundle:  python -m quantize.gptq CHECKPOINT BUNDLE --calibration conversations.json
 
 CHECKPOINT is Qwen-VL, Qwen-VL-Chat or a fine-tune of them (quantized by GPTQ), or Qwen-VL-Chat-Int4 (checked, copied):
-its folder, or its name on a hub (Qwen/Qwen-VL-Chat), from which it is fetched.
-The per-layer table goes to stdout, progress to stderr. Stopped at any moment, the same command goes on where it was.
+its folder, or its name on a hub (Qwen/Qwen-VL-Chat), from which it is downloaded.
+The per-layer table goes to stdout, progress to stderr. Stopped at any moment, the same command resumes.
 """
 
 import argparse
+import io
 import sys
 import time
 from pathlib import Path
+from typing import TextIO
 
-from quantize.job import Result, check_device, default_device, quantize_checkpoint
-from quantize.progress import Event, LayerReport
+from tqdm import tqdm
+
+from quantize.job import Event, Result, quantize_checkpoint
 from quantize.repack import repack_checkpoint
 from qvl_edge.bundle import COMMANDS, VIT, read_manifest
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands.loading import add_source
 from qvl_edge.config import QuantConfig
+from qvl_edge.engine.device import find_device
 from qvl_edge.errors import CalibrationError, ConfigError, QvlError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
-from qvl_edge.text.conversations import EXAMPLE, Sample, check_tokenizer, read_samples
-from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
+from qvl_edge.text.conversations import EXAMPLE, Sample, read_samples
+from qvl_edge.text.tokenizer import Tokenizer
 
-_QUANT_OPTIONS = ("bits", "group_size", "damp_percent", "desc_act", "static_groups", "sym", "true_sequential")
+QUANT_OPTIONS = {  # fields of QuantConfig, in GPTQ's own names
+    "bits": "bits per weight",
+    "group_size": "input channels that share one scale: a multiple of 32, or -1 for all of them",
+    "damp_percent": "share of the Hessian's mean diagonal that is added to it",
+    "desc_act": "quantize channels in descending order of activation",
+    "static_groups": "fix all scales before the first column is quantized",
+    "sym": "zero point is the middle level",
+    "true_sequential": "later projections of a block see the quantized earlier ones",
+}
 
 
 def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     """The command line; options of QuantConfig that were not given are None."""
-    default = QuantConfig()
     parser = argparse.ArgumentParser(
         prog="python -m quantize.gptq",
         description=(__doc__ or "").split("\n", 1)[1],
@@ -42,87 +53,80 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--calibration", type=Path, metavar="FILE", help="conversations (.json, .jsonl) or texts (.jsonl, .txt)"
     )
-    data.add_argument("--samples", type=int, default=128, help="at most this many of its entries (default: 128)")
-    data.add_argument("--seqlen", type=int, default=2048, help="at most this many tokens each (default: 2048)")
-    data.add_argument("--seed", type=int, default=0, help="chooses the entries of a longer file (default: 0)")
+    data.add_argument("--samples", type=int, default=128, help="use at most this many of its entries (default: 128)")
+    data.add_argument("--seqlen", type=int, default=2048, help="cut each to this many tokens (default: 2048)")
+    data.add_argument("--seed", type=int, default=0, help="selects the entries of a longer file (default: 0)")
     data.add_argument("--round-to-nearest", action="store_true", help="no calibration: for comparison, less exact")
-    quant = parser.add_argument_group("quantization")
-    quant.add_argument("--bits", type=int, choices=(4, 8), help=f"default: {default.bits}")
-    quant.add_argument("--group-size", type=int, help=f"-1 or a multiple of 32 (default: {default.group_size})")
-    quant.add_argument("--damp-percent", type=float, help=f"default: {default.damp_percent}")
-    for option, text in (
-        ("desc-act", "take channels in the order of falling activation"),
-        ("static-groups", "fix all scales before the first column is quantized"),
-        ("sym", "zero point is the middle level"),
-        ("true-sequential", "later projections of a block see the quantized earlier ones"),
-    ):
-        on = "on" if getattr(default, option.replace("-", "_")) else "off"
-        quant.add_argument(
-            f"--{option}", action=argparse.BooleanOptionalAction, default=None, help=f"{text} (default: {on})"
-        )
-    parser.add_argument("--device", choices=("cpu", "cuda"), help="default: cuda if there is one")
+    group = parser.add_argument_group("quantization")
+    for name, text in QUANT_OPTIONS.items():
+        flag, default = f"--{name.replace('_', '-')}", getattr(QuantConfig(), name)
+        if isinstance(default, bool):
+            text = f"{text} (default: {'on' if default else 'off'})"
+            group.add_argument(flag, action=argparse.BooleanOptionalAction, default=None, help=text)
+        else:
+            choices = (4, 8) if name == "bits" else None
+            group.add_argument(flag, type=type(default), choices=choices, help=f"{text} (default: {default})")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N (auto: CUDA where there is one)")
     parser.add_argument("--overwrite", action="store_true", help="replace a finished decoder or other unfinished work")
     return parser.parse_args(arguments)
 
 
-class Printer:
-    """Rows of the table on stdout, where it stands on stderr."""
+class Display:
+    """The table on stdout; on stderr a progress bar on a terminal, elsewhere a line at most every ten seconds."""
 
     def __init__(self) -> None:
-        self._began, self._from, self._shown = time.perf_counter(), 0.0, 0.0
         self._live = sys.stderr.isatty()
-        self._header = False
+        self._bar: tqdm | None = None
+        self._shown, self._header = 0.0, False
 
     def __call__(self, event: Event) -> None:
-        """Show an event; on a terminal the status stays on one line, elsewhere at most one line in ten seconds."""
-        now = time.perf_counter()
+        """Show an event."""
         if event.layer is not None:
-            self._clear()
-            self._row(event.layer)
-            if event.text == "finished by an earlier run":
-                self._began, self._from = now, event.fraction
-        if event.lasting:
-            self._clear()
-            print(event.text, file=sys.stderr, flush=True)
-        elif self._live or now - self._shown > 10:
-            self._shown = now
-            line = f"{event.fraction:4.0%}  {event.text}{self._left(event.fraction, now)}"
-            print(
-                f"\r{line[:100]:<100}" if self._live else line,
-                end="" if self._live else "\n",
-                file=sys.stderr,
-                flush=True,
+            if not self._header:
+                self._header = True
+                titles = f"{'projection':<34}{'inputs':>8}{'outputs':>9}{'error':>11}{'rounding':>11}{'damp':>8}"
+                self._print(titles, sys.stdout)
+            row = event.layer
+            damp = "" if row.damp_percent is None else f"{row.damp_percent:.3g}"
+            self._print(
+                f"{row.name:<34}{row.in_features:>8}{row.out_features:>9}{row.error:>11.2e}"
+                f"{row.round_to_nearest_error:>11.2e}{damp:>8}",
+                sys.stdout,
             )
+        if event.lasting:
+            self.say(event.text)
+            return
+        if self._bar is None:
+            bar = "|{bar:20}|" if self._live else ""
+            self._bar = tqdm(
+                total=1.0,
+                bar_format="{percentage:3.0f}%" + bar + " {desc} [{elapsed}<{remaining}]",
+                file=sys.stderr if self._live else io.StringIO(),  # elsewhere tqdm only keeps the time
+                leave=False,
+                dynamic_ncols=True,
+            )
+        if event.resumed:  # the time that is left is estimated from this run's own work
+            self._bar.initial, self._bar.start_t = event.fraction, time.time()
+        self._bar.n = event.fraction
+        self._bar.set_description_str(event.text, refresh=False)
+        if self._live:
+            self._bar.refresh()
+        elif time.monotonic() - self._shown > 10:
+            self._shown = time.monotonic()
+            self._print(str(self._bar), sys.stderr)
 
     def say(self, line: str) -> None:
-        """A line of the download, on stderr."""
-        self._clear()
-        print(line, file=sys.stderr, flush=True)
+        """A line on stderr that stays."""
+        self._print(line, sys.stderr)
 
-    def _left(self, fraction: float, now: float) -> str:
-        if fraction - self._from < 0.01 or fraction >= 1:
-            return ""
-        seconds = (now - self._began) * (1 - fraction) / (fraction - self._from)
-        return f", {seconds / 60:.0f} min left" if seconds > 90 else f", {seconds:.0f} s left"
-
-    def _row(self, row: LayerReport) -> None:
-        if not self._header:
-            self._header = True
-            print(f"{'projection':<34}{'inputs':>8}{'outputs':>9}{'error':>11}{'rounding':>11}{'damp':>8}")
-        damp = "" if row.damp_percent is None else f"{row.damp_percent:.3g}"
-        print(
-            f"{row.name:<34}{row.in_features:>8}{row.out_features:>9}{row.error:>11.2e}"
-            f"{row.round_to_nearest_error:>11.2e}{damp:>8}",
-            flush=True,
-        )
-
-    def _clear(self) -> None:
-        if self._live:
-            print(f"\r{'':<100}\r", end="", file=sys.stderr, flush=True)
+    def _print(self, line: str, file: TextIO) -> None:
+        with tqdm.external_write_mode(file=file):
+            print(line, file=file, flush=True)
 
     def close(self) -> None:
-        """Leave the line."""
-        self._clear()
+        """Remove the progress bar."""
+        if self._bar is not None:
+            self._bar.close()
 
 
 def load_samples(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Sample] | None:
@@ -133,23 +137,22 @@ def load_samples(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Sampl
         return None
     if args.calibration is None:
         raise CalibrationError(
-            f"{args.checkpoint} holds float weights, and GPTQ needs to see typical inputs. Give your fine-tuning data "
-            f"or conversations like those that the model will have:\n  --calibration conversations.json\n{EXAMPLE}\n"
+            f"{args.checkpoint} holds float weights, and GPTQ needs calibration data. Give your fine-tuning data, or "
+            f"conversations like those that the model will have:\n  --calibration conversations.json\n{EXAMPLE}\n"
             "128 entries are enough. --round-to-nearest needs none and is less exact."
         )
-    tokenizer = Tokenizer.from_file(checkpoint.path / VOCAB_FILE)
-    check_tokenizer(tokenizer, checkpoint.config)
+    tokenizer = Tokenizer.from_folder(checkpoint.path, checkpoint.config)
     return read_samples(args.calibration, tokenizer, samples=args.samples, seqlen=args.seqlen, seed=args.seed)
 
 
 def check_repack(args: argparse.Namespace, quant: QuantConfig) -> None:
-    """ConfigError if options ask for something else than what a quantized checkpoint is."""
+    """ConfigError if options ask for another quantization than the checkpoint's."""
     if args.calibration is not None or args.round_to_nearest:
         raise ConfigError(
             f"{args.checkpoint} is quantized already and will be copied; leave --calibration and --round-to-nearest "
             "out, or give the float checkpoint"
         )
-    for option in _QUANT_OPTIONS:
+    for option in QUANT_OPTIONS:
         asked, is_now = getattr(args, option), getattr(quant, option)
         if asked is not None and asked != is_now:
             raise ConfigError(
@@ -158,21 +161,19 @@ def check_repack(args: argparse.Namespace, quant: QuantConfig) -> None:
             )
 
 
-def run(args: argparse.Namespace, progress: Printer) -> Result:
-    """Do what was asked for."""
-    folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=progress.say)
+def run(args: argparse.Namespace, display: Display) -> Result:
+    """Quantize or copy, as the checkpoint is float or int4."""
+    folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=display.say)
     checkpoint = open_checkpoint(folder, args.lora)
     if checkpoint.config.quantization is not None:
         check_repack(args, checkpoint.config.quantization)
-        made = repack_checkpoint(checkpoint, args.bundle, overwrite=args.overwrite, progress=progress)
+        made = repack_checkpoint(checkpoint, args.bundle, overwrite=args.overwrite, progress=display)
         return Result([], already_done=not made)
-    given = {option: value for option in _QUANT_OPTIONS if (value := getattr(args, option)) is not None}
-    quant = QuantConfig(**given)
-    device = args.device or default_device()
-    check_device(device)
+    quant = QuantConfig(**{name: value for name in QUANT_OPTIONS if (value := getattr(args, name)) is not None})
+    device = find_device(args.device, kernels=False)  # before the samples, which take a while
     samples = load_samples(args, checkpoint)
     return quantize_checkpoint(
-        checkpoint, args.bundle, quant, samples, device=device, overwrite=args.overwrite, progress=progress
+        checkpoint, args.bundle, quant, samples, device=str(device), overwrite=args.overwrite, progress=display
     )
 
 
@@ -180,10 +181,10 @@ def summary(folder: Path, result: Result) -> str:
     """What the bundle holds now, and the next step."""
     parts = read_manifest(folder)
     entry = parts["decoder"]
-    size = sum(file["bytes"] for file in entry["files"].values()) / 1e6
+    megabytes = sum(file["bytes"] for file in entry["files"].values()) / 1e6
     quant = entry["quantization"]
     state = "already done with these settings" if result.already_done else "done"
-    text = f"{folder}: {state}. Decoder, {quant['bits']} bits, groups of {quant['group_size']}, {size:.1f} MB."
+    text = f"{folder}: {state}. Decoder, {quant['bits']} bits, groups of {quant['group_size']}, {megabytes:.1f} MB."
     if result.layers:
         error = sum(row.error for row in result.layers) / len(result.layers)
         rounding = sum(row.round_to_nearest_error for row in result.layers) / len(result.layers)
@@ -194,21 +195,18 @@ def summary(folder: Path, result: Result) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse(arguments)
-    printer = Printer()
+    display = Display()
     try:
-        result = run(args, printer)
+        result = run(args, display)
     except QvlError as error:
-        printer.close()
+        display.close()
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        printer.close()
-        print(
-            f"\nstopped. What is finished is kept in {args.bundle}; the same command goes on from there.",
-            file=sys.stderr,
-        )
+        display.close()
+        print(f"\nstopped. Finished blocks are kept in {args.bundle}; the same command resumes.", file=sys.stderr)
         return 130
-    printer.close()
+    display.close()
     print(summary(args.bundle, result))
     return 0
 

@@ -1,20 +1,19 @@
-"""A checkpoint that is int4 already (Qwen-VL-Chat-Int4): check every layer and take its decoder over as it is."""
+"""A checkpoint that is int4 already (Qwen-VL-Chat-Int4): check every layer and copy its decoder as it is."""
 
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from kernels import Int4Weight
 from kernels.int4_layout import check_gptq
-from quantize.layout import check_source, decoder_bytes, shard_name, write_outer, write_settings
-from quantize.progress import Event, Progress, ignore
-from quantize.work import held_bytes, open_work
+from quantize.blocks import block_name
+from quantize.files import check_source, decoder_bytes, held_bytes, open_work, shard_name, write_outer, write_settings
+from quantize.job import Event, Progress, ignore
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.files import check_free_space, write_tensors
 from qvl_edge.model.loading import GPTQ_TENSORS, QUANTIZED, check_tensors, expected_tensors
+from qvl_edge.model.streaming import check_finite
 
 
 def repack_checkpoint(
@@ -47,12 +46,13 @@ def repack_checkpoint(
         check_free_space(folder, needed - held_bytes(folder))
         work.begin()
         blocks = checkpoint.config.num_hidden_layers
-        by_block = _names_by_block(checkpoint.config)
+        expected = expected_tensors(checkpoint.config, visual=False)
         for index in range(blocks):
             shard = work / shard_name(index, blocks)
             if not shard.exists():
-                write_tensors(shard, _checked_block(checkpoint, index, by_block[index]))
-                for name in by_block[index]:
+                names = [name for name in expected if name.startswith(f"{block_name(index)}.")]
+                write_tensors(shard, _checked_block(checkpoint, index, names))
+                for name in names:
                     checkpoint.release(name)
             progress(Event((index + 1) / (blocks + 1), f"block {index + 1}/{blocks}: checked and copied"))
         write_outer(work, checkpoint)
@@ -61,22 +61,13 @@ def repack_checkpoint(
     return True
 
 
-def _names_by_block(config: Config) -> list[list[str]]:
-    """Tensor names of each block."""
-    names: list[list[str]] = [[] for _ in range(config.num_hidden_layers)]
-    for name in expected_tensors(config, visual=False):
-        if name.startswith("transformer.h."):
-            names[int(name.split(".")[2])].append(name)
-    return names
-
-
 def _checked_block(checkpoint: Checkpoint, index: int, names: list[str]) -> dict[str, Tensor]:
     """The tensors of block `index`. CheckpointError names a layer whose parts contradict one another."""
     quant = checkpoint.config.quantization
     assert quant is not None
     tensors = {name: checkpoint[name] for name in names}
     for layer in QUANTIZED:
-        name = f"transformer.h.{index}.{layer}"
+        name = f"{block_name(index)}.{layer}"
         packed = [tensors[f"{name}.{part}"] for part in GPTQ_TENSORS[:4]]
         try:
             check_gptq(*packed, bits=quant.bits, group_size=quant.group_size, name=name)
@@ -87,6 +78,6 @@ def _checked_block(checkpoint: Checkpoint, index: int, names: list[str]) -> dict
         except ValueError as error:
             raise CheckpointError(str(error)) from None
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
-            raise CheckpointError(f"{name} holds NaN or infinity; the checkpoint is damaged, copy it again")
+        if tensor.is_floating_point():
+            check_finite(name, tensor)
     return tensors

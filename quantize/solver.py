@@ -1,8 +1,13 @@
-"""GPTQ (Frantar et al., arXiv:2210.17323): round one column after another and let those that follow make up for it.
+"""GPTQ (Frantar et al., arXiv:2210.17323), and coordinate descent on what it found.
 
-Column k of W (N, K) is rounded; its error divided by U[k, k], times row k of U, is taken off the later columns. U is
-the upper Cholesky factor of the inverse Hessian (U.T @ U = inverse), H = 2 / n * sum of x x.T. That is the
-least-squares answer of the columns that are still free, found without solving anew.
+GPTQ rounds one column after another, and the columns that follow make up for each error. Column k of W (N, K) is
+rounded; its error divided by U[k, k], times row k of U, is subtracted from the later columns. U is the upper Cholesky
+factor of the inverse Hessian (U.T @ U = inverse), H = 2 / n * sum of x x.T. That is the least-squares solution over the
+columns that are still free, found without solving again.
+
+GPTQ settles a column before it knows how those after it will be rounded. Once all are, each group can take the scale
+that is best while everything else stays, and each column the levels: QuantEase (Behdin et al., arXiv:2309.01885), here
+for the scales as well. No step makes the error larger.
 """
 
 from dataclasses import dataclass
@@ -10,77 +15,41 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.int4_layout import pack_levels, pack_zeros
-from quantize.descent import descend
-from quantize.finite import is_finite
-from quantize.grid import fit_grid, from_levels, to_levels
+from quantize.grid import ROWS, SMALLEST_SCALE, Quantized, fit_grid, from_levels, to_levels
 from qvl_edge.config import QuantConfig
-from qvl_edge.errors import CalibrationError, CheckpointError
+from qvl_edge.errors import CalibrationError
+from qvl_edge.model.streaming import check_finite, is_finite
 
 BLOCK = 128  # columns between two updates of all that follow (the paper's lazy batches)
-_ROWS = 1024  # of a matrix at a time, where an intermediate result would be as large as the matrix
 
 
 class Hessian:
-    """What a projection's inputs say about the cost of changing its weights: 2 / n * sum of x x.T, float32."""
+    """H = 2 / n * sum of x x.T over a projection's inputs, float32: the cost of changing its weights."""
 
     def __init__(self, in_features: int, *, device: torch.device | str = "cpu"):
         self._sum = torch.zeros(in_features, in_features, dtype=torch.float32, device=device)
         self.rows = 0  # inputs seen
 
     def add(self, x: Tensor) -> None:
-        """Take in inputs x (..., K) of any floating dtype."""
+        """Add inputs x (..., K) of any floating dtype."""
         x = x.reshape(-1, self._sum.shape[0]).to(self._sum)
         self._sum.addmm_(x.T, x)
         self.rows += len(x)
 
     def matrix(self) -> Tensor:
-        """H (K, K) float32, in the memory of the sum: the last call. CalibrationError if nothing was added."""
+        """H (K, K) float32, made in place of the sum: call it once. CalibrationError if nothing was added."""
         if self.rows == 0:
             raise CalibrationError("no calibration input reached this projection; add samples")
         return self._sum.mul_(2 / self.rows)
 
 
-@dataclass(frozen=True, eq=False)
-class Quantized:
-    """One projection on its grid: W[n, k] = (levels[k, n] - zeros[g, n]) * scales[g, n] with g = g_idx[k].
-
-    levels (K, N) uint8, scales (G, N) float16, zeros (G, N) int32, g_idx (K,) int32.
-    """
-
-    levels: Tensor
-    scales: Tensor
-    zeros: Tensor
-    g_idx: Tensor
-    damp_percent: float | None = None  # the damping that made the Hessian positive definite; None: no Hessian was used
-    dead_channels: int = 0  # inputs that were 0 in every sample
-
-    def weight(self) -> Tensor:
-        """W (N, K) float32, as every reader of the file computes it."""
-        weight = torch.empty(self.levels.shape[::-1], dtype=torch.float32, device=self.levels.device)
-        zeros, scales = self.zeros.float(), self.scales.float()
-        parts = zip(weight.split(_ROWS, dim=1), self.levels.split(_ROWS), self.g_idx.long().split(_ROWS), strict=True)
-        for part, levels, group in parts:
-            part.copy_(((levels - zeros[group]) * scales[group]).T)
-        return weight
-
-    def packed(self, quant: QuantConfig) -> dict[str, Tensor]:
-        """qweight, qzeros, scales and g_idx in the order of the disk, on the CPU."""
-        return {
-            "qweight": pack_levels(self.levels, quant.bits).cpu(),
-            "qzeros": pack_zeros(self.zeros, quant.bits, quant.checkpoint_format).cpu(),
-            "scales": self.scales.cpu(),
-            "g_idx": self.g_idx.cpu(),
-        }
-
-
 def output_energy(weight: Tensor, hessian: Tensor | None, *, minus: Tensor | None = None) -> float:
-    """|W X|² or, with `minus`, |(W - minus) X|², by way of the Hessian of X; X = I if that is None. Up to a factor."""
+    """|W X|² or, with `minus`, |(W - minus) X|², up to a factor, from the Hessian of X (None: X = I)."""
     total = 0.0
-    for start in range(0, len(weight), _ROWS):
-        rows = weight[start : start + _ROWS].to(weight.dtype if hessian is None else hessian.dtype)
+    for start in range(0, len(weight), ROWS):
+        rows = weight[start : start + ROWS].to(weight.dtype if hessian is None else hessian.dtype)
         if minus is not None:
-            rows = rows - minus[start : start + _ROWS].to(rows)
+            rows = rows - minus[start : start + ROWS].to(rows)
         total += float((rows if hessian is None else rows @ hessian).mul(rows).sum(dtype=torch.float64))
     return total
 
@@ -102,8 +71,8 @@ def inverse_factor(
 ) -> tuple[Tensor, float]:
     """U (K, K) upper triangular with U.T @ U = (H + damp * mean(diag H) * I)^-1, and the damping that it took.
 
-    H is taken in `order` (K,), and a channel that was never active as one of mean energy: its row and column are 0, so
-    that it stands alone. Starts at `damp_percent` and doubles it while the matrix is not positive definite (fewer
+    H is permuted by `order` (K,). A channel that was never active, whose row and column are 0, gets the mean energy on
+    the diagonal. Starts at `damp_percent` and doubles it while the matrix is not positive definite (fewer
     samples than channels, or channels that repeat one another). CalibrationError if a damping of 1 does not suffice.
     """
     if order is None:
@@ -115,11 +84,11 @@ def inverse_factor(
     while True:
         # With J the reversal of order, J H J = L L.T gives H = (J L J)(J L J).T, whose first factor R is upper
         # triangular; then U = R^-1. One factorization and one triangular inverse instead of two and a full inverse.
-        # At K = 11,008 each of these matrices is 485 MB, so each takes the place of one that is not needed any more.
+        # At K = 11,008 each of these matrices is 485 MB, so each is freed or reused as soon as it can be.
         matrix = hessian[backwards[:, None], backwards]
         matrix.diagonal().add_(damp * mean).add_(dead)
         info = torch.empty((), dtype=torch.int32, device=hessian.device)
-        lower = matrix.T  # the same, being symmetric, in the order that LAPACK works in
+        lower = matrix.T  # the same, being symmetric, in LAPACK's column-major order
         torch.linalg.cholesky_ex(lower, out=(lower, info))
         if int(info) == 0:
             upper = lower.flip(0, 1)
@@ -137,15 +106,6 @@ def inverse_factor(
         damp = min(2 * damp, 1.0)
 
 
-def _check_finite(weight: Tensor, hessian: Tensor | None, name: str) -> None:
-    if not is_finite(weight):
-        raise CheckpointError(f"{name}.weight holds NaN or infinity; the checkpoint is damaged, copy it again")
-    if hessian is not None and not is_finite(hessian):
-        raise CalibrationError(
-            f"the inputs of {name} hold NaN or infinity; look for a damaged layer before it, or an unusual sample"
-        )
-
-
 def _block_edges(in_features: int, group: int, *, aligned: bool) -> list[int]:
     """Where lazy updates are applied: every BLOCK columns, and where a grid is fitted, which needs current weights."""
     edges = {*range(0, in_features, BLOCK), in_features}
@@ -154,14 +114,13 @@ def _block_edges(in_features: int, group: int, *, aligned: bool) -> list[int]:
 
 @dataclass(frozen=True)
 class Method:
-    """What is done beyond GPTQ as published; all of it unless a comparison asks for less."""
+    """The steps beyond GPTQ as published: all of them, unless a comparison asks for fewer."""
 
-    by_activity: bool = (
-        True  # the order of desc_act with static_groups also without desc_act: files stay in channel order
-    )
+    # desc_act's order with static_groups also without desc_act: the files stay in channel order
+    by_activity: bool = True
     search_grid: bool = True  # fit_grid's search instead of the grid that spans the largest weight
     sweeps: int = 3  # of coordinate descent over what GPTQ found
-    follow: float = 1.0  # share of what the float model's activations differ by that a projection makes up for
+    follow: float = 1.0  # share of the difference to the float model's activations that a projection makes up for
 
 
 FULL = Method()
@@ -180,16 +139,20 @@ def quantize_weight(
 ) -> Quantized:
     """GPTQ on one projection: weight (N, K), hessian (K, K) of its inputs, in whose dtype everything is computed.
 
-    drift (N, K): 2 / n * sum of d x.T, d being what is to be added to the outputs W x to come back to the float model.
-    What is rounded is then W + drift H^-1, the weight that comes nearest to both (GPTAQ, Li et al., arXiv:2504.02692;
-    QEP, Arai and Ichikawa, arXiv:2504.09629).
+    drift (N, K): 2 / n * sum of d x.T, d being what the outputs W x lack of the float model's. What is rounded is then
+    W + drift H^-1, the least-squares weight for the float model's outputs (GPTAQ, Li et al., arXiv:2504.02692; QEP,
+    Arai and Ichikawa, arXiv:2504.09629).
 
     Channels that were never active (H[k, k] = 0) are rounded to nearest rather than set to zero: that costs nothing on
-    the samples, and inputs beyond them may use the channel. With desc_act and without static_groups a group is
-    `group_size` channels in the order of falling energy, as in auto-gptq; otherwise groups are neighbours on disk.
+    the samples, and other inputs may use the channel. With desc_act and without static_groups a group is `group_size`
+    channels in descending order of energy, as in auto-gptq; otherwise groups are contiguous on disk.
     CheckpointError or CalibrationError name `name` where weights or inputs are not finite.
     """
-    _check_finite(weight, hessian, name)
+    check_finite(f"{name}.weight", weight)
+    if not is_finite(hessian):
+        raise CalibrationError(
+            f"the inputs of {name} hold NaN or infinity; look for a damaged layer before it, or an unusual sample"
+        )
     weight = weight.to(hessian)
     aim, levels, scales, zeros, g_idx, damp = _solve(weight, hessian, drift, quant, method, name)
 
@@ -208,8 +171,8 @@ def quantize_weight(
 def _solve(
     weight: Tensor, hessian: Tensor, drift: Tensor | None, quant: QuantConfig, method: Method, name: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, float]:
-    """One pass of GPTQ: what was rounded (N, K), levels (K, N) uint8, scales and zeros (G, N) in H's dtype, g_idx (K,),
-    and the damping."""
+    """One pass of GPTQ: the weight that was rounded (N, K), levels (K, N) uint8, scales and zeros (G, N) in H's dtype,
+    g_idx (K,), and the damping."""
     dtype, device, (n_out, n_in) = hessian.dtype, hessian.device, weight.shape
     count, bits = quant.groups(n_in), quant.bits
     group = n_in // count
@@ -222,7 +185,7 @@ def _solve(
     work = weight[:, order]  # a copy
     aim = weight
     if drift is not None:
-        for rows, step in zip(work.split(_ROWS), drift.split(_ROWS), strict=True):
+        for rows, step in zip(work.split(ROWS), drift.split(ROWS), strict=True):
             rows += (step[:, order] @ factor.T) @ factor
         aim = work[:, back]
     # what an error in a column costs once the later ones have made up for it; the damping alone where nothing was seen
@@ -236,12 +199,7 @@ def _solve(
 
     def fit(index: int, columns: Tensor) -> None:
         scales[index], zeros[index] = fit_grid(
-            work[:, columns],
-            bits=bits,
-            sym=quant.sym,
-            importance=importance[columns],
-            search=method.search_grid,
-            name=name,
+            work[:, columns], quant, importance=importance[columns], search=method.search_grid, name=name
         )
 
     if static:
@@ -268,17 +226,53 @@ def _solve(
     return aim, levels[back], scales, zeros, g_idx[back], damp
 
 
-def round_weight(weight: Tensor, quant: QuantConfig, *, name: str = "weight") -> Quantized:
-    """Round to nearest, without data: weight (N, K) on the same kind of grid, all channels being equally important."""
-    _check_finite(weight, None, name)
-    weight = weight.float()
-    n_in = weight.shape[1]
-    count = quant.groups(n_in)
-    levels, scales, zeros = [], [], []
-    for part in weight.split(n_in // count, dim=1):
-        scale, zero = fit_grid(part, bits=quant.bits, sym=quant.sym, name=name)
-        levels.append(to_levels(part, scale, zero, quant.bits).T.to(torch.uint8))
-        scales.append(scale.half())
-        zeros.append(zero.int())
-    g_idx = torch.arange(n_in, device=weight.device, dtype=torch.int32) // (n_in // count)
-    return Quantized(torch.cat(levels).contiguous(), torch.stack(scales), torch.stack(zeros), g_idx)
+def descend(
+    residual: Tensor,
+    levels: Tensor,
+    scales: Tensor,
+    zeros: Tensor,
+    g_idx: Tensor,
+    hessian: Tensor,
+    ridge: float,
+    *,
+    bits: int,
+    sweeps: int,
+) -> None:
+    """Lower tr R.T (H + ridge I) R in place, R (K, N) being the residual (W - Q).T and H (K, K) the Hessian.
+
+    levels (K, N) uint8; scales, exact in float16, and zeros (G, N) in H's dtype; g_idx (K,). The ridge is GPTQ's
+    damping: without it, directions that the samples barely cover would be sacrificed to fit the others slightly better.
+    """
+    groups = [(g_idx == index).nonzero()[:, 0] for index in range(len(scales))]
+    for _ in range(sweeps):
+        for columns, scale, zero in zip(groups, scales, zeros, strict=True):
+            curvature = hessian[columns[:, None], columns]
+            curvature.diagonal().add_(ridge)
+            pull = (hessian[columns] @ residual).add_(residual[columns], alpha=ridge)  # half of the error's fall
+            steps = levels[columns] - zero
+            bend = curvature @ steps
+            found = (scale + (steps * pull).sum(0) / (steps * bend).sum(0)).half().to(scale)
+            change = torch.where(found.isfinite() & (found >= SMALLEST_SCALE), found, scale) - scale
+            scale += change
+            residual[columns] -= change * steps
+            pull = pull.sub_(bend.mul_(change)).div_(scale)  # from here on in levels
+            moves = _settle(steps, pull, curvature, -zero, 2**bits - 1 - zero)
+            residual[columns] -= moves * scale
+            levels[columns] = moves.add_(steps).add_(zero).to(torch.uint8)
+
+
+def _settle(steps: Tensor, pull: Tensor, curvature: Tensor, low: Tensor, high: Tensor) -> Tensor:
+    """The change of the levels `steps` (S, N) when each row in turn takes its best value between low and high (N,).
+
+    pull (S, N), in levels, is overwritten.
+    """
+    moves = torch.empty_like(pull)
+    for start in range(0, len(steps), BLOCK):
+        block, rest = slice(start, start + BLOCK), slice(start + BLOCK, None)
+        now, rows, made = steps[block], pull[block], moves[block]
+        triangle = curvature[block, block]
+        for k, bend in enumerate(triangle.diagonal().tolist()):
+            torch.sub((now[k] + rows[k] / bend).round_().clamp_(low, high), now[k], out=made[k])
+            rows[k + 1 :].addcmul_(triangle[k + 1 :, k, None], made[k], value=-1)
+        pull[rest].addmm_(curvature[rest, block], made, alpha=-1)
+    return moves

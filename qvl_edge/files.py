@@ -4,19 +4,27 @@ import codecs
 import errno
 import hashlib
 import json
+import math
 import os
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import struct
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from safetensors import SafetensorError
 
 from qvl_edge.errors import BundleError, ConfigError, QvlError
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
+
+Layout: TypeAlias = "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]"
+"""dtype and shape of each tensor of a safetensors file, in the order of its data."""
+_DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int32": "I32"}
+_ALIGNMENT = 8  # of the data within a safetensors file, as in those of safetensors' own writer
 
 
 @contextmanager
@@ -130,6 +138,42 @@ def write_tensors(path: Path, tensors: "Mapping[str, Tensor]") -> None:
         mode = partial.stat().st_mode
         save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial, metadata={"format": "pt"})
         partial.chmod(mode)  # safetensors writes files that only their owner can read
+
+
+def layout_bytes(layout: Layout) -> int:
+    """Bytes of the tensors of a file."""
+    return sum(dtype.itemsize * math.prod(shape) for dtype, shape in layout.values())
+
+
+def write_shard(path: Path, layout: Layout, pieces: "Callable[[str], Iterable[Tensor]]") -> None:
+    """A safetensors file from pieces of its tensors, so that a shard of 2 GB passes through some megabytes of memory.
+
+    pieces(name) yields consecutive parts of the flattened tensor, on the CPU. The format, from safetensors' README: the
+    header's length in 8 bytes, little-endian; the header, JSON with each tensor's dtype, shape and place [begin, end)
+    in the data, padded with spaces; the data. ValueError if the pieces of a tensor do not add up to it; BundleError if
+    the disk is too small.
+    """
+    import torch
+
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for name, (dtype, shape) in layout.items():
+        begin, end = end, end + layout_bytes({name: (dtype, shape)})
+        header[name] = {"dtype": _DTYPES[str(dtype)], "shape": list(shape), "data_offsets": [begin, end]}
+    check_free_space(path.parent, end)
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    with replacing(path) as partial, open(partial, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for name, (dtype, shape) in layout.items():
+            missing = math.prod(shape)
+            for piece in pieces(name):
+                if piece.dtype != dtype:
+                    raise ValueError(f"{name} is {dtype}, and a piece of it {piece.dtype}")
+                file.write(piece.contiguous().view(-1).view(torch.uint8).numpy().data)
+                missing -= piece.numel()
+            if missing:
+                raise ValueError(f"{name} has {math.prod(shape)} values, and its pieces {math.prod(shape) - missing}")
 
 
 def copy_file(source: Path, target: Path) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from qvl_edge.config import Config
 
+SYSTEM = "You are a helpful assistant."  # the system prompt of Qwen-VL-Chat and of its fine-tuning (finetune.py)
 CONFIG: dict[str, Any] = {
     "architectures": ["QWenLMHeadModel"],
     "model_type": "qwen",

@@ -17,7 +17,7 @@ from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
 from qvl_edge.engine.device import find_device, named_with_others
 from qvl_edge.engine.engine import Engine
-from qvl_edge.engine.request import SYSTEM, Request
+from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import ConfigError, PromptError, QvlError
 from qvl_edge.hub import local_folder
@@ -26,11 +26,12 @@ from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import load_decoder, load_fused
 from qvl_edge.options import GenerationOptions, LoadOptions
+from qvl_edge.published import SYSTEM
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
 from qvl_edge.text.list_format import from_list_format, to_list_format
 from qvl_edge.text.prompt import History, Prompt, Query, chat_prompt, latest_picture, raw_prompt, stop_token_ids
-from qvl_edge.text.tokenizer import VOCAB_FILE, TextStream, Tokenizer
+from qvl_edge.text.tokenizer import TextStream, Tokenizer
 from qvl_edge.vision.encoder import VisionEncoder
 from qvl_edge.vision.features import FeatureCache
 from qvl_edge.vision.image import ImageLike, load_image
@@ -95,7 +96,7 @@ class Runtime:
         )
         bundle = Bundle.open(folder, verify=asked.verify) if is_bundle(folder) else None
         checkpoint = bundle.checkpoint if bundle else Checkpoint(folder)
-        tokenizer = _tokenizer(checkpoint)
+        tokenizer = Tokenizer.from_folder(checkpoint.path, checkpoint.config)
         plan = _plan(checkpoint.config, asked, place, encoding, bundle.vit_dtype if bundle else None, say)
         vit = (
             bundle.vit
@@ -328,19 +329,6 @@ def _plan(
         f"{total / 1e9:.2f} GB" + (f" of the {memory / 1e9:.2f} GB free on {place}" if memory is not None else "")
     )
     return plan
-
-
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
-    """ConfigError if it is not that of the config."""
-    config, file = checkpoint.config, checkpoint.path / VOCAB_FILE
-    tokenizer = Tokenizer.from_file(file)
-    if tokenizer.vocab_size > config.vocab_size or tokenizer.specials["<img>"] != config.visual.image_start_id:
-        raise ConfigError(
-            f"{file} has {tokenizer.vocab_size} tokens with <img> at {tokenizer.specials['<img>']}, config.json has "
-            f"vocab_size {config.vocab_size} and image_start_id {config.visual.image_start_id}; copy the {VOCAB_FILE} "
-            "of this model"
-        )
-    return tokenizer
 
 
 def _load(checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress) -> QWenLMHeadModel | FusedDecoder:

@@ -1,12 +1,18 @@
 """The code blocks of the documentation, and a folder in which they run: the small model for published ones."""
 
-import os
+import argparse
+import importlib
+import io
 import re
 import shlex
-import subprocess
+import shutil
 import sys
+import traceback
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import NamedTuple
 
+import pytest
 from safetensors.torch import save_file
 
 import qvl_edge.demo
@@ -51,15 +57,59 @@ def environment(folder: Path) -> dict[str, str]:
     return {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(folder / "cache")}
 
 
-def type_in(line: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """Run a command line in `folder`, in a process of its own, with this Python."""
-    words = shlex.split(line)
-    start = {"python": [sys.executable], "qvl-edge": [sys.executable, "-m", "qvl_edge"]}[words[0]]
-    return subprocess.run(
-        [*start, *words[1:]],
-        cwd=folder,
-        env=os.environ | environment(folder),
-        stdin=subprocess.DEVNULL,
-        capture_output=True,
-        text=True,
-    )
+class Parsed(Exception):
+    """The command line was taken."""
+
+
+class Said(NamedTuple):
+    """What a command did."""
+
+    code: int
+    out: str
+    err: str
+
+
+class Shell:
+    """Runs lines of the pages in a folder, in this process: torch is imported once."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+
+    def __call__(self, line: str, *, only_parse: bool = False) -> Said:
+        """Run the line. only_parse: up to where its arguments are parsed, which raises Parsed."""
+        words = shlex.split(line)
+        if words[0] == "cp":
+            *sources, target = (self.folder / word for word in words[1:])
+            for source in sources:
+                shutil.copy(source, target)
+            return Said(0, "", "")
+        name, arguments = ("qvl_edge.__main__", words[1:]) if words[0] == "qvl-edge" else (words[2], words[3:])
+        module = importlib.import_module(name)
+        if not hasattr(module, "main"):  # a package
+            module = importlib.import_module(f"{name}.__main__")
+        out, err = io.StringIO(), io.StringIO()
+        with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+            patch.chdir(self.folder)
+            for variable, value in environment(self.folder).items():
+                patch.setenv(variable, value)
+            patch.setattr(sys, "argv", [name, *arguments])
+            patch.setattr(sys, "stdin", io.StringIO())
+            if only_parse:
+                patch.setattr(argparse.ArgumentParser, "parse_args", _parse_and_stop)
+            try:
+                code = module.main() or 0
+            except SystemExit as stop:
+                code = stop.code if isinstance(stop.code, int) else 1
+                print(stop.code, file=sys.stderr)
+            except Parsed:
+                raise
+            except Exception:
+                code = 1
+                traceback.print_exc()
+        return Said(code, out.getvalue(), err.getvalue())
+
+
+def _parse_and_stop(parser: argparse.ArgumentParser, *given: object, **options: object) -> None:
+    parsed, unknown = parser.parse_known_args(*given, **options)
+    assert not unknown, f"{parser.prog} does not know {unknown}"
+    raise Parsed

@@ -13,7 +13,7 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import CalibrationError, ConfigError
 from qvl_edge.model.loading import load_visual
-from qvl_edge.text.conversations import check_tokenizer, conversation_sample, digest_of, read_samples
+from qvl_edge.text.conversations import digest_of, make_sample, read_samples
 from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, Tokenizer
 from qvl_edge.vision.image import load_image, to_pixels
 
@@ -61,7 +61,7 @@ def embed(checkpoint: Checkpoint, samples: list[Any]) -> list[Tensor]:
     def put(sample: int, first: int, rows: Tensor) -> None:
         embedded[sample][first : first + len(rows)] = rows
 
-    embed_samples(checkpoint, samples, put, device="cpu", tick=lambda share, text: None)
+    embed_samples(checkpoint, samples, put, device="cpu", say=lambda text: None)
     return embedded
 
 
@@ -108,7 +108,7 @@ def test_pictures_in_groups_give_the_features_of_the_whole_tower(
     folder: Path, tokenizer: Tokenizer, checkpoint: Checkpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five pictures in groups of two, one of them in two samples, against the tower with all its weights."""
-    monkeypatch.setattr("quantize.pictures.GROUP", 2)
+    monkeypatch.setattr("quantize.calibration.GROUP", 2)
     noise = torch.Generator().manual_seed(3)
     names = [f"pictures/{number}.png" for number in range(5)]
     for name in names:
@@ -153,12 +153,12 @@ def test_long_samples_keep_their_first_tokens(seqlen: int, folder: Path, tokeniz
 def test_no_picture_is_ever_cut(folder: Path, tokenizer: Tokenizer) -> None:
     """Two pictures, cut at every length: what is left has whole pictures only, and at least one."""
     turns = [("ab<img>pictures/red.png</img>cd<img>pictures/blue.png</img>ef", "gh")]
-    whole = conversation_sample(tokenizer, turns, seqlen=4096, where="x", folder=folder)
+    whole = make_sample(tokenizer, turns, seqlen=4096, where="x", folder=folder)
     assert whole is not None
     begin, end, pad = (tokenizer.specials[token] for token in (IMG, IMG_END, IMG_PAD))
     first = whole.image_starts[0]
     for seqlen in (*range(first - 3, first + 3), *range(first + 250, first + 275), *range(first + 510, first + 530)):
-        sample = conversation_sample(tokenizer, turns, seqlen=seqlen, where="x", folder=folder)
+        sample = make_sample(tokenizer, turns, seqlen=seqlen, where="x", folder=folder)
         if seqlen < first + IMAGE_TOKENS + 1:
             assert sample is None
             continue
@@ -172,7 +172,7 @@ def test_no_picture_is_ever_cut(folder: Path, tokenizer: Tokenizer) -> None:
 
 
 def test_a_seqlen_that_holds_no_picture_is_an_error(folder: Path, tokenizer: Tokenizer) -> None:
-    with pytest.raises(CalibrationError, match="at 100 tokens no sample keeps a picture of 258 tokens whole"):
+    with pytest.raises(CalibrationError, match="at 100 tokens no sample keeps an image of 258 tokens whole"):
         read(write(folder, [RED]), tokenizer, seqlen=100)
 
 
@@ -215,7 +215,7 @@ def test_the_digest_tells_texts_and_pictures_apart_but_not_folders(folder: Path,
         ({"conversations": []}, r"is a JSON dict, expected a list"),
         ([], r"is empty"),
         ("", r"is empty"),
-        ("[{", r"is not JSON"),
+        ("[{", r"is not valid JSON"),
     ],
 )
 def test_a_bad_file_is_refused_with_the_entry(content: Any, message: str, folder: Path, tokenizer: Tokenizer) -> None:
@@ -227,7 +227,7 @@ def test_a_bad_line_is_refused_with_its_number(folder: Path, tokenizer: Tokenize
     file = write(folder, '{"text": "a"}\n\n{"text": 3}\n', "lines.jsonl")
     with pytest.raises(CalibrationError, match=r"lines\.jsonl line 3 has neither"):
         read(file, tokenizer)
-    with pytest.raises(CalibrationError, match=r"lines\.jsonl line 2 is not JSON"):
+    with pytest.raises(CalibrationError, match=r"lines\.jsonl, line 2 is not valid JSON"):
         read(write(folder, '{"text": "a"}\noops', "lines.jsonl"), tokenizer)
 
 
@@ -243,9 +243,10 @@ def test_files_that_cannot_be_read_are_refused(folder: Path, tokenizer: Tokenize
 
 def test_a_tokenizer_of_another_model_is_refused(tokenizer: Tokenizer, tmp_path: Path) -> None:
     other = Checkpoint(write_small_checkpoint(tmp_path / "other", num_hidden_layers=1, vocab_size=640))
-    check_tokenizer(tokenizer, other.config)  # padding rows of the embedding are fine
+    read = Tokenizer.from_folder(other.path, other.config)  # padding rows of the embedding are fine
+    assert read.vocab_size == tokenizer.vocab_size < other.config.vocab_size
     section = json.loads((other.path / "config.json").read_text())
     section["visual"]["image_start_id"] = 400
     (other.path / "config.json").write_text(json.dumps(section))
     with pytest.raises(ConfigError, match="<img> at 470.*image_start_id 400"):
-        check_tokenizer(tokenizer, Checkpoint(other.path).config)
+        Tokenizer.from_folder(other.path, Checkpoint(other.path).config)

@@ -47,7 +47,7 @@ def test_run_draws_the_latest_picture(capsys: pytest.CaptureFixture[str], tmp_pa
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["run", "no/such/folder", "hi"], "not a folder"),
+        (["run", "no/such/folder", "hi"], "neither a local folder nor the name of a model"),
         (["run", CHECKPOINT, "hi", "--image", "no-such.png"], "No such file"),
         (["run", CHECKPOINT, "hi", "--draw", "x.png"], "--draw needs an --image"),
         (["run", CHECKPOINT, "hi", "--image", PICTURE, "--draw", "no/folder/x.png"], "does not exist"),

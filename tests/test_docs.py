@@ -7,23 +7,18 @@ the reason. The Chinese pages have the same code (test_translations.py).
 import argparse
 import base64
 import importlib
-import io
 import json
 import re
-import shlex
 import shutil
-import sys
-import traceback
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from evaluate.miniature import make
 from safetensors.torch import save_file
-from snippets import ROOT, SMALL, blocks, environment, make_home, make_int4_checkpoint
+from snippets import ROOT, SMALL, Parsed, Shell, blocks, make_home, make_int4_checkpoint
 
 from qvl_edge import Runtime
 from qvl_edge.checkpoint import Checkpoint
@@ -72,63 +67,6 @@ OTHERS_OPTIONS = set(
     "--share --inbrowser --use_lora --trust-remote-code --max-num-seqs --gpu-memory-utilization --kv-cache-dtype "
     "--limit-mm-per-prompt --tensor-parallel-size".split()
 )
-
-
-class Parsed(Exception):
-    """The command line was taken."""
-
-
-class Said(NamedTuple):
-    """What a command did."""
-
-    code: int
-    out: str
-    err: str
-
-
-class Shell:
-    """Runs lines of the pages in a folder, in this process: torch is imported once."""
-
-    def __init__(self, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
-        self.folder, self._monkeypatch, self._capsys = folder, monkeypatch, capsys
-        monkeypatch.chdir(folder)
-        for name, value in environment(folder).items():
-            monkeypatch.setenv(name, value)
-
-    def __call__(self, line: str, *, only_parse: bool = False) -> Said:
-        words = shlex.split(line)
-        if words[0] == "cp":
-            *sources, target = words[1:]
-            for source in sources:
-                shutil.copy(source, target)
-            return Said(0, "", "")
-        name, arguments = ("qvl_edge.__main__", words[1:]) if words[0] == "qvl-edge" else (words[2], words[3:])
-        module = importlib.import_module(name)
-        if not hasattr(module, "main"):  # a package
-            module = importlib.import_module(f"{name}.__main__")
-        self._capsys.readouterr()
-        with self._monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", [name, *arguments])
-            patch.setattr(sys, "stdin", io.StringIO())
-            if only_parse:
-                patch.setattr(argparse.ArgumentParser, "parse_args", _parse_and_stop)
-            try:
-                code = module.main() or 0
-            except SystemExit as stop:
-                code = stop.code if isinstance(stop.code, int) else 1
-                print(stop.code, file=sys.stderr)
-            except Parsed:
-                raise
-            except Exception:
-                code = 1
-                traceback.print_exc()
-        return Said(code, *self._capsys.readouterr())
-
-
-def _parse_and_stop(parser: argparse.ArgumentParser, *given: object, **options: object) -> None:
-    parsed, unknown = parser.parse_known_args(*given, **options)
-    assert not unknown, f"{parser.prog} does not know {unknown}"
-    raise Parsed
 
 
 def shell_lines(page: Path) -> list[str]:
@@ -201,12 +139,10 @@ def home(furnished: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_every_line_of_the_page_does_what_it_says(
-    page: Path, home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_every_line_of_the_page_does_what_it_says(page: Path, home: Path) -> None:
     if page.name in MAKES_ITS_BUNDLE:
         shutil.rmtree(home / "BUNDLE")
-    shell = Shell(home, monkeypatch, capsys)
+    shell = Shell(home)
     for line in shell_lines(page):
         if line in ELSEWHERE:
             continue
@@ -304,11 +240,9 @@ def test_options_that_pages_name_are_those_of_a_command(monkeypatch: pytest.Monk
                 assert option in known | OTHERS_OPTIONS, f"{page.name}: {option}"
 
 
-def test_the_table_of_parts_is_what_fit_prints(
-    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_the_table_of_parts_is_what_fit_prints(home: Path) -> None:
     (table,) = (text for _, text in blocks(ROOT / "docs/memory.md") if text.startswith("GB "))
-    said = Shell(home, monkeypatch, capsys)("qvl-edge fit Qwen/Qwen-VL-Chat-Int4 --gpu 12GiB")
+    said = Shell(home)("qvl-edge fit Qwen/Qwen-VL-Chat-Int4 --gpu 12GiB")
     assert table in said.out
 
 

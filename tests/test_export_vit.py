@@ -8,12 +8,10 @@ import torch
 from onnx import numpy_helper
 from test_vit import GOLDEN, golden_images
 
-from export.external import ALIGNMENT
-from export.parity import compare, probe_pixels
+from export.graph import VisualWeights
+from export.parity import compare, cut_stages, probe_pixels, run_graph
 from export.part import data_bytes, export_vit
-from export.precision import Precision, pack_blocks
-from export.stages import cut_stages, run_graph
-from export.weights import VisualWeights
+from export.precision import ALIGNMENT, Precision, pack_blocks
 from qvl_edge.bundle import VIT, VIT_DATA
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.vision.encoder import VisionEncoder
@@ -176,6 +174,6 @@ def test_comparing_reads_the_graph_from_its_own_folder_and_leaves_no_file(
     exports: dict[str, Path], tiny: Checkpoint
 ) -> None:
     before = set(exports["float16"].iterdir())
-    parity = compare(tiny, tiny.config.visual, exports["float16"] / VIT, "float16")
+    parity = compare(tiny, exports["float16"] / VIT, "float16")
     assert parity.passed and [stage.stage for stage in parity.stages] == ["ln_pre", "block 0", "block 1", "features"]
     assert set(exports["float16"].iterdir()) == before

@@ -5,6 +5,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,9 @@ from safetensors.torch import load_file
 
 from kernels import dequantize_gptq
 from quantize import estimate, gptq, job
-from quantize.activations import Activations
 from quantize.blocks import causal_attention, load_block, projection
-from quantize.job import quantize_checkpoint
-from quantize.progress import Event
+from quantize.calibration import Activations
+from quantize.job import Event, quantize_checkpoint
 from quantize.solver import Method
 from qvl_edge import bundle
 from qvl_edge.checkpoint import Checkpoint
@@ -152,7 +152,7 @@ def test_report_and_manifest_say_how_the_bundle_was_made(
 ) -> None:
     result = quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples)
     report = json.loads((tmp_path / "bundle" / "quantize_report.json").read_text())
-    assert report["layers"] == [layer.to_dict() for layer in result.layers]
+    assert report["layers"] == [asdict(layer) for layer in result.layers]
     entry = json.loads((tmp_path / "bundle" / "bundle.json").read_text())["parts"]["decoder"]
     assert entry["fingerprint"] == checkpoint.fingerprint
     assert entry["quantization"] == QUANT.to_dict()
@@ -351,7 +351,7 @@ def test_killed_at_ten_random_points_and_resumed_the_bundle_is_byte_identical(
     assert run.stdout.split() == ["10"]
 
 
-def test_ctrl_c_says_how_to_go_on(
+def test_ctrl_c_says_how_to_resume(
     checkpoint: Checkpoint,
     calibration: Path,
     tmp_path: Path,
@@ -364,7 +364,7 @@ def test_ctrl_c_says_how_to_go_on(
     with monkeypatch.context() as patch:
         patch.setattr(job, "run_block", interrupted)
         assert command(checkpoint, tmp_path / "bundle", "--calibration", calibration) == 130
-    assert "the same command goes on" in capsys.readouterr().err
+    assert "the same command resumes" in capsys.readouterr().err
     assert command(checkpoint, tmp_path / "bundle", "--calibration", calibration) == 0
 
 
@@ -374,7 +374,7 @@ def test_a_full_disk_is_named_before_anything_is_computed(
     usage = shutil.disk_usage(tmp_path)
     events: list[Event] = []
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=100_000))
-    with pytest.raises(BundleError, match=r"needs \d+\.\d MB and its disk has 0\.1 MB free.*--samples and --seqlen"):
+    with pytest.raises(BundleError, match=r"needs \d+\.\d MB and its disk has 0\.1 MB free.*shorter --seqlen"):
         quantize_checkpoint(checkpoint, tmp_path / "made" / "bundle", QUANT, samples, progress=events.append)
     assert events == []
     assert list(tmp_path.iterdir()) == []
@@ -388,7 +388,9 @@ def test_a_disk_that_holds_the_bundle_but_not_the_activations_is_refused(
     shards = sum(file.stat().st_size for file in (tmp_path / "bundle").glob("*.safetensors"))
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=shards + 150_000))
-    with pytest.raises(BundleError, match=r"--samples and --seqlen make the 0\.2 MB for calibration less"):
+    with pytest.raises(
+        BundleError, match=r"; 0\.2 MB are for calibration: fewer --samples or a shorter --seqlen need less"
+    ):
         quantize_checkpoint(checkpoint, tmp_path / "other", QUANT, samples)
     quantize_checkpoint(checkpoint, tmp_path / "rounded", QUANT, None)
 
@@ -420,7 +422,7 @@ def test_an_estimate_of_memory_disk_and_time_comes_first(
 HOLD = """
 import sys
 from pathlib import Path
-from quantize.work import open_work
+from quantize.files import open_work
 
 with open_work(Path(sys.argv[1]), Path("nowhere"), {"fingerprint": ""}, overwrite=False):
     print("locked", flush=True)
@@ -442,7 +444,7 @@ def test_two_quantizations_of_one_bundle_at_once_are_refused(
     assert other.stdout is not None and other.stdin is not None
     assert other.stdout.readline() == "locked\n"
     for overwrite in (False, True):
-        with pytest.raises(BundleError, match="another quantization is at work in"):
+        with pytest.raises(BundleError, match="another quantization is running in"):
             quantize_checkpoint(checkpoint, folder, QUANT, samples, overwrite=overwrite)
     other.kill()  # without a word: its lock goes with it
     other.wait()
@@ -479,7 +481,7 @@ def test_activations_are_in_a_file_and_one_sample_in_memory(
         expected = block(table[torch.tensor(sample.ids)][None], causal_attention(checkpoint.config, len(found), "cpu"))
         assert torch.equal(found, expected[0])
     exact.unlink()
-    with pytest.raises(BundleError, match=r"exact-00001\.float32 is missing, so the run cannot go on"):
+    with pytest.raises(BundleError, match=r"exact-00001\.float32 is missing, so the run cannot resume"):
         quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples)
 
 
@@ -527,9 +529,38 @@ def test_options_that_cannot_be_met_are_refused(checkpoint: Checkpoint, tmp_path
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA GPU")
-def test_cuda_without_a_gpu_is_refused(checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample]) -> None:
-    with pytest.raises(ConfigError, match="--device cpu"):
-        quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples, device="cuda")
+@pytest.mark.parametrize("device", ["cuda", "cuda:1"])
+def test_cuda_without_a_gpu_is_refused_as_by_the_runtime(
+    device: str, checkpoint: Checkpoint, calibration: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = str(tmp_path / "bundle")
+    assert gptq.main([str(checkpoint.path), bundle, "--calibration", str(calibration), "--device", device]) == 1
+    assert f"error: device is '{device}', but torch" in capsys.readouterr().err
+    with pytest.raises(ConfigError, match=rf"device is '{device}', but torch .* or use device='cpu'"):
+        quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, None, device=device)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_one_of_several_gpus_can_be_named(
+    checkpoint: Checkpoint, tmp_path: Path, samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On this machine "cpu:0" stands for a device with an index. bundle.json has its type only, as ever."""
+    asked: list[str] = []
+
+    def found(name: str, *, kernels: bool) -> torch.device:
+        assert not kernels  # GPTQ also runs on cards that are too old for them
+        asked.append(name)
+        return torch.device("cpu", 0)
+
+    monkeypatch.setattr(job, "find_device", found)
+    monkeypatch.setattr(gptq, "find_device", lambda name, *, kernels: torch.device(name))
+    options = [str(checkpoint.path), str(tmp_path / "command"), "--round-to-nearest", "--device", "cuda:1"]
+    assert gptq.main(options) == 0
+    quantize_checkpoint(checkpoint, tmp_path / "bundle", QUANT, samples, device="cuda:3")
+    assert asked == ["cuda:1", "cuda:3"]
+    monkeypatch.undo()
+    quantize_checkpoint(checkpoint, tmp_path / "straight", QUANT, samples, device="cpu")
+    assert content(tmp_path / "bundle") == content(tmp_path / "straight")
 
 
 def test_a_checkpoint_without_its_tokenizer_is_refused(tmp_path: Path, samples: list[Sample]) -> None:

@@ -2,6 +2,7 @@ import pytest
 import torch
 
 from quantize.grid import fit_grid, from_levels, to_levels
+from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CheckpointError
 
 BITS = (4, 8)
@@ -12,7 +13,7 @@ def random_weight(rows: int = 16, columns: int = 64) -> torch.Tensor:
 
 
 def rounded(weight: torch.Tensor, bits: int, sym: bool, importance: torch.Tensor | None = None) -> torch.Tensor:
-    scale, zero = fit_grid(weight, bits=bits, sym=sym, importance=importance)
+    scale, zero = fit_grid(weight, QuantConfig(bits=bits, sym=sym), importance=importance)
     return from_levels(to_levels(weight, scale, zero, bits), scale, zero)
 
 
@@ -28,7 +29,7 @@ def test_weights_that_lie_on_a_grid_are_kept_exactly(bits: int) -> None:
 @pytest.mark.parametrize("sym", [True, False])
 def test_scales_are_float16_and_zeros_are_levels_that_auto_gptq_can_store(bits: int, sym: bool) -> None:
     for weight in (random_weight(), random_weight().abs(), -random_weight().abs()):
-        scale, zero = fit_grid(weight, bits=bits, sym=sym)
+        scale, zero = fit_grid(weight, QuantConfig(bits=bits, sym=sym))
         assert torch.equal(scale.half().double(), scale)
         assert bool((scale > 0).all())
         assert bool(((zero >= 1) & (zero <= 2**bits - 1) & (zero == zero.round())).all())
@@ -74,4 +75,4 @@ def test_a_group_of_zeros_stays_zero() -> None:
 
 def test_a_weight_beyond_float16_scales_is_named() -> None:
     with pytest.raises(CheckpointError, match=r"h\.0\.mlp\.w1 holds 1e\+07"):
-        fit_grid(torch.full((2, 32), 1e7), bits=4, sym=True, name="h.0.mlp.w1")
+        fit_grid(torch.full((2, 32), 1e7), QuantConfig(), name="h.0.mlp.w1")

@@ -1,12 +1,11 @@
 """What the READMEs tell a user to type works as written, on the small model in the place of the published ones."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from snippets import ROOT, blocks, links, make_home, make_int4_checkpoint, type_in
+from snippets import ROOT, Said, Shell, blocks, links, make_home, make_int4_checkpoint
 
 pytestmark = pytest.mark.slow
 
@@ -32,38 +31,45 @@ def commands(*, gpu: bool = False) -> list[str]:
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder in which the README's commands have been run, one after another."""
+    """What a user begins with."""
     folder = tmp_path_factory.mktemp("user")
     make_home(folder)
-    for line in commands():
-        if "Qwen-VL-Chat-Int4" in line and not (folder / "Qwen-VL-Chat-Int4").exists():
-            make_int4_checkpoint(folder / "BUNDLE", folder / "Qwen-VL-Chat-Int4")
-        done = type_in(line, folder)
-        assert done.returncode == 0, f"{line}\n{done.stderr}"
-        (folder / f"{len(list(folder.glob('*.said')))}.said").write_text(json.dumps([line, done.stdout, done.stderr]))
     return folder
 
 
-def test_the_commands_run_and_leave_what_they_say(home: Path) -> None:
-    said = [json.loads((home / f"{n}.said").read_text()) for n in range(len(list(home.glob("*.said"))))]
+@pytest.fixture(scope="module")
+def said(home: Path) -> list[tuple[str, Said]]:
+    """The README's commands, run one after another, and what each did."""
+    shell, found = Shell(home), []
+    for line in commands():
+        if "Qwen-VL-Chat-Int4" in line and not (home / "Qwen-VL-Chat-Int4").exists():
+            make_int4_checkpoint(home / "BUNDLE", home / "Qwen-VL-Chat-Int4")
+        found.append((line, shell(line)))
+        assert found[-1][1].code == 0, f"{line}\n{found[-1][1].err}"
+    return found
+
+
+def test_the_commands_run_and_leave_what_they_say(home: Path, said: list[tuple[str, Said]]) -> None:
     assert len(said) == 8
     assert (home / "out.png").exists() and (home / "BUNDLE/vit.onnx").exists()
-    answers = [out for line, out, _ in said if line.startswith("qvl-edge run")]
+    answers = [done.out for line, done in said if line.startswith("qvl-edge run")]
     assert len(answers) == 2 and all(answer.strip() for answer in answers)
     # one more export, for the Int4 checkpoint, and it is said
-    assert "exporting the vision tower" in said[4][2] and "exporting" not in said[2][2]
+    assert "exporting the vision tower" in said[4][1].err and "exporting" not in said[2][1].err
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here the commands would work")
+@pytest.mark.usefixtures("said")
 def test_without_a_gpu_the_commands_for_one_say_that_there_is_none(home: Path) -> None:
     lines = commands(gpu=True)
     assert len(lines) == 2
     for line in lines:
-        done = type_in(line, home)
-        assert done.returncode != 0 and "CUDA" in done.stderr, line
-        assert "Traceback" not in done.stderr, line
+        done = Shell(home)(line)
+        assert done.code != 0 and "CUDA" in done.err, line
+        assert "Traceback" not in done.err, line
 
 
+@pytest.mark.usefixtures("said")
 @pytest.mark.parametrize("readme", READMES, ids=lambda readme: readme.name)
 def test_the_python_snippets_run(readme: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(home)

@@ -4,10 +4,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from kernels import dequantize_gptq
-from quantize.grid import fit_grid, from_levels, to_levels
-from quantize.solver import PLAIN, Hessian, Method, inverse_factor, quantize_weight, relative_error, round_weight
+from quantize.grid import fit_grid, from_levels, round_weight, to_levels
+from quantize.solver import PLAIN, Hessian, Method, descend, inverse_factor, quantize_weight, relative_error
 from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CalibrationError, CheckpointError
 
@@ -48,14 +49,12 @@ def resolve_after_every_column(weight: torch.Tensor, hessian: torch.Tensor, quan
     group_of, grids = order // size, {}
     for group in group_of.unique().tolist() if quant.static_groups else ():
         members = group_of == group
-        grids[group] = fit_grid(original[:, members], bits=quant.bits, sym=quant.sym, importance=importance[members])
+        grids[group] = fit_grid(original[:, members], quant, importance=importance[members])
     for k in range(columns):
         if quant.static_groups:
             scale, zero = grids[int(group_of[k])]
         elif k % size == 0:
-            scale, zero = fit_grid(
-                current[:, k : k + size], bits=quant.bits, sym=quant.sym, importance=importance[k : k + size]
-            )
+            scale, zero = fit_grid(current[:, k : k + size], quant, importance=importance[k : k + size])
         column = current[:, k : k + 1]
         fixed[:, k] = from_levels(to_levels(column, scale, zero, quant.bits), scale, zero)[:, 0]
         done, free = slice(0, k + 1), slice(k + 1, None)
@@ -245,3 +244,93 @@ def test_values_that_are_not_finite_name_the_layer(bad: float) -> None:
 def test_a_hessian_without_inputs_is_an_error() -> None:
     with pytest.raises(CalibrationError, match="no calibration input"):
         Hessian(8).matrix()
+
+
+QUANTS = [
+    QuantConfig(group_size=32),
+    QuantConfig(group_size=-1),
+    QuantConfig(group_size=32, desc_act=True),
+    QuantConfig(group_size=64, desc_act=True, static_groups=True, sym=False),
+]
+IDS = ["groups of 32", "one group", "by activity", "static groups by activity"]
+
+
+def output_errors(
+    weight: Tensor, levels: Tensor, scales: Tensor, zeros: Tensor, g_idx: Tensor, hessian: Tensor
+) -> Tensor:
+    """Of each output (N,), by the formula."""
+    lost = weight - ((levels.double() - zeros[g_idx]) * scales[g_idx]).T
+    return ((lost @ hessian) * lost).sum(1)
+
+
+def gptq_result(quant: QuantConfig) -> tuple[Tensor, list[Tensor], Tensor, float]:
+    """A weight, what one pass of GPTQ finds for it, its Hessian with the damping on the diagonal, and that damping."""
+    inputs, weight = correlated(500, 192), weight_of(6, 192)
+    hessian = inputs.T @ inputs * (2 / len(inputs))
+    found = quantize_weight(weight, hessian, quant, method=Method(sweeps=0))
+    ridge = 0.01 * float(hessian.diagonal().mean())
+    state = [found.levels, found.scales.double(), found.zeros.double(), found.g_idx.long()]
+    return weight, state, hessian + ridge * torch.eye(192), ridge
+
+
+def sweep(weight: Tensor, state: list[Tensor], damped: Tensor, ridge: float, sweeps: int) -> Tensor:
+    """Descend from `state` in place; the residual that is left."""
+    levels, scales, zeros, g_idx = state
+    residual = (weight - ((levels.double() - zeros[g_idx]) * scales[g_idx]).T).T.contiguous()
+    plain = damped - ridge * torch.eye(len(damped))
+    descend(residual, *state, plain, ridge, bits=4, sweeps=sweeps)
+    return residual
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=IDS)
+def test_no_sweep_makes_the_error_of_any_output_larger(quant: QuantConfig) -> None:
+    weight, state, damped, ridge = gptq_result(quant)
+    first = before = output_errors(weight, *state, damped)
+    for _ in range(4):
+        sweep(weight, state, damped, ridge, 1)
+        after = output_errors(weight, *state, damped)
+        assert bool((after <= before * (1 + 1e-12)).all())
+        before = after
+    assert float(before.sum() / first.sum()) < 0.95
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=IDS)
+def test_it_ends_where_no_level_and_no_scale_alone_would_do_better(quant: QuantConfig) -> None:
+    weight, state, damped, ridge = gptq_result(quant)
+    sweep(weight, state, damped, ridge, 60)
+    levels, scales, zeros, g_idx = state
+    best = output_errors(weight, *state, damped)
+    for column in range(192):
+        for step in (-1, 1):
+            other = levels.short()
+            other[column] = (other[column] + step).clamp(0, 15)
+            assert bool((output_errors(weight, other, scales, zeros, g_idx, damped) >= best * (1 - 1e-12)).all())
+    for group in range(len(scales)):
+        for factor in (1 - 2**-10, 1 + 2**-10):  # one step of float16, or two
+            other = scales.clone()
+            other[group] = (other[group] * factor).half().double()
+            assert bool((output_errors(weight, levels, other, zeros, g_idx, damped) >= best * (1 - 1e-12)).all())
+
+
+@pytest.mark.parametrize("quant", QUANTS, ids=IDS)
+def test_the_residual_is_that_of_the_levels_and_scales_which_stay_on_the_disks_grid(quant: QuantConfig) -> None:
+    weight, state, damped, ridge = gptq_result(quant)
+    before = [tensor.clone() for tensor in state]
+    residual = sweep(weight, state, damped, ridge, 2)
+    levels, scales, zeros, g_idx = state
+    expected = (weight - ((levels.double() - zeros[g_idx]) * scales[g_idx]).T).T
+    assert float((residual - expected).abs().max()) < 1e-12  # float64, and values of about 1
+    assert torch.equal(scales.half().double(), scales) and bool((scales > 0).all())
+    assert int(levels.max()) <= 15
+    assert torch.equal(zeros, before[2]) and torch.equal(g_idx, before[3])
+    assert not torch.equal(levels, before[0]) and not torch.equal(scales, before[1])
+
+
+def test_weights_on_the_grid_and_groups_of_zeros_stay() -> None:
+    state = [torch.randint(0, 16, (64, 4)).to(torch.uint8), torch.full((2, 4), 0.125, dtype=torch.float64)]
+    state += [torch.full((2, 4), 8.0, dtype=torch.float64), torch.arange(64) // 32]
+    state[0][32:] = 8  # nothing but zeros, which leave the scale open
+    before = [tensor.clone() for tensor in state]
+    weight = ((state[0].double() - 8) * 0.125).T
+    sweep(weight, state, torch.eye(64, dtype=torch.float64), 0.0, 2)
+    assert all(torch.equal(one, other) for one, other in zip(state, before, strict=True))

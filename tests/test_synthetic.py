@@ -12,10 +12,10 @@ from conftest import DATA, SMALL
 
 from benchmarks.synthetic import layout_of, main, split_layout, write_synthetic, write_vocabulary
 from quantize.repack import repack_checkpoint
-from quantize.shard import layout_bytes
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import BundleError, CheckpointError
+from qvl_edge.files import layout_bytes
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.loading import check_tensors, load_decoder, load_visual
 from qvl_edge.published import CONFIG, QUANTIZATION

@@ -15,9 +15,12 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qvl_edge.errors import BundleError
+
+if TYPE_CHECKING:
+    from qvl_edge.memory import Memory
 
 Check: TypeAlias = Callable[[Path | None], str]
 """Takes the bundle or checkpoint that is examined, if there is one."""
@@ -138,23 +141,23 @@ def check_card_memory(_: Path | None) -> str:
     from qvl_edge.memory import device_memory
 
     memory = device_memory(torch.device("cuda:0"))
-    return enough(memory.free, memory.total, "close the other programs on the card (nvidia-smi lists them)")
+    return enough(memory, "close the other programs on the card (nvidia-smi lists them)")
 
 
 def check_host_memory(_: Path | None) -> str:
     """Free memory of the host."""
     from qvl_edge.memory import host_memory
 
-    memory = host_memory()
-    return enough(memory.free, memory.total, "close other programs")
+    return enough(host_memory(), "close other programs")
 
 
-def enough(free: int, total: int, fix: str) -> str:
+def enough(memory: "Memory", fix: str) -> str:
     """How much of a memory is free. Failed for too little."""
     from qvl_edge.engine.device import MIN_FREE
+    from qvl_edge.memory import format_bytes
 
-    found = f"{gb(free)} of {gb(total)} free"
-    if free < MIN_FREE:
+    found = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
+    if memory.free < MIN_FREE:
         raise Failed(found, fix)
     return found
 
@@ -278,6 +281,7 @@ def check_cache(path: Path | None) -> str:
     """Where vision towers of checkpoints are exported to."""
     from qvl_edge.bundle import is_bundle
     from qvl_edge.files import cache_home
+    from qvl_edge.memory import format_bytes
 
     home = cache_home()
     fix = "set XDG_CACHE_HOME to a writable folder with enough space"
@@ -285,9 +289,9 @@ def check_cache(path: Path | None) -> str:
     if not os.access(existing, os.W_OK):
         raise Failed(f"{existing} cannot be written to", fix)
     free = shutil.disk_usage(existing).free
-    found = f"{home}, {gb(free)} free"
+    found = f"{home}, {format_bytes(free)} free"
     if free < TOWER and not (path and is_bundle(path)):
-        raise Failed(f"{found}, a vision tower takes {gb(TOWER)}", fix)
+        raise Failed(f"{found}, a vision tower takes {format_bytes(TOWER)}", fix)
     return found
 
 
@@ -319,6 +323,7 @@ def check_model(path: Path | None) -> str:
         raise Skipped("none given")
     from qvl_edge.bundle import Bundle, is_bundle
     from qvl_edge.checkpoint import Checkpoint
+    from qvl_edge.memory import format_bytes
     from qvl_edge.model.loading import check_tensors
 
     if not is_bundle(path):
@@ -326,7 +331,7 @@ def check_model(path: Path | None) -> str:
         check_tensors(checkpoint)
         return f"a checkpoint, its {len(checkpoint.names)} tensors match config.json; it has no hashes"
     files = [entry for part in Bundle.open(path, verify=True).parts.values() for entry in part["files"].values()]
-    return f"{len(files)} files, {gb(sum(entry['bytes'] for entry in files))}, hashes match"
+    return f"{len(files)} files, {format_bytes(sum(entry['bytes'] for entry in files))}, hashes match"
 
 
 def check_vision(path: Path | None) -> str:
@@ -392,8 +397,3 @@ def numbers(version: str) -> tuple[int, ...]:
 def one_line(message: object) -> str:
     """Text with its line breaks as spaces."""
     return " ".join(str(message).split())
-
-
-def gb(size: int) -> str:
-    """A size in GB, or in MB below 0.1 GB."""
-    return f"{size / 1e9:.1f} GB" if size >= 10**8 else f"{size / 1e6:.1f} MB"

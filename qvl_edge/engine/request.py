@@ -14,6 +14,7 @@ from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.engine.sampling import Constraint, Sampler
 from qvl_edge.errors import Cancelled, TimeLimit
 from qvl_edge.options import GenerationOptions
+from qvl_edge.published import SYSTEM
 from qvl_edge.text.boxes import parse_boxes
 
 if TYPE_CHECKING:  # a benchmark of the decode step needs neither tiktoken nor PIL
@@ -21,7 +22,6 @@ if TYPE_CHECKING:  # a benchmark of the decode step needs neither tiktoken nor P
     from qvl_edge.text.prompt import History, Prompt, Query
     from qvl_edge.text.tokenizer import TextStream
 
-SYSTEM = "You are a helpful assistant."
 Element = int | str
 """A token id, or the content key of the image whose slot it is."""
 

@@ -13,7 +13,8 @@ from pathlib import Path
 
 import tiktoken
 
-from qvl_edge.errors import CheckpointError
+from qvl_edge.config import Config
+from qvl_edge.errors import CheckpointError, ConfigError
 
 VOCAB_FILE = "qwen.tiktoken"
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -68,6 +69,19 @@ class Tokenizer:
                 "copy it again"
             )
         return cls(ranks)
+
+    @classmethod
+    def from_folder(cls, folder: Path, config: Config) -> "Tokenizer":
+        """The tokenizer of the checkpoint or bundle at `folder`. ConfigError if its ids are not those of `config`."""
+        file = folder / VOCAB_FILE
+        tokenizer = cls.from_file(file)
+        start = tokenizer.specials[IMG]
+        if tokenizer.vocab_size > config.vocab_size or start != config.visual.image_start_id:
+            raise ConfigError(
+                f"{file} has {tokenizer.vocab_size} tokens with {IMG} at {start}, config.json has vocab_size "
+                f"{config.vocab_size} and image_start_id {config.visual.image_start_id}; copy this model's {VOCAB_FILE}"
+            )
+        return tokenizer
 
     @property
     def vocab_size(self) -> int:

@@ -8,8 +8,9 @@ from conftest import write_small_checkpoint
 from torch import nn
 
 from kernels import Int4Weight, dequantize_gptq, int4_gemm
+from quantize.grid import Quantized
 from quantize.job import quantize_checkpoint
-from quantize.solver import Hessian, Quantized, quantize_weight
+from quantize.solver import Hessian, quantize_weight
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
 from qvl_edge.model.loading import GPTQ_TENSORS, QUANTIZED
