@@ -31,7 +31,7 @@ setup(
     # benchmarks and tests run from a clone
     packages=find_packages(include=["kernels", "kernels.*", "qvl_edge", "qvl_edge.*", "quantize", "export"]),
     package_data={
-        "kernels": ["tiles/*.json"],
+        "kernels.gpu": ["tiles/*.json"],
         "qvl_edge": ["py.typed"],
         "qvl_edge.demo": ["checkpoint/*"],
         "qvl_edge.server": ["static/*"],

@@ -1,11 +1,11 @@
 """Cards that the project is for, as their makers publish them: what an offline compilation stands in for.
 
-One or two of each family; another card takes the tiles of the nearest, with splits that fill it (kernels/tiles.py).
+One or two of each family; another card takes the tiles of the nearest, with splits that fill it (kernels/gpu/tiles.py).
 """
 
 from dataclasses import dataclass
 
-from kernels.tiles import DeviceKey
+from kernels.gpu.tiles import DeviceKey
 
 # bytes of shared memory that one program may use (CUDA programming guide, technical specifications per capability)
 SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from benchmarks.decode_step import decoder_config
 from benchmarks.projections import HEAD, LAYER, Problem, Projection
-from kernels.cache_rows import dequantize_rows, quantize_rows
-from kernels.dispatch import rotary_attention
-from kernels.tiles import Tile
+from kernels import AttentionArgs, dequantize_rows, quantize_rows, rotary_attention
+from kernels.gpu.tiles import Tile
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.fused import FusedDecoder
 
@@ -104,10 +103,10 @@ def _attention(
     if int8:
         (k_cache, k_scales), (v_cache, v_scales) = quantize_rows(k_cache), quantize_rows(v_cache)
     start = torch.tensor(starts, device=device)
-    out = rotary_attention(
-        q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, k_scales=k_scales, v_scales=v_scales,
-        backend="triton",
-    )  # fmt: skip
+    args = AttentionArgs(
+        q, k, v, cos, sin, k_cache, v_cache, start, q_scale=q_scale, k_scales=k_scales, v_scales=v_scales
+    )
+    out = rotary_attention(args, backend="triton")
     if k_scales is not None and v_scales is not None:
         k_cache, v_cache = dequantize_rows(k_cache, k_scales), dequantize_rows(v_cache, v_scales)
 

@@ -25,8 +25,8 @@ from benchmarks.cards import CARDS, SHARED
 from benchmarks.launches import attention_launch, meta, projection_launch
 from benchmarks.offline import Compiled, Launch, Loop, compile_launch, record_one
 from benchmarks.projections import C_ATTN, HEAD, LAYER, PROJECTIONS, Projection
-from kernels import rows_triton
-from kernels.tiles import DECODE_ROWS, PREFILL_ROWS, Tile, read_table, tile_for
+from kernels.gpu import rows
+from kernels.gpu.tiles import DECODE_ROWS, PREFILL_ROWS, Tile, read_table, tile_for
 from qvl_edge.machine import describe_machine
 
 ARCHITECTURES = (80, 86, 87, 89, 90, 120)
@@ -41,26 +41,44 @@ CACHE_LIMITS = {torch.float16: 5.0, torch.bfloat16: 5.0, torch.int8: 6.0}
 
 @dataclass(frozen=True)
 class Case:
-    """One thing to compile, and by what it is measured."""
+    """One compilation, and what bounds it."""
 
     name: str
     launch: Launch
-    family: str  # "int4", "int8", "decode attention" or "other"
-    tile: Tile | None = None  # of int4 and int8
+    kernel: str  # what the summary counts it under
+    projection: Projection | None = None
+    dtype: torch.dtype = torch.float16
+    tile: Tile | None = None
     limit: float | None = None  # of instructions a unit
+
+    @property
+    def decodes_attention(self) -> bool:
+        """Its units are elements of keys and values."""
+        return self.launch.kernel.endswith(":decode_kernel")
+
+    @property
+    def is_bounded(self) -> bool:
+        """Its main loop is."""
+        return self.projection is not None or self.decodes_attention
 
 
 def projection_case(
     projection: Projection, tile: Tile, dtype: torch.dtype = torch.float16, *, one_row: bool = False
 ) -> Case:
     """A projection with what bounds it: int4 as published is, its variants are only reported."""
-    published = projection.bits == 4 and projection.group == 128 and not projection.zeros and dtype == torch.float16
+    bits, group = projection.bits, projection.group
+    published = bits == 4 and group == 128 and not projection.zeros and dtype == torch.float16
+    variant = " with zeros" if projection.zeros else ""
+    if bits == 4 and group != 128:
+        variant += " in one group" if group == projection.k else f" in groups of {group}"
+    variant += (" in bfloat16" if dtype == torch.bfloat16 else "") + (" of one row" if one_row else "")
     shape = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
-    name = projection.name + (" in bfloat16" if dtype == torch.bfloat16 else "") + (" of one row" if one_row else "")
     return Case(
-        f"{name}, {shape}" + (", split" if tile.split_k > 1 else ""),
+        f"{projection.name}{variant}, {shape}" + (", split" if tile.split_k > 1 else ""),
         projection_launch(projection, tile, dtype, one_row=one_row),
-        f"int{projection.bits}",
+        f"int{bits}{variant}, {tile.block_m} rows",
+        projection,
+        dtype,
         tile,
         WEIGHT_LIMITS.get(tile.block_m) if published else None,
     )
@@ -80,17 +98,18 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     if quick and capability not in VARIANTS:
         return
     x, residual = meta(8, 4096), meta(8, 4096, dtype=torch.float32)
-    yield Case("sums of rows", record_one("_rows_kernel", rows_triton.sum_rows, x), "other")
-    rms = record_one("_rows_kernel", rows_triton.rms_rows_triton, residual, meta(4096), 1e-6, torch.float16)
-    yield Case("rows of a residual", rms, "other")
-    zeros = replace(C_ATTN, name="c_attn with zeros", zeros=True)
+    sums = record_one("_rows_kernel", rows.sum_rows, x)
+    yield Case("sums of rows", sums, "sums of rows")
+    rms = record_one("_rows_kernel", rows.rms_rows_triton, residual, meta(4096), 1e-6, torch.float16)
+    yield Case("rows of a residual", rms, "rows of a residual")
+    zeros = replace(C_ATTN, zeros=True)
     variants = (
         (C_ATTN, torch.bfloat16),
         (zeros, torch.float16),
         (zeros, torch.bfloat16),
-        (replace(zeros, name="c_attn with zeros, groups of 32", group=32), torch.float16),
-        (replace(C_ATTN, name="c_attn, groups of 64", group=64), torch.float16),
-        (replace(C_ATTN, name="c_attn, one group", group=C_ATTN.k), torch.float16),
+        (replace(zeros, group=32), torch.float16),
+        (replace(C_ATTN, group=64), torch.float16),
+        (replace(C_ATTN, group=C_ATTN.k), torch.float16),
     )
     for block_m in (16, 128) if quick else (8, 16, 64, 128):
         for projection, dtype in variants:
@@ -105,19 +124,19 @@ def attention_cases(capability: int, quick: bool) -> Iterator[Case]:
         kind = f"{str(cache).removeprefix('torch.')} cache"
         for splits in (8, 1):
             launch = attention_launch("decode_kernel", cache, 1, splits=splits, logn=splits > 1)
-            name = f"attention, decode, {kind}, " + ("8 splits, log-n" if splits > 1 else "1 split")
-            yield Case(name, launch, "decode attention", limit=limit)
+            kernel = f"attention, decode, {kind}"
+            yield Case(kernel + (", 8 splits, log-n" if splits > 1 else ", 1 split"), launch, kernel, limit=limit)
             if quick:
                 break
         for length in (512, 64, 16):
-            yield Case(
-                f"attention, {length} tokens, {kind}", attention_launch("prefill_kernel", cache, length), "other"
-            )
+            kernel = f"attention, {length} tokens, {kind}"
+            yield Case(kernel, attention_launch("prefill_kernel", cache, length), kernel)
             if fewer or (quick and cache == torch.bfloat16):
                 break
         if fewer:
             continue
-        yield Case(f"attention, append, {kind}", attention_launch("append_kernel", cache, 512), "other")
+        kernel = f"attention, append, {kind}"
+        yield Case(kernel, attention_launch("append_kernel", cache, 512), kernel)
 
 
 def table_cases(capability: int) -> Iterator[Case]:
@@ -138,15 +157,15 @@ def units_a_turn(case: Case, compiled: Compiled) -> float:
         return 0.0
     if case.tile is not None:
         return compiled.loop.products / case.tile.block_m / 32
-    if case.family == "decode attention":
-        itemsize = 1 if case.launch.constant("INT8") else 2
+    if case.decodes_attention:
+        itemsize = 1 if dict(case.launch.signature)["k_cache_ptr"] == "*i8" else 2
         return compiled.loop.loaded(16) / itemsize
     return 0.0
 
 
 def weight_bytes(case: Case, units: float) -> float:
     """Bytes of `units` weights."""
-    return units * int(case.family.removeprefix("int")) / 8 if case.tile else 0.0
+    return units * case.projection.bits / 8 if case.projection else 0.0
 
 
 def narrow_bytes(loop: Loop) -> int:
@@ -194,27 +213,34 @@ def collect(architectures: tuple[int, ...], quick: bool) -> list[tuple[int, Case
 
 
 def record(capability: int, case: Case, compiled: Compiled) -> dict[str, Any]:
-    """One line of the result."""
+    """Everything that is known of one compilation."""
     units = units_a_turn(case, compiled)
-    limits, tile = bounds(case, compiled, capability), case.tile
+    limits, projection = bounds(case, compiled, capability), case.projection
     return {
         "architecture": f"sm_{capability}",
+        "kernel": case.kernel,
         "case": case.name,
-        "family": case.family,
-        "block_m": tile.block_m if tile else None,
-        "tile": [tile.block_n, min(tile.split_k, 2), tile.num_warps, tile.num_stages] if tile else None,
-        "published": case.family == "int4" and case.limit is not None,
-        "weight_bytes": weight_bytes(case, units),
-        "narrow_bytes": narrow_bytes(compiled.loop) if compiled.loop else 0,
-        "registers": compiled.registers,
-        "spilled": compiled.spilled,
-        "shared": compiled.shared,
-        "instructions": compiled.instructions,
-        "loop": asdict(compiled.loop) if compiled.loop else None,
+        "projection": asdict(projection) | {"dtype": str(case.dtype)} if projection else None,
+        "tile": asdict(case.tile) if case.tile else None,
+        **asdict(compiled),
         "instructions_a_unit": round(compiled.loop.length / units, 2) if units and compiled.loop else None,
         "bounds": {name: {"value": value, "limit": limit} for name, (value, limit) in limits.items()},
         "holds": all(value <= limit for value, limit in limits.values()),
     }
+
+
+def summary(records: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One entry for each kernel and architecture: most registers, bytes; range of instructions a unit."""
+    found: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    for entry in records:
+        found.setdefault((entry["kernel"], entry["architecture"]), []).append(entry)
+    lines = []
+    for (kernel, architecture), entries in sorted(found.items()):
+        line = {"kernel": kernel, "architecture": architecture, "compilations": len(entries)}
+        line |= {name: max(entry[name] for entry in entries) for name in ("registers", "spilled", "shared")}
+        units = [entry["instructions_a_unit"] for entry in entries if entry["instructions_a_unit"]]
+        lines.append(line | ({"instructions_a_unit": [min(units), max(units)]} if units else {}))
+    return lines
 
 
 def table(records: list[dict[str, Any]]) -> str:
@@ -249,14 +275,15 @@ def main(arguments: list[str] | None = None) -> int:
         "--quick", action="store_true", help=f"kernels on {QUICK} only; table entries on their own all the same"
     )
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="compilations at a time (default: all cores)")
-    parser.add_argument("--json", type=Path, help="save the figures, with versions, commit and date")
+    parser.add_argument("--json", type=Path, help="save the summary, with versions, commit and date")
+    parser.add_argument("--details", type=Path, help="save everything that is known of each compilation")
     args = parser.parse_args(arguments)
     jobs = collect(tuple(args.arch), args.quick)
     records = []
     # forked after the imports: to import torch again would take as long as ten compilations
     with ProcessPoolExecutor(args.jobs, mp_context=multiprocessing.get_context("fork")) as pool:
         # what has no bounds in its loop is not disassembled when time counts
-        work = [(case.launch, arch, not args.quick or case.family != "other") for arch, case in jobs]
+        work = [(case.launch, arch, not args.quick or case.is_bounded) for arch, case in jobs]
         for (capability, case), compiled in zip(jobs, pool.map(_compile, work), strict=True):
             records.append(record(capability, case, compiled))
             if sys.stderr.isatty():
@@ -272,8 +299,11 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{len(records)} different compilations. Bounds on instructions are held on {BOUNDED}.")
     print(f"{broken} break a bound." if broken else "All bounds hold.")
     if args.json:
-        result = {"benchmark": "compiled", **describe_machine(), "triton": triton.__version__, "records": records}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+        head = {"benchmark": "compiled", **describe_machine(), "triton": triton.__version__}
+        lines = ",\n".join("  " + json.dumps(line) for line in summary(records))
+        args.json.write_text(json.dumps(head, indent=1)[:-2] + f',\n "kernels": [\n{lines}\n ]\n}}\n')
+    if args.details:
+        args.details.write_text(json.dumps(records))
     return 1 if broken else 0
 
 

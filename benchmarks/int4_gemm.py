@@ -23,10 +23,17 @@ from torch import Tensor
 
 from benchmarks.projections import LAYER, Problem, Projection
 from benchmarks.timing import Timing, copy_gb_per_s, in_one_graph, measure, measure_on_device
-from kernels import Int4Weight, Rows, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton, pack_levels
-from kernels.int4_gemm_torch import dequantize
-from kernels.int4_layout import pack_zeros
-from kernels.rows import MOST_SUMMED
+from kernels import (
+    MAX_DECODE_ROWS,
+    Int4Weight,
+    Rows,
+    TritonWeight,
+    int4_gemm,
+    pack_for_cpu,
+    pack_for_triton,
+    pack_levels,
+    pack_zeros,
+)
 from qvl_edge.machine import describe_machine
 
 # K, N of Qwen-7B's projections: c_attn first, then attn.c_proj, w1 and w2, mlp.c_proj
@@ -76,13 +83,13 @@ def copies(make: Callable[[], Any], size: int, device: str = "cpu") -> list[Any]
 def cpu_peers(weight: Int4Weight, device: str = "cpu") -> dict[str, Peer]:
     """Everything that computes this product on a CPU."""
     del device
-    dense = dequantize(weight)
+    dense = weight.dequantize()
     half = dense.bfloat16()
     levels = weight.levels().T.to(torch.int32).contiguous()
     scales = weight.scales.bfloat16()
     scales_and_zeros = torch.stack((scales, torch.zeros_like(scales)), dim=-1)
     packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels, 1)
-    int4_bytes = weight.words.nbytes + weight.scales.nbytes
+    int4_bytes = weight.qweight.nbytes + weight.scales.nbytes
 
     def operator(x: Tensor, copy: Tensor) -> Tensor:
         result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, copy, GROUP_SIZE, scales_and_zeros)
@@ -99,7 +106,7 @@ def cpu_peers(weight: Int4Weight, device: str = "cpu") -> dict[str, Peer]:
 
 def cuda_peers(weight: Int4Weight, device: str = "cuda") -> dict[str, Peer]:
     """Everything that computes this product on a CUDA device; libraries that are not installed are left out."""
-    half = dequantize(weight).half()
+    half = weight.dequantize().half()
     ours = pack_for_triton(weight)
     int4_bytes = ours.words.nbytes + ours.scales.nbytes
     levels = weight.levels().T.contiguous()  # (N, K)
@@ -150,8 +157,8 @@ def _unable(reason: str) -> Peer:
 
 
 def _with_sums(x: Tensor) -> Rows:
-    rows: Any = importlib.import_module("kernels.rows_triton")
-    return Rows(x, rows.sum_rows(x) if len(x) <= MOST_SUMMED else None)
+    rows: Any = importlib.import_module("kernels.gpu.rows")
+    return Rows(x, rows.sum_rows(x) if len(x) <= MAX_DECODE_ROWS else None)
 
 
 def _gemlite_peer(levels: Tensor, scales: Tensor, int4_bytes: int) -> Peer:
@@ -208,7 +215,7 @@ def bench_shape(
     inputs = torch.randn(max(rows), shape[0], generator=generator)
     # exact in bfloat16 too, so that one reference serves every dtype
     inputs = inputs.bfloat16().float().to(where)
-    expected = inputs[:CHECKED_ROWS].double() @ dequantize(weight).double().T
+    expected = inputs[:CHECKED_ROWS].double() @ weight.dequantize().double().T
     del weight
     missing: dict[str, str] = {}
     for count in rows:

@@ -6,13 +6,12 @@ import torch
 
 from benchmarks.offline import Launch, record_one
 from benchmarks.projections import Projection, weight_of
-from kernels import int4_gemm_triton as gemm
-from kernels import rotary_attention_triton as attention
-from kernels.rows import MOST_SUMMED, SPAN, Rows
-from kernels.tiles import Tile
+from kernels.gpu.attention import attention_triton
+from kernels.gpu.gemm import gemm_triton
+from kernels.gpu.tiles import Tile
+from kernels.reference import MAX_DECODE_ROWS, SPAN, AttentionArgs, Rows
 
 HEADS, HEAD_DIM, CAPACITY = 32, 128, 2048
-EPILOGUES = {"plain": gemm.PLAIN, "swiglu": gemm.SWIGLU, "residual": gemm.RESIDUAL}
 PARTS = 32  # of a row's sum of squares, as attn.c_proj's 32 tiles of 128 leave them
 
 
@@ -31,22 +30,22 @@ def projection_launch(
     """
     tile = replace(tile, split_k=min(tile.split_k, 2))
     rows, parts = (1, 1) if one_row else (tile.block_m, PARTS)
-    few = rows <= MOST_SUMMED
+    few = rows <= MAX_DECODE_ROWS
     weight = weight_of(projection, device="meta")
     outputs = projection.n // 2 if projection.epilogue == "swiglu" else projection.n
     residual = projection.epilogue == "residual"
     return record_one(
         "_decode_kernel" if few else "_prefill_kernel",
-        gemm.gemm_triton,
+        gemm_triton,
         Rows(
             meta(rows, projection.k, dtype=dtype),
-            meta(projection.k // SPAN, MOST_SUMMED, dtype=torch.float32) if few else None,
+            meta(projection.k // SPAN, MAX_DECODE_ROWS, dtype=torch.float32) if few else None,
             meta(rows, parts, dtype=torch.float32) if projection.norm else None,
             1e-6,
         ),
         weight,
         meta(outputs, dtype=dtype) if projection.bias else None,
-        epilogue=EPILOGUES[projection.epilogue],
+        epilogue=projection.epilogue,
         residual=meta(rows, outputs, dtype=torch.float32) if residual else None,
         norm_weight=meta(outputs, dtype=dtype) if residual else None,
         out_dtype=torch.float32 if projection.bits == 8 else None,
@@ -60,9 +59,7 @@ def attention_launch(
     """The launch of an attention kernel for `length` tokens of two sequences."""
     dtype = torch.float16 if cache == torch.int8 else cache
     scales = [meta(2, HEADS, CAPACITY) if cache == torch.int8 else None for _ in range(2)]
-    return record_one(
-        kernel,
-        attention.rotary_attention_triton,
+    args = AttentionArgs(
         *meta(2, length, 3, HEADS, HEAD_DIM, dtype=dtype).unbind(2),
         *(meta(2, length, HEAD_DIM, dtype=torch.float32) for _ in range(2)),
         *(meta(2, HEADS, CAPACITY, HEAD_DIM, dtype=cache) for _ in range(2)),
@@ -70,6 +67,11 @@ def attention_launch(
         q_scale=meta(2, length, dtype=torch.float32) if logn else None,
         k_scales=scales[0],
         v_scales=scales[1],
+    )
+    return record_one(
+        kernel,
+        attention_triton,
+        args,
         splits=splits,
-        sums=meta(HEADS * HEAD_DIM // SPAN, MOST_SUMMED, dtype=torch.float32) if length == 1 else None,
+        sums=meta(HEADS * HEAD_DIM // SPAN, MAX_DECODE_ROWS, dtype=torch.float32) if length == 1 else None,
     )

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import rms_rows
-from kernels.layout_triton import CHUNK, SMALLEST_TILE, TILE, TritonWeight
-from kernels.rows import MOST_SUMMED, Rows, sum_rows_torch
-from kernels.tiles import Tile
+from kernels import MAX_DECODE_ROWS, Rows, TritonWeight, reference, rms_rows
+from kernels.gpu.tiles import Tile
+from kernels.gpu.weight import CHUNK, SMALLEST_TILE, TILE
 
 EPS = 1e-6
 CHECKED = 128  # first, last, and about as many other outputs are compared with float64
@@ -81,7 +80,7 @@ def weight_of(projection: Projection, *, device: torch.device | str, seed: int =
 
 
 def formula(weight: TritonWeight, outputs: Tensor) -> Tensor:
-    """W (len(outputs), K) float64 of some output features, level by level from the words (layout_triton.py)."""
+    """W (len(outputs), K) float64 of some output features, level by level from the words (gpu/weight.py)."""
     part = replace(weight, words=weight.words[:, outputs], out_features=len(outputs))
     levels = part.levels().double() - (8 if weight.bits == 4 else 128)
     group = torch.arange(weight.in_features, device=weight.device) // weight.group_size
@@ -117,7 +116,7 @@ class Problem:
             rows = rms_rows(normal(count, projection.k), normal(projection.k).to(dtype), EPS, dtype, backend="torch")
         else:
             x = normal(count, projection.k).to(dtype)
-            rows = Rows(x, sum_rows_torch(x) if count <= MOST_SUMMED else None)
+            rows = Rows(x, reference.sum_rows(x) if count <= MAX_DECODE_ROWS else None)
         residual = projection.epilogue == "residual"
         return cls(
             projection,
@@ -139,12 +138,12 @@ class Problem:
 
     def run(self, tile: Tile | None = None) -> Rows:
         """One launch."""
-        gemm: Any = importlib.import_module("kernels.int4_gemm_triton")
+        gemm: Any = importlib.import_module("kernels.gpu.gemm")
         result: Rows = gemm.gemm_triton(
             self.rows,
             self.weight,
             self.bias,
-            epilogue={"plain": gemm.PLAIN, "swiglu": gemm.SWIGLU, "residual": gemm.RESIDUAL}[self.projection.epilogue],
+            epilogue=self.projection.epilogue,
             residual=self.residual,
             norm_weight=self.norm_weight,
             eps=EPS if self.residual is not None else 0.0,

@@ -23,9 +23,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.timing import copy_gb_per_s, in_one_graph, measure, measure_on_device
-from kernels.cache_rows import dequantize_rows, quantize_rows
-from kernels.dispatch import rotary_attention
-from kernels.rotary_attention_torch import rotate
+from kernels import AttentionArgs, dequantize_rows, quantize_rows, rotary_attention, rotate
 from qvl_edge.machine import describe_machine, use_device
 
 OUTGROWS_CACHES = 512 * 2**20  # bytes of caches in turn; the largest L2, an RTX PRO 6000's, holds 128 MiB
@@ -116,10 +114,11 @@ def make_cache(shapes: Shapes, batch: int, capacity: int, device: str, *, int8: 
 
 def ours(inputs: Inputs, cache: Cache) -> Tensor:
     """The kernels of this project."""
-    return rotary_attention(
+    args = AttentionArgs(
         inputs.q, inputs.k, inputs.v, inputs.cos, inputs.sin, cache.k, cache.v, inputs.start,
-        k_scales=cache.k_scales, v_scales=cache.v_scales, locks=inputs.locks, backend="triton",
+        k_scales=cache.k_scales, v_scales=cache.v_scales, locks=inputs.locks,
     )  # fmt: skip
+    return rotary_attention(args, backend="triton")
 
 
 def separate(inputs: Inputs, cache: Cache, *, begin: int, backend: SDPBackend | None) -> Tensor:

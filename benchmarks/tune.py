@@ -26,8 +26,7 @@ from triton.errors import TritonError
 from benchmarks.cards import CARDS, Card
 from benchmarks.projections import PROJECTIONS, Problem, Projection
 from benchmarks.timing import in_one_graph, measure_on_device
-from kernels.layout_triton import TILE
-from kernels.tiles import (
+from kernels.gpu.tiles import (
     CHUNK,
     DECODE_ROWS,
     PREFILL_ROWS,
@@ -38,6 +37,7 @@ from kernels.tiles import (
     parse_table,
     pipeline_bytes,
 )
+from kernels.gpu.weight import TILE
 from qvl_edge.machine import describe_machine
 
 if TYPE_CHECKING:
@@ -255,8 +255,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--shape", nargs="+", choices=names, default=list(names), help="projections (default: all)")
     parser.add_argument("--block-m", type=int, nargs="+", choices=ROWS, default=list(ROWS), help="rows of one program")
     parser.add_argument("--rounds", type=int, default=50, help="graphs of each candidate (default: 50)")
-    parser.add_argument("--write", action="store_true", help="write into kernels/tiles; without it, only print")
-    parser.add_argument("--folder", type=Path, default=TABLES, help="where the tables are (default: kernels/tiles)")
+    parser.add_argument("--write", action="store_true", help="write into kernels/gpu/tiles; without it, only print")
+    parser.add_argument("--folder", type=Path, default=TABLES, help="where the tables are (default: kernels/gpu/tiles)")
     args = parser.parse_args(arguments)
     chosen = [names[name] for name in args.shape]
     if args.estimate:

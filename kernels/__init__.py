@@ -1,6 +1,10 @@
 """Tensor functions of qvl_edge: int4 and int8 GEMM and rotary attention. They know no model, no file and no config."""
 
-from kernels.dispatch import (
+from kernels.cpu import CpuWeight, pack_for_cpu
+from kernels.gptq import Int4Weight, check_gptq, dequantize_gptq, pack_levels, pack_zeros, unpack_levels, unpack_zeros
+from kernels.gpu.weight import TritonWeight, interleave, pack_for_triton
+from kernels.int8 import Int8Weight, dequantize_rows, quantize_int8, quantize_rows
+from kernels.ops import (
     int4_gemm,
     int4_gemm_residual,
     int4_gemm_swiglu,
@@ -9,19 +13,19 @@ from kernels.dispatch import (
     rotary_attention,
     rotary_attention_rows,
 )
-from kernels.int4_layout import Int4Weight, dequantize_gptq, pack_levels, unpack_levels
-from kernels.int8_layout import Int8Weight, quantize_int8
-from kernels.layout_cpu import CpuWeight, pack_for_cpu
-from kernels.layout_triton import TritonWeight, interleave, pack_for_triton
-from kernels.rows import Rows
+from kernels.reference import MAX_DECODE_ROWS, AttentionArgs, Rows, rotate
 
 __all__ = [
+    "MAX_DECODE_ROWS",
+    "AttentionArgs",
     "CpuWeight",
     "Int4Weight",
     "Int8Weight",
     "Rows",
     "TritonWeight",
+    "check_gptq",
     "dequantize_gptq",
+    "dequantize_rows",
     "int4_gemm",
     "int4_gemm_residual",
     "int4_gemm_swiglu",
@@ -30,9 +34,13 @@ __all__ = [
     "pack_for_cpu",
     "pack_for_triton",
     "pack_levels",
+    "pack_zeros",
     "quantize_int8",
+    "quantize_rows",
     "rms_rows",
     "rotary_attention",
     "rotary_attention_rows",
+    "rotate",
     "unpack_levels",
+    "unpack_zeros",
 ]

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels.rotary_attention_torch import rotate
+from kernels import rotate
 from quantize.grid import Quantized, round_weight
 from quantize.solver import FULL, Hessian, Method, output_energy, quantize_weight, relative_error
 from qvl_edge.checkpoint import Checkpoint

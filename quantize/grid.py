@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kernels.int4_layout import pack_levels, pack_zeros
+from kernels import pack_levels, pack_zeros
 from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CheckpointError
 from qvl_edge.model.streaming import check_finite

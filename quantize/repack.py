@@ -4,8 +4,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from kernels import Int4Weight
-from kernels.int4_layout import check_gptq
+from kernels import Int4Weight, check_gptq
 from quantize.blocks import block_name
 from quantize.files import check_source, decoder_bytes, held_bytes, open_work, shard_name, write_outer, write_settings
 from quantize.job import Event, Progress, ignore

@@ -2,6 +2,7 @@
 
 import json
 import random
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,8 +10,10 @@ from typing import Any
 import pytest
 import torch
 from conftest import SMALL, write_small_checkpoint
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
-from kernels import Int4Weight, pack_for_triton, quantize_int8
+from kernels import Int4Weight, pack_for_cpu, pack_for_triton, pack_zeros, quantize_int8
 from quantize.job import quantize_checkpoint
 from qvl_edge import Runtime
 from qvl_edge.__main__ import main
@@ -21,8 +24,9 @@ from qvl_edge.engine.budget import Plan, check_fits, choose, estimate, longest_c
 from qvl_edge.errors import ConfigError, FitError
 from qvl_edge.memory import Memory, parse_bytes
 from qvl_edge.model.cache import KVCache
+from qvl_edge.model.fused import fuse_block
 from qvl_edge.model.linear import Int4Linear
-from qvl_edge.model.loading import load_decoder
+from qvl_edge.model.loading import load_decoder, projections
 from qvl_edge.options import PROFILES
 from qvl_edge.published import NAMES, published_config
 
@@ -55,12 +59,69 @@ def test_the_layers_and_the_head_of_a_loaded_model_take_what_was_estimated(quant
 
 @pytest.mark.parametrize(("outputs", "inputs"), [(4096, 1024), (300, 128)])
 def test_a_weight_on_a_card_takes_what_was_estimated(outputs: int, inputs: int) -> None:
-    words = torch.zeros(inputs // 128, outputs, 16, dtype=torch.int32)
+    words = torch.zeros(inputs // 8, outputs, dtype=torch.int32)
     scales = torch.ones(inputs // 128, outputs, dtype=torch.float16)
     int4 = pack_for_triton(Int4Weight(words, scales, torch.full_like(scales, 8, dtype=torch.int16), None))
     int8 = pack_for_triton(quantize_int8(torch.ones(outputs, inputs)))
     assert int4.nbytes - int4.locks.nbytes == budgets._matrix_bytes(outputs, inputs, 4, 128, CARD)
     assert int8.nbytes - int8.locks.nbytes == budgets._matrix_bytes(outputs, inputs, 8, inputs, CARD)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the tensors that are made inside and still alive, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = self.peak = 0
+        self._storages: dict[int, tuple[int, int]] = {}  # by address: bytes, and tensors that share them
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, torch.Tensor) and (address := tensor.untyped_storage().data_ptr()):
+                size, owners = self._storages.get(address, (tensor.untyped_storage().nbytes(), 0))
+                self.live += 0 if owners else size
+                self.peak = max(self.peak, self.live)
+                self._storages[address] = size, owners + 1
+                weakref.finalize(tensor, self._drop, address)
+        return result
+
+    def _drop(self, address: int) -> None:
+        size, owners = self._storages.pop(address)
+        if owners > 1:
+            self._storages[address] = size, owners - 1
+        else:
+            self.live -= size
+
+
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_packing_takes_what_was_estimated(device: str, desc_act: bool) -> None:
+    quant = QuantConfig(desc_act=desc_act)
+    published = published_config("Qwen/Qwen-VL-Chat-Int4")
+    assert published is not None
+    config = replace(published, quantization=quant)
+    generator = torch.Generator().manual_seed(0)
+
+    def read(name: str) -> tuple[Int4Weight, None]:
+        outputs, inputs = projections(config)[name.removeprefix("h.")]
+        groups = inputs // quant.group_size
+        g_idx = torch.arange(inputs, dtype=torch.int32) // quant.group_size
+        if desc_act:
+            g_idx = g_idx[torch.randperm(inputs, generator=generator.manual_seed(0))]
+        qweight = torch.randint(-(2**31), 2**31 - 1, (inputs // 8, outputs), dtype=torch.int32, generator=generator)
+        zeros = pack_zeros(torch.full((groups, outputs), 8))
+        scales = torch.ones(groups, outputs, dtype=torch.float16)
+        return Int4Weight.from_gptq(qweight, zeros, scales, g_idx, group_size=quant.group_size), None
+
+    with LiveBytes() as memory:
+        if device == "cpu":
+            stays = pack_for_cpu(read("mlp.c_proj")[0]).nbytes
+        else:
+            block = fuse_block("h", lambda _: torch.ones(1), read)
+            stays = sum(linear.weight.nbytes for linear in (block.c_attn, block.attn_c_proj, block.w1_w2))
+    allowed = budgets._packing_bytes(config, CARD if device == "cuda" else CPU)
+    assert allowed / 2 < memory.peak - stays <= allowed
 
 
 @pytest.mark.parametrize(("kind", "dtype"), [("float16", torch.float32), ("int8", torch.int8)])

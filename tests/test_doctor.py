@@ -57,7 +57,7 @@ def with_card(monkeypatch: Patch, *, capability: tuple[int, int] = (8, 6), free:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: CARD)
-    monkeypatch.setattr("kernels.tiles.device_key", lambda _: SimpleNamespace(
+    monkeypatch.setattr("kernels.gpu.tiles.device_key", lambda _: SimpleNamespace(
         capability=capability, family=f"sm_{capability[0]}{capability[1]}"
     ))  # fmt: skip
     monkeypatch.setattr(memory, "device_memory", lambda _: memory.Memory(12 * 10**9, free))

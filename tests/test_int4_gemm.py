@@ -7,9 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, Int8Weight, int4_gemm, int8_gemm, pack_for_cpu, pack_levels, quantize_int8
-from kernels.int4_gemm_cpu import FEW_ROWS, TILE_CHANNELS
-from kernels.int4_layout import pack_zeros
+from kernels import Int4Weight, Int8Weight, int4_gemm, int8_gemm, pack_for_cpu, pack_levels, pack_zeros, quantize_int8
+from kernels.cpu import FEW_ROWS, TILE_CHANNELS
 
 # relative norm error against float64; float32: sums over up to 4,096 channels; the others: half a unit in the last
 # place of the one rounding at the end, 2^-8 and 2^-11

@@ -20,11 +20,11 @@ from kernels import (
     quantize_int8,
     rms_rows,
 )
-from kernels.tiles import Tile
+from kernels.gpu.tiles import Tile
 
 triton = pytest.importorskip("triton", reason="needs the triton package, which Linux has")
-from kernels.int4_gemm_triton import RESIDUAL, SWIGLU, gemm_triton  # noqa: E402
-from kernels.rows_triton import sum_rows  # noqa: E402
+from kernels.gpu.gemm import gemm_triton  # noqa: E402
+from kernels.gpu.rows import sum_rows  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -50,7 +50,7 @@ def random(*shape: int, seed: int = 1, dtype: torch.dtype = torch.float16) -> Te
 
 
 def packed(weight: Int4Weight):
-    parts = (weight.words, weight.scales, weight.zeros, weight.perm)
+    parts = (weight.qweight, weight.scales, weight.zeros, weight.perm)
     return pack_for_triton(Int4Weight(*(None if part is None else part.to(DEVICE) for part in parts)))
 
 
@@ -157,7 +157,7 @@ def test_swiglu_multiplies_w1_by_the_silu_of_w2(launch: tuple[int, int, int]) ->
     w2, formula2 = make_weight(256, 96, 128, sym=False, desc_act=False)
     residual, norm_weight = random(launch[0], 256, dtype=torch.float32), random(256, seed=3).abs() + 0.1
     rows = rows_of(residual, norm_weight)
-    out = gemm_triton(rows, packed(interleave(w1, w2)), epilogue=SWIGLU, tile=tile(*launch[1:]))
+    out = gemm_triton(rows, packed(interleave(w1, w2)), epilogue="swiglu", tile=tile(*launch[1:]))
     x = normed(residual, rows.x)
     gate = x @ formula2.T
     assert relative_error(out.x.cpu(), (x @ formula1.T) * gate / (1 + (-gate).exp())) < TOLERANCE[torch.float16]
@@ -172,7 +172,7 @@ def test_the_residual_grows_in_place_and_leaves_rows_for_the_next_norm(launch: t
     before, more = residual.double().cpu(), x.double().cpu() @ formula.T + bias.double().cpu()
     expected = before + more
     out = gemm_triton(
-        Rows(x), packed(weight), bias, epilogue=RESIDUAL, residual=residual, norm_weight=norm_weight, eps=EPS,
+        Rows(x), packed(weight), bias, epilogue="residual", residual=residual, norm_weight=norm_weight, eps=EPS,
         tile=tile(*launch[1:]),
     )  # fmt: skip
     # in a residual that was rounded to float16 on the way what is added would be off by ten times as much

@@ -8,9 +8,16 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, dequantize_gptq, int4_gemm, pack_for_cpu, pack_levels, unpack_levels
-from kernels.int4_gemm_torch import dequantize
-from kernels.int4_layout import pack_zeros, unpack_zeros
+from kernels import (
+    Int4Weight,
+    dequantize_gptq,
+    int4_gemm,
+    pack_for_cpu,
+    pack_levels,
+    pack_zeros,
+    unpack_levels,
+    unpack_zeros,
+)
 
 GOLDEN = Path(__file__).parent / "data" / "gptq"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
@@ -94,8 +101,8 @@ def test_both_orders_are_the_written_formula(group_size: int, desc_act: bool, ch
     from_disk = dequantize_gptq(*disk, bits=4, group_size=group_size, checkpoint_format=checkpoint_format)
     # level times float16 scale is exact in float32
     assert np.array_equal(from_disk.double().numpy(), expected)
-    assert np.array_equal(dequantize(weight).double().numpy(), expected)
-    assert np.array_equal(dequantize(pack_for_cpu(weight).unpack()).double().numpy(), expected)
+    assert np.array_equal(weight.dequantize().double().numpy(), expected)
+    assert np.array_equal(pack_for_cpu(weight).unpack().dequantize().double().numpy(), expected)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -114,7 +121,7 @@ def test_the_disk_tensors_come_back_bit_for_bit(packed: bool, desc_act: bool, ch
 def test_v1_and_v2_of_one_weight_are_the_same_weight() -> None:
     weight = Int4Weight.from_gptq(*make_gptq(64, 8, 32, sym=True), group_size=32)
     again = Int4Weight.from_gptq(*weight.to_gptq("gptq_v2"), group_size=32, checkpoint_format="gptq_v2")
-    assert torch.equal(dequantize(again), dequantize(weight))
+    assert torch.equal(again.dequantize(), weight.dequantize())
 
 
 @pytest.mark.parametrize("n", [8, 1024, 1032, 2504])
@@ -125,7 +132,7 @@ def test_packing_for_the_cpu_and_back_changes_no_bit(n: int) -> None:
     assert sizes == (weight.in_features, weight.out_features, weight.group_size) == (64, n, 32)
     back = packed.unpack()
     assert back.perm is not None and weight.perm is not None
-    for name in ("words", "scales", "zeros", "perm"):
+    for name in ("qweight", "scales", "zeros", "perm"):
         ours, theirs = getattr(back, name), getattr(weight, name)
         assert ours.dtype == theirs.dtype
         assert torch.equal(ours, theirs)

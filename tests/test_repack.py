@@ -6,7 +6,7 @@ import torch
 from conftest import write_small_checkpoint
 from safetensors.torch import load_file, save_file
 
-from kernels.int4_layout import pack_zeros, unpack_zeros
+from kernels import pack_zeros, unpack_zeros
 from quantize import gptq
 from quantize.job import quantize_checkpoint
 from quantize.repack import repack_checkpoint

@@ -7,9 +7,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cache_rows import dequantize_rows, quantize_rows
-from kernels.dispatch import rotary_attention, rotary_attention_rows
-from kernels.rotary_attention_torch import rotate
+from kernels import (
+    AttentionArgs,
+    dequantize_rows,
+    quantize_rows,
+    rotary_attention,
+    rotary_attention_rows,
+    rotate,
+)
 
 # largest difference of outputs of size 1: float32 sums over at most 40 keys; bfloat16 and float16 round q, k, v and the
 # output, each by half a unit in the last place (2^-9, 2^-12)
@@ -39,7 +44,7 @@ def attend(
 ) -> Tensor:
     begin = torch.tensor(start)
     cos, sin = tables(begin[:, None] + torch.arange(q.shape[1]))
-    return rotary_attention(q, k, v, cos, sin, *caches, begin, q_scale=q_scale)
+    return rotary_attention(AttentionArgs(q, k, v, cos, sin, *caches, begin, q_scale=q_scale))
 
 
 def loop_reference(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor | None = None) -> np.ndarray:
@@ -130,28 +135,30 @@ def test_what_does_not_fit_is_refused_with_both_shapes() -> None:
     caches, start = make_caches(2), torch.zeros(2, dtype=torch.int64)
     cos, sin = tables(torch.arange(3).expand(2, 3))
     with pytest.raises(ValueError, match=r"k has shape \(2, 2, 3, 8\), expected \(2, 3, 3, 8\)"):
-        rotary_attention(q, k[:, :2], v, cos, sin, *caches, start)
+        rotary_attention(AttentionArgs(q, k[:, :2], v, cos, sin, *caches, start))
     with pytest.raises(ValueError, match=r"cos has shape \(1, 3, 8\), expected \(2, 3, 8\)"):
-        rotary_attention(q, k, v, cos[:1], sin, *caches, start)
+        rotary_attention(AttentionArgs(q, k, v, cos[:1], sin, *caches, start))
     with pytest.raises(ValueError, match=r"v_cache has shape \(1, 3, 40, 8\), expected \(2, 3, 40, 8\)"):
-        rotary_attention(q, k, v, cos, sin, caches[0], caches[1][:1], start)
+        rotary_attention(AttentionArgs(q, k, v, cos, sin, caches[0], caches[1][:1], start))
     with pytest.raises(ValueError, match="start is torch.int32, expected torch.int64"):
-        rotary_attention(q, k, v, cos, sin, *caches, start.int())
+        rotary_attention(AttentionArgs(q, k, v, cos, sin, *caches, start.int()))
     with pytest.raises(ValueError, match="sin is torch.float64, expected torch.float32"):
-        rotary_attention(q, k, v, cos, sin.double(), *caches, start)
+        rotary_attention(AttentionArgs(q, k, v, cos, sin.double(), *caches, start))
     with pytest.raises(ValueError, match="v is torch.float16, expected torch.float32"):
-        rotary_attention(q, k, v.half(), cos, sin, *caches, start)
+        rotary_attention(AttentionArgs(q, k, v.half(), cos, sin, *caches, start))
     with pytest.raises(ValueError, match='backend is \'cuda\', rotary_attention has "torch" and "triton"'):
-        rotary_attention(q, k, v, cos, sin, *caches, start, backend="cuda")
+        rotary_attention(AttentionArgs(q, k, v, cos, sin, *caches, start), backend="cuda")
     levels, scales = torch.zeros(2, HEADS, CAPACITY, DIM, dtype=torch.int8), torch.zeros(2, HEADS, CAPACITY).half()
     with pytest.raises(ValueError, match="k_cache is torch.int8 but k_scales is missing"):
-        rotary_attention(q, k, v, cos, sin, levels, levels, start)
+        rotary_attention(AttentionArgs(q, k, v, cos, sin, levels, levels, start))
     with pytest.raises(ValueError, match="k_cache is torch.float32 but k_scales is given"):
-        rotary_attention(q, k, v, cos, sin, *caches, start, k_scales=scales, v_scales=scales)
+        rotary_attention(AttentionArgs(q, k, v, cos, sin, *caches, start, k_scales=scales, v_scales=scales))
     with pytest.raises(ValueError, match=r"k_scales has shape \(2, 3, 40, 1\), expected \(2, 3, 40\)"):
-        rotary_attention(q, k, v, cos, sin, levels, levels, start, k_scales=scales[..., None], v_scales=scales)
+        rotary_attention(
+            AttentionArgs(q, k, v, cos, sin, levels, levels, start, k_scales=scales[..., None], v_scales=scales)
+        )
     with pytest.raises(ValueError, match=r"q has shape \(2, 3, 3, 8\), rotary_attention_rows takes \(B, 1, H, D\)"):
-        rotary_attention_rows(q, k, v, cos, sin, *caches, start)
+        rotary_attention_rows(AttentionArgs(q, k, v, cos, sin, *caches, start))
 
 
 def test_a_row_in_int8_is_off_by_half_its_scale_at_most() -> None:
@@ -179,7 +186,7 @@ def test_an_int8_cache_gives_what_its_numbers_give_in_float(steps: list[int]) ->
     for step in steps:
         part = slice(done, done + step)
         inputs = (x[:, part] for x in (q, k, v, cos, sin))
-        outs.append(rotary_attention(*inputs, k_cache, v_cache, torch.tensor([done, done]), **scales))
+        outs.append(rotary_attention(AttentionArgs(*inputs, k_cache, v_cache, torch.tensor([done, done]), **scales)))
         done += step
     caches = dequantize_rows(k_cache, k_scales), dequantize_rows(v_cache, v_scales)
     for cache, x in zip(caches, (rotate(k, cos, sin), v), strict=True):
@@ -196,6 +203,6 @@ def test_rows_are_the_heads_side_by_side_with_their_sums() -> None:
     q, k, v = torch.randn(3, 2, 1, 2, 64, generator=generator).unbind()
     cos, sin = torch.ones(2, 1, 64), torch.zeros(2, 1, 64)
     caches, start = torch.zeros(2, 2, 2, 4, 64), torch.tensor([0, 0])
-    rows = rotary_attention_rows(q, k, v, cos, sin, *caches, start)
-    assert torch.equal(rows.x, rotary_attention(q, k, v, cos, sin, *caches, start).flatten(1))
+    rows = rotary_attention_rows(AttentionArgs(q, k, v, cos, sin, *caches, start))
+    assert torch.equal(rows.x, rotary_attention(AttentionArgs(q, k, v, cos, sin, *caches, start)).flatten(1))
     assert rows.sums is not None and torch.allclose(rows.sums[:, :2].T, rows.x.unflatten(1, (4, 32)).sum(-1), atol=1e-5)

@@ -8,9 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels.cache_rows import dequantize_rows, quantize_rows
-from kernels.dispatch import rotary_attention, rotary_attention_rows
-from kernels.rotary_attention_triton import MOST_SPLITS, decode_config, splits_for
+from kernels import AttentionArgs, dequantize_rows, quantize_rows, rotary_attention, rotary_attention_rows
+from kernels.gpu.attention import MAX_SPLITS, decode_config, splits_for
 
 pytestmark = pytest.mark.slow
 
@@ -48,8 +47,11 @@ class Case:
         k, v = dequantize_rows(k, self.options["k_scales"]), dequantize_rows(v, self.options["v_scales"])
         return k.double(), v.double()
 
-    def run(self, **options: Any) -> Tensor:
-        return rotary_attention(*self.inputs, *self.caches, self.start, **self.options, backend="triton", **options)
+    def args(self, **more: Tensor) -> AttentionArgs:
+        return AttentionArgs(*self.inputs, *self.caches, self.start, **self.options, **more)
+
+    def run(self, *, splits: int | None = None, **more: Tensor) -> Tensor:
+        return rotary_attention(self.args(**more), backend="triton", splits=splits)
 
 
 def make_case(
@@ -196,9 +198,8 @@ def test_decoding_after_a_chunk_equals_the_chunk_that_holds_both() -> None:
     for part in (slice(0, 3), slice(3, 4)):
         inputs = (x[:, part] for x in steps.inputs)
         q_scale = steps.options["q_scale"][:, part]
-        outs.append(
-            rotary_attention(*inputs, *steps.caches, steps.start + part.start, q_scale=q_scale, backend="triton")
-        )
+        args = AttentionArgs(*inputs, *steps.caches, steps.start + part.start, q_scale=q_scale)
+        outs.append(rotary_attention(args, backend="triton"))
     assert float((torch.cat(outs, 1) - expected).norm() / expected.norm()) < TOLERANCE[torch.float16]
     assert all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in zip(whole.caches, steps.caches, strict=True))
 
@@ -240,9 +241,7 @@ def test_int8_is_off_by_what_its_scales_allow() -> None:
 def test_rows_carry_the_sums_of_what_they_hold(splits: int) -> None:
     case = make_case("float16", [40, 7], 1, dim=64)
     other = make_case("float16", [40, 7], 1, dim=64)
-    rows = rotary_attention_rows(
-        *case.inputs, *case.caches, case.start, **case.options, backend="triton", splits=splits
-    )
+    rows = rotary_attention_rows(case.args(), backend="triton", splits=splits)
     assert torch.equal(rows.x, other.run(splits=splits).flatten(1))
     assert rows.sums is not None and rows.sums.shape == (4, 16)
     assert torch.allclose(rows.sums[:, :2].T, rows.x.float().unflatten(1, (4, 32)).sum(-1), atol=1e-5)
@@ -264,7 +263,7 @@ def test_shares_fill_the_device_once() -> None:
     assert splits_for(32, 8192, 128, torch.float16, 28) == 4  # RTX 3060
     assert splits_for(32, 8192, 128, torch.float16, 132) == 17  # H200
     assert splits_for(512, 8192, 128, torch.float16, 28) == 1
-    assert splits_for(2, 10**6, 128, torch.float16, 132) == MOST_SPLITS
+    assert splits_for(2, 10**6, 128, torch.float16, 132) == MAX_SPLITS
     assert splits_for(32, 2 * tile, 128, torch.float16, 132) == 2
 
 
@@ -273,9 +272,11 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
     q, k, v, cos, sin = case.inputs
     caches, start = case.caches, case.start
 
-    def run(q: Tensor, k: Tensor, v: Tensor, caches: tuple[Tensor, Tensor], **options: Any) -> Tensor:
+    def run(
+        q: Tensor, k: Tensor, v: Tensor, caches: tuple[Tensor, Tensor], splits: int | None = None, **more: Tensor
+    ) -> Tensor:
         table = (x[..., : q.shape[-1]] for x in (cos, sin))
-        return rotary_attention(q, k, v, *table, *caches, start, backend="triton", **options)
+        return rotary_attention(AttentionArgs(q, k, v, *table, *caches, start, **more), backend="triton", splits=splits)
 
     with pytest.raises(ValueError, match="q is torch.float32, the Triton kernels take torch.float16"):
         run(q.float(), k.float(), v.float(), (caches[0].float(), caches[1].float()))
@@ -285,7 +286,7 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         run(q, k, v, (caches[0], caches[1].bfloat16()))
     with pytest.raises(ValueError, match=r"v has strides \(64, 64, 64, 2\), the last has to be 1"):
         run(q, k, torch.stack((v, v), -1)[..., 0], caches)
-    with pytest.raises(ValueError, match="a head's positions stand one after another"):
+    with pytest.raises(ValueError, match="a head's positions have to follow one another"):
         run(q, k, v, (caches[0].transpose(2, 3).contiguous().transpose(2, 3), caches[1]))
     with pytest.raises(ValueError, match="splits is 33, expected 1 to 32"):
         run(q, k, v, caches, splits=33)

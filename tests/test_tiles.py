@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from kernels import tiles
-from kernels.tiles import (
+from kernels.gpu import tiles
+from kernels.gpu.tiles import (
     TABLES,
     DeviceKey,
     Tile,

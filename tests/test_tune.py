@@ -13,7 +13,7 @@ pytest.importorskip("triton", reason="needs the triton package, which Linux has"
 from benchmarks.cards import CARDS  # noqa: E402
 from benchmarks.projections import HEAD, MLP_C_PROJ, PROJECTIONS, Problem, Projection  # noqa: E402
 from benchmarks.tune import candidates, entry_of, search, shared_bytes, write_card  # noqa: E402
-from kernels.tiles import Tile, parse_table  # noqa: E402
+from kernels.gpu.tiles import Tile, parse_table  # noqa: E402
 
 
 @pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from benchmarks.small_model.lessons import COORDINATES, IGNORE, CellTargets, Lesson, Teacher, cell_targets, pixels_of
 from benchmarks.small_model.muon import Muon
-from kernels.rotary_attention_torch import rotate
+from kernels import rotate
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, make_scene

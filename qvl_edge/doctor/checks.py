@@ -121,7 +121,7 @@ def check_card(_: Path | None) -> str:
         raise Skipped("no CUDA device")
     import torch
 
-    from kernels.tiles import device_key, read_table
+    from kernels.gpu.tiles import device_key, read_table
     from qvl_edge.engine.device import too_old
 
     device = torch.device("cuda:0")

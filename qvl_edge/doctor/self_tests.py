@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels import (
+    AttentionArgs,
     Int4Weight,
     Rows,
     int4_gemm,
@@ -21,7 +22,7 @@ from kernels import (
     quantize_int8,
     rotary_attention,
 )
-from kernels.dispatch import AnyInt4Weight
+from kernels.ops import AnyInt4Weight
 
 ROWS = (3, 20)
 INPUTS, OUTPUTS, GROUP = 384, 160, 64
@@ -49,7 +50,7 @@ class Operands:
         def integers(low: int, high: int, *shape: int) -> Tensor:
             return torch.randint(low, high, shape, device=self.device, generator=self._generator)
 
-        words = integers(-(2**31), 2**31, groups, outputs, GROUP // 8).to(torch.int32)
+        words = integers(-(2**31), 2**31, INPUTS // 8, outputs).to(torch.int32)
         scales = (self.normal(groups, outputs).float().abs() + 0.5) * INPUTS**-0.5 / 8
         return Int4Weight(words, scales.half(), integers(6, 11, groups, outputs).to(torch.int16), None)
 
@@ -113,7 +114,8 @@ def attention_error(device: str, backend: str) -> float:
         results = []
         for by in (backend, "torch"):
             k_cache, v_cache = keys.clone(), values.clone()
-            attended = rotary_attention(q, k, v, angles.cos(), angles.sin(), k_cache, v_cache, start, backend=by)
+            args = AttentionArgs(q, k, v, angles.cos(), angles.sin(), k_cache, v_cache, start)
+            attended = rotary_attention(args, backend=by)
             results.append((attended, k_cache, v_cache))
         errors += [relative_error(found, expected) for found, expected in zip(*results, strict=True)]
     return max(errors)

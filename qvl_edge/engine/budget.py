@@ -10,8 +10,8 @@ from math import ceil
 
 import torch
 
-from kernels.layout_cpu import BLOCK, TAIL
-from kernels.layout_triton import CHUNK, TILE
+from kernels.cpu import BLOCK, TAIL
+from kernels.gpu.weight import CHUNK, TILE
 from qvl_edge.config import Config
 from qvl_edge.engine.slots import CHUNK as PREFILLED
 from qvl_edge.errors import ConfigError, FitError
@@ -107,7 +107,7 @@ def _layers_bytes(config: Config, plan: Plan) -> int:
 
 
 def _matrix_bytes(outputs: int, inputs: int, bits: int | None, group: int, plan: Plan) -> int:
-    """One matrix product's weight as the backend of the device keeps it (layout_cpu.py, layout_triton.py)."""
+    """One matrix product's weight as the backend of the device keeps it (kernels/cpu.py, kernels/gpu/weight.py)."""
     if bits is None:
         return outputs * inputs * plan.dtype.itemsize
     groups = ceil(inputs / group)
@@ -136,10 +136,20 @@ def _prefill_bytes(config: Config, plan: Plan) -> int:
 
 
 def _packing_bytes(config: Config, plan: Plan) -> int:
-    """The largest int4 layer while its levels are brought into order: a byte each, twice, beside its words."""
-    if config.quantization is None:
+    """The largest projection while it is packed, beside what it is packed into.
+
+    4 bits: its words as they are on disk (w1 and w2 as one on CUDA), with desc_act sorted too, and 3 bytes a level of
+    1,024 outputs. 8 bits are dequantized: 10 bytes a level.
+    """
+    quant, sizes = config.quantization, projections(config)
+    if quant is None:
         return config.vocab_size * config.hidden_size * 2 if plan.device == "cpu" else 0
-    return ceil(2.5 * max(n * k for n, k in projections(config).values()))
+    largest = max(n * k for n, k in sizes.values())
+    if quant.bits == 8:
+        return 10 * largest
+    if plan.device == "cuda":
+        largest = max(largest, 2 * config.ffn_size * config.hidden_size)
+    return largest // 2 * (1 + quant.desc_act) + 3 * BLOCK * max(k for _, k in sizes.values())
 
 
 def longest_context(config: Config, plan: Plan, memory: int) -> int:

@@ -18,7 +18,7 @@ from qvl_edge.published import SYSTEM
 from qvl_edge.text.boxes import parse_boxes
 
 if TYPE_CHECKING:  # a benchmark of the decode step needs neither tiktoken nor PIL
-    from qvl_edge.engine.decoder import Decoder
+    from qvl_edge.model.decoder import Decoder
     from qvl_edge.text.prompt import History, Prompt, Query
     from qvl_edge.text.tokenizer import TextStream
 

@@ -12,14 +12,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from qvl_edge.engine.decoder import Decoder
 from qvl_edge.engine.graph import StepGraphs, bucket_of
 from qvl_edge.engine.lookup import propose
 from qvl_edge.engine.request import Element, Request, common_prefix
 from qvl_edge.engine.sampling import NOT_FINITE, Kind, Samplers, check_logits
 from qvl_edge.errors import PromptError
 from qvl_edge.model.cache import KVCache
-from qvl_edge.model.decoder import place_sequence, prompt_alpha
+from qvl_edge.model.decoder import Decoder, place_sequence, prompt_alpha
 from qvl_edge.model.fused import FusedDecoder
 
 CHUNK = 512  # positions prefilled at once: what a layer leaves for them bounds the memory of a prefill

@@ -73,13 +73,11 @@ class KVCache:
                 for layer in tensor:  # layer by layer: no temporary of a whole sequence's size
                     layer[target, :, :positions] = layer[source, :, :positions]
 
-    def layer(self, index: int) -> tuple[tuple[Tensor, Tensor], dict[str, Tensor | None]]:
-        """One layer's caches, and its scales by the names that kernels.rotary_attention has for them."""
-        scales = {
-            "k_scales": None if self.k_scales is None else self.k_scales[index],
-            "v_scales": None if self.v_scales is None else self.v_scales[index],
-        }
-        return (self.k[index], self.v[index]), scales
+    def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+        """One layer's k, v, k_scales and v_scales."""
+        k_scales = None if self.k_scales is None else self.k_scales[index]
+        v_scales = None if self.v_scales is None else self.v_scales[index]
+        return self.k[index], self.v[index], k_scales, v_scales
 
     def advance(self, tokens: int) -> None:
         """Count `tokens` more in every sequence."""

@@ -6,19 +6,36 @@ tensors is `kernels.rotary_attention` and `kernels.int4_gemm`.
 
 import math
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import rotary_attention
+from kernels import AttentionArgs, rotary_attention
 from qvl_edge.config import Config
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.linear import linear_for
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """q, k, v (B, T, H, D) -> (B, T, H, D): the attention of one layer, positions and cache bound in."""
+
+
+class Decoder(Protocol):
+    """What the engine needs of a decoder: QWenLMHeadModel on any device, and FusedDecoder."""
+
+    config: Config
+
+    @property
+    def device(self) -> torch.device: ...
+    @property
+    def dtype(self) -> torch.dtype: ...
+    @property
+    def embeddings_device(self) -> torch.device: ...
+    def embed(self, ids: Tensor) -> Tensor: ...
+    def __call__(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor: ...
 
 
 class RMSNorm(nn.Module):
@@ -124,8 +141,27 @@ def place_sequence(config: Config, cache: KVCache, index: int, prompt_length: in
     cache.placed[index] = True
 
 
-def place_tokens(config: Config, tokens: int, cache: KVCache) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """Where `tokens` more stand in every sequence: start (B,), cos and sin (B, T, head size), q_scale (B, T) or None.
+@dataclass(frozen=True, eq=False)
+class Placement:
+    """Where the new tokens of a call are: start (B,), cos and sin (B, T, head size), q_scale (B, T) or None."""
+
+    cache: KVCache
+    start: Tensor
+    cos: Tensor
+    sin: Tensor
+    q_scale: Tensor | None
+
+    def attention(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> AttentionArgs:
+        """The attention of one layer, q, k and v (B, T, H, D) unrotated."""
+        k_cache, v_cache, k_scales, v_scales = self.cache.layer(layer)
+        return AttentionArgs(
+            q, k, v, self.cos, self.sin, k_cache, v_cache, self.start,
+            q_scale=self.q_scale, k_scales=k_scales, v_scales=v_scales, locks=self.cache.locks,
+        )  # fmt: skip
+
+
+def place_tokens(config: Config, tokens: int, cache: KVCache) -> Placement:
+    """Where `tokens` more stand in every sequence of the cache.
 
     A sequence that nobody has placed takes these tokens for its whole prompt. A decode step is four launches here: what
     stays the same from one to the next was computed at prefill, and a cache that ends before seq_length needs no log-n.
@@ -141,7 +177,7 @@ def place_tokens(config: Config, tokens: int, cache: KVCache) -> tuple[Tensor, T
         positions = positions + torch.arange(tokens, device=start.device)
     cos, sin = _tables(positions, cache.frequencies)
     scaled = config.use_logn_attn and cache.capacity > config.seq_length
-    return start, cos, sin, logn_scale(config, positions) if scaled else None
+    return Placement(cache, start, cos, sin, logn_scale(config, positions) if scaled else None)
 
 
 def embed(ids: Tensor, table: Tensor, like: Tensor) -> Tensor:
@@ -193,17 +229,14 @@ class QWenLMHeadModel(nn.Module):
         embeds (B, T, hidden) in the weights' dtype -> (B, vocab) for the last position, or (B, T, vocab) with
         `all_logits`. An empty cache is a prefill: the NTK alpha is chosen for T and kept. PromptError if it is full.
         """
-        start, cos, sin, q_scale = place_tokens(self.config, embeds.shape[1], cache)
+        placement = place_tokens(self.config, embeds.shape[1], cache)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return rotary_attention(placement.attention(layer, q, k, v))
+
         x = embeds
         for index, block in enumerate(self.transformer.h):
-            caches, scales = cache.layer(index)
-
-            def attend(
-                q: Tensor, k: Tensor, v: Tensor, caches: tuple[Tensor, Tensor] = caches, scales: Any = scales
-            ) -> Tensor:
-                return rotary_attention(q, k, v, cos, sin, *caches, start, q_scale=q_scale, **scales, locks=cache.locks)
-
-            x = block(x, attend)
+            x = block(x, partial(attend, index))
         cache.advance(embeds.shape[1])
         x = self.transformer.ln_f(x)
         return self.lm_head(x if all_logits else x[:, -1]).float()

@@ -4,15 +4,16 @@ The residual stream is float32; every kernel leaves the rows that the next one r
 decoder.py's own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels import (
+    MAX_DECODE_ROWS,
     Int4Weight,
     Rows,
     TritonWeight,
@@ -33,11 +34,12 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import embed, place_tokens
 
 DTYPES = (torch.float16, torch.bfloat16)
-MOST_SEQUENCES = 16  # that one decode step serves: the rows of one tile of the int4 kernel
+Int4Projection: TypeAlias = tuple[Int4Weight, Tensor | None]
+"""A weight as read from disk, and its bias or None where that is zero."""
 
 
 @dataclass(frozen=True, eq=False)
-class Projection:
+class PackedLinear:
     """An int4 weight in the kernels' order and its bias, or None."""
 
     weight: TritonWeight
@@ -49,40 +51,45 @@ class FusedBlock:
     """One block's projections and norm weights, under their names in the checkpoint; w1 and w2 interleaved."""
 
     ln_1: Tensor
-    c_attn: Projection
-    attn_c_proj: Projection
+    c_attn: PackedLinear
+    attn_c_proj: PackedLinear
     ln_2: Tensor
-    w1_w2: Projection
-    mlp_c_proj: Projection
+    w1_w2: PackedLinear
+    mlp_c_proj: PackedLinear
 
 
-def fuse_block(ln_1: Tensor, ln_2: Tensor, layers: Mapping[str, tuple[Int4Weight, Tensor | None]]) -> FusedBlock:
-    """A block from its int4 weights and biases by their names in it ("attn.c_attn", …), the biases None where zero.
+def fuse_block(prefix: str, read: Callable[[str], Tensor], read_int4: Callable[[str], Int4Projection]) -> FusedBlock:
+    """The block `prefix` ("transformer.h.0"), from what reads its norm weights and its projections by their names.
 
-    ConfigError if w1 and w2 order their channels differently, which no quantizer does that calibrates them together.
+    Each projection is packed before the next is read, so that one at a time takes memory beside what stays. ConfigError
+    if w1 and w2 order their channels differently, which no quantizer does that calibrates them together.
     """
 
-    def packed(name: str) -> Projection:
-        weight, bias = layers[name]
-        return Projection(pack_for_triton(weight), bias)
+    return FusedBlock(
+        ln_1=read(f"{prefix}.ln_1.weight"),
+        c_attn=_packed(read_int4(f"{prefix}.attn.c_attn")),
+        attn_c_proj=_packed(read_int4(f"{prefix}.attn.c_proj")),
+        ln_2=read(f"{prefix}.ln_2.weight"),
+        w1_w2=_packed(_interleaved(read_int4(f"{prefix}.mlp.w1"), read_int4(f"{prefix}.mlp.w2"))),
+        mlp_c_proj=_packed(read_int4(f"{prefix}.mlp.c_proj")),
+    )
 
-    (w1, bias1), (w2, bias2) = layers["mlp.w1"], layers["mlp.w2"]
-    bias = None
-    if bias1 is not None or bias2 is not None:
-        first, second = (w.scales.new_zeros(w.out_features) if b is None else b for w, b in ((w1, bias1), (w2, bias2)))
-        bias = torch.stack((first, second), 1).flatten()
+
+def _packed(projection: Int4Projection) -> PackedLinear:
+    weight, bias = projection
+    return PackedLinear(pack_for_triton(weight), bias)
+
+
+def _interleaved(first: Int4Projection, second: Int4Projection) -> Int4Projection:
+    """w1 and w2 as one weight, and their biases as one."""
     try:
-        both = interleave(w1, w2)
+        weight = interleave(first[0], second[0])
     except ValueError as error:
         raise ConfigError(f"mlp.w1 and mlp.w2 cannot run as one: {error}. Quantize again with desc_act=false") from None
-    return FusedBlock(
-        ln_1,
-        packed("attn.c_attn"),
-        packed("attn.c_proj"),
-        ln_2,
-        Projection(pack_for_triton(both), bias),
-        packed("mlp.c_proj"),
-    )
+    if first[1] is None and second[1] is None:
+        return weight, None
+    biases = (w.scales.new_zeros(w.out_features) if b is None else b for w, b in (first, second))
+    return weight, torch.stack(tuple(biases), 1).flatten()
 
 
 class FusedDecoder:
@@ -133,7 +140,7 @@ class FusedDecoder:
     def __call__(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor:
         """Append T tokens to every sequence and return logits in float32; see QWenLMHeadModel.forward."""
         batch, length, width = embeds.shape
-        start, cos, sin, q_scale = place_tokens(self.config, length, cache)
+        placement = place_tokens(self.config, length, cache)
         eps, backend = self.config.layer_norm_epsilon, self.backend
         residual = embeds.reshape(-1, width).float()
         residual = residual.clone() if residual.data_ptr() == embeds.data_ptr() else residual
@@ -142,12 +149,11 @@ class FusedDecoder:
         for index, (block, next_norm) in enumerate(zip(self.blocks, following, strict=True)):
             qkv = int4_gemm(rows, block.c_attn.weight, block.c_attn.bias, backend=backend)
             q, k, v = qkv.view(batch, length, 3, -1, self.config.kv_channels).unbind(2)
-            caches, scales = cache.layer(index)
-            options: dict[str, Any] = {"q_scale": q_scale, **scales, "locks": cache.locks, "backend": backend}
-            if length == 1 and batch <= MOST_SEQUENCES and self.config.kv_channels % 32 == 0:
-                rows = rotary_attention_rows(q, k, v, cos, sin, *caches, start, **options)
+            args = placement.attention(index, q, k, v)
+            if length == 1 and batch <= MAX_DECODE_ROWS and self.config.kv_channels % 32 == 0:
+                rows = rotary_attention_rows(args, backend=backend)
             else:
-                attended = rotary_attention(q, k, v, cos, sin, *caches, start, **options)
+                attended = rotary_attention(args, backend=backend)
                 if block is self.blocks[-1] and not all_logits:  # nobody reads what the other positions would become
                     attended, residual = attended[:, -1:], residual.view(batch, length, width)[:, -1].contiguous()
                 rows = Rows(attended.reshape(-1, width))
@@ -185,31 +191,30 @@ class FusedDecoder:
         def normal(*shape: int, scale: float) -> Tensor:
             return torch.empty(shape, dtype=dtype, device=device).normal_(0, scale, generator=generator)
 
-        def int4(n_in: int, n_out: int) -> Int4Weight:
-            groups = n_in // group_size
-            words = torch.empty(groups, n_out, group_size // 8, dtype=torch.int32, device=device)
+        sizes = {
+            "h.attn.c_attn": (hidden, 3 * hidden),
+            "h.attn.c_proj": (hidden, hidden),
+            "h.mlp.w1": (hidden, inner),
+            "h.mlp.w2": (hidden, inner),
+            "h.mlp.c_proj": (inner, hidden),
+        }
+
+        def projection(name: str) -> Int4Projection:
+            n_in, n_out = sizes[name]
+            words = torch.empty(n_in // 8, n_out, dtype=torch.int32, device=device)
             words.random_(-(2**31), 2**31 - 1, generator=generator)
             # levels around 8 are off by 4.6 in the mean: outputs keep the size of inputs
             scale = 1 / (4.6 * n_in**0.5)
-            scales = torch.full((groups, n_out), scale, dtype=torch.float16, device=device)
-            return Int4Weight(words, scales, torch.full_like(scales, 8, dtype=torch.int16), None)
-
-        def block() -> FusedBlock:
-            layers = {
-                "attn.c_attn": (int4(hidden, 3 * hidden), normal(3 * hidden, scale=0.1)),
-                "attn.c_proj": (int4(hidden, hidden), None),
-                "mlp.w1": (int4(hidden, inner), None),
-                "mlp.w2": (int4(hidden, inner), None),
-                "mlp.c_proj": (int4(inner, hidden), None),
-            }
-            return fuse_block(ones, ones, layers)
+            scales = torch.full((n_in // group_size, n_out), scale, dtype=torch.float16, device=device)
+            weight = Int4Weight(words, scales, torch.full_like(scales, 8, dtype=torch.int16), None)
+            return weight, normal(n_out, scale=0.1) if name == "h.attn.c_attn" else None
 
         ones = torch.ones(hidden, dtype=dtype, device=device)
         lm_head = normal(config.vocab_size, hidden, scale=hidden**-0.5)
         return cls(
             config,
             wte=normal(config.vocab_size, hidden, scale=1.0),
-            blocks=[block() for _ in range(config.num_hidden_layers)],
+            blocks=[fuse_block("h", lambda _: ones, projection) for _ in range(config.num_hidden_layers)],
             ln_f=ones,
             lm_head=pack_for_triton(quantize_int8(lm_head)) if head == "int8" else lm_head,
         )

@@ -5,14 +5,14 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels import Int8Weight, TritonWeight, dequantize_gptq, pack_for_triton, quantize_int8
+from kernels import Int4Weight, Int8Weight, TritonWeight, dequantize_gptq, pack_for_triton, quantize_int8
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.memory import trim_heap
 from qvl_edge.model.decoder import QWenLMHeadModel
-from qvl_edge.model.fused import FusedDecoder, fuse_block
-from qvl_edge.model.linear import Int4Linear, Int8Linear, read_gptq
+from qvl_edge.model.fused import FusedDecoder, Int4Projection, fuse_block
+from qvl_edge.model.linear import Int4Linear, Int8Linear, packed
 from qvl_edge.model.vit import VisionTransformer
 from qvl_edge.options import Embeddings, Head
 
@@ -104,9 +104,19 @@ class _Reader:
         self.done(name)
         return copy
 
-    def gptq(self, name: str) -> dict[str, Tensor]:
-        """The tensors of a quantized projection in their own dtypes; `done_gptq` when they have been packed."""
-        return {part: self.checkpoint[f"{name}.{part}"].to(self.device) for part in GPTQ_TENSORS}
+    def int4(self, name: str) -> Int4Projection:
+        """A projection quantized to 4 bits; `done_gptq` when it has been packed. CheckpointError if it is damaged."""
+        quant = self.checkpoint.config.quantization
+        assert quant is not None
+        *parts, bias = (self.checkpoint[f"{name}.{part}"].to(self.device) for part in GPTQ_TENSORS)
+        try:
+            weight = Int4Weight.from_gptq(
+                *parts, group_size=quant.group_size, checkpoint_format=quant.checkpoint_format, name=name
+            )
+        except ValueError as error:
+            raise CheckpointError(f"{self.checkpoint.path}: {error}") from None
+        # auto-gptq writes a bias of zeros for layers that had none; adding it would only cost time
+        return weight, bias.to(self.dtype, copy=True) if bool(bias.any()) else None
 
     def done_gptq(self, name: str) -> None:
         for part in GPTQ_TENSORS:
@@ -165,7 +175,9 @@ def load_decoder(
     outer = (model.lm_head, model.transformer.wte)
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
-            module.load_gptq(read.gptq(name), name=name, dtype=dtype)
+            weight, module.bias = read.int4(name)
+            module.weight = packed(weight)
+            del weight  # its pages are given back
             read.done_gptq(name)
             continue
         if module in outer:
@@ -207,17 +219,7 @@ def load_fused(
     blocks = []
     for index in range(checkpoint.config.num_hidden_layers):
         block = f"transformer.h.{index}"
-        layers = {}
-        for layer in QUANTIZED:
-            name = f"{block}.{layer}"
-            layers[layer] = read_gptq(
-                read.gptq(name),
-                name=name,
-                dtype=dtype,
-                group_size=quant.group_size,
-                checkpoint_format=quant.checkpoint_format,
-            )
-        blocks.append(fuse_block(read(f"{block}.ln_1.weight"), read(f"{block}.ln_2.weight"), layers))
+        blocks.append(fuse_block(block, read, read.int4))
         for layer in QUANTIZED:
             read.done_gptq(f"{block}.{layer}")
     return FusedDecoder(

@@ -19,17 +19,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.int4_layout import Int4Weight, pack_levels
-from kernels.int8_layout import Int8Weight
+from kernels.gptq import Int4Weight
+from kernels.int8 import Int8Weight
 
 CHUNK = 128  # input channels that one step of a kernel reads
 TILE = 128  # output features that are padded to
 SMALLEST_TILE = 32  # output features of the smallest program; it sets how many locks there are
+MIDDLE = 8  # the zero of a symmetric int4 weight
+_MIDDLES = 0x88888888 - 2**32  # a word of middle levels, for the padding
+_SIGNS = 0x80808080 - 2**32  # the sign bits of four 8-bit levels
+_PACKED_AT_ONCE = 32 * TILE  # outputs, so that temporaries stay small beside a weight
 
 
 @dataclass(frozen=True, eq=False)
 class TritonWeight:
-    """A weight in kernel order (module docstring); made by `pack_for_triton`, read by backend "triton".
+    """A weight in the kernels' order (top of this file); made by `pack_for_triton`, read by backend "triton".
 
     perm (K,) int64 or None: channel of x that stands at each place (desc_act). locks (NP / 32,) int32, zero between
     launches: programs that share an output tile count themselves here, so one weight serves one launch at a time.
@@ -53,8 +57,7 @@ class TritonWeight:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        tensors = (self.words, self.scales, self.zeros, self.perm, self.locks)
-        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
     def levels(self) -> Tensor:
         """Levels (K, N) uint8 in kernel order; 8-bit ones with 128 added."""
@@ -69,15 +72,14 @@ class TritonWeight:
         """Back to what it was packed from, bit for bit."""
         levels = self.levels()
         if self.bits == 8:
-            signed = (levels.to(torch.int16) - 128).to(torch.int8)
-            return Int8Weight(signed.T.contiguous(), self.scales[0, : self.out_features])
-        groups, outputs = max(1, self.in_features // self.group_size), self.out_features
-        words = pack_levels(levels).view(groups, -1, outputs).transpose(1, 2).contiguous()
+            return Int8Weight((levels ^ 128).view(torch.int8).T.contiguous(), self.scales[0, : self.out_features])
+        part = (slice(max(1, self.in_features // self.group_size)), slice(self.out_features))  # without the padding
+        scales = self.scales[part].contiguous()
         if self.zeros is None:
-            zeros = torch.full((groups, outputs), 8, dtype=torch.int16, device=self.device)
+            zeros = torch.full(scales.shape, MIDDLE, dtype=torch.int16, device=self.device)
         else:
-            zeros = (self.zeros[:groups, :outputs] + 8).to(torch.int16).contiguous()
-        return Int4Weight(words, self.scales[:groups, :outputs].contiguous(), zeros, self.perm)
+            zeros = (self.zeros[part] + MIDDLE).to(torch.int16)
+        return Int4Weight.from_grouped(levels, scales, zeros, self.perm)
 
 
 def pack_for_triton(weight: Int4Weight | Int8Weight) -> TritonWeight:
@@ -88,8 +90,8 @@ def pack_for_triton(weight: Int4Weight | Int8Weight) -> TritonWeight:
     outputs, channels = weight.out_features, weight.in_features
     rows, columns = -outputs % TILE, -channels % CHUNK
     if isinstance(weight, Int8Weight):
-        levels = (weight.levels.to(torch.int16) + 128).to(torch.uint8).T
-        words = _pack_words(F.pad(levels, (0, rows, 0, columns), value=128), 8)
+        levels = F.pad(weight.levels, (0, columns)) if columns else weight.levels
+        words = _pack_words(levels.view(torch.int32).T, 8)
         scales = F.pad(weight.scales, (0, rows))[None]
         return TritonWeight(words, scales, None, None, _locks(words), 8, channels, outputs, max(channels, CHUNK))
     size = weight.group_size
@@ -100,9 +102,8 @@ def pack_for_triton(weight: Int4Weight | Int8Weight) -> TritonWeight:
         )
     if size not in (32, 64):
         size = max(size, CHUNK)  # one group of less than a chunk: what is padded belongs to it
-    middle = 8
-    words = _pack_words(F.pad(weight.grouped_levels(), (0, rows, 0, columns), value=middle), 4)
-    off_middle = weight.zeros - middle
+    words = _pack_words(weight.grouped_words(), 4)
+    off_middle = weight.zeros - MIDDLE
     groups = -(-(channels + columns) // size) if size in (32, 64) else len(weight.scales)
     padding = (0, rows, 0, groups - len(weight.scales))
     zeros = F.pad(off_middle, padding).half() if bool(off_middle.any()) else None
@@ -115,16 +116,32 @@ def _locks(words: Tensor) -> Tensor:
     return torch.zeros(words.shape[1] // SMALLEST_TILE, dtype=torch.int32, device=words.device)
 
 
-def _pack_words(levels: Tensor, bits: int) -> Tensor:
-    """levels (K, N) uint8, K a multiple of 128 -> words (K / 128, N, D / 2) int32."""
-    planes = 16 // bits
-    pairs = levels.T.reshape(levels.shape[1], -1, planes, CHUNK // planes // 2, 2)  # N, C, plane, r, neighbour
-    words = torch.zeros(pairs.shape[1], pairs.shape[0], pairs.shape[3], dtype=torch.int32, device=levels.device)
-    for plane in range(planes):
-        for neighbour in (0, 1):  # the sign bit is the top bit of the last plane's second neighbour
-            part = pairs[:, :, plane, :, neighbour].transpose(0, 1).to(torch.int32)
-            words |= part << (bits * plane + 16 * neighbour)
-    return words
+def _pack_words(words: Tensor, bits: int) -> Tensor:
+    """words (K * bits / 32, N) int32 in gptq.py's order, 8-bit levels signed -> words (C, NP, D / 2) in this one's.
+
+    A chunk's words are P planes of A. Channels 2 b and 2 b + 1 of word a of a plane belong to word P a + b.
+    """
+    planes, depth = 16 // bits, CHUNK * bits // 32  # depth: words of one output's chunk
+    chunks, outputs = -(-len(words) // depth), words.shape[1]
+    packed = torch.empty(
+        chunks, -(-outputs // TILE) * TILE, depth // planes, planes, dtype=torch.int32, device=words.device
+    )
+    for target, part in zip(packed.split(_PACKED_AT_ONCE, 1), words.split(_PACKED_AT_ONCE, 1), strict=True):
+        padding = (0, target.shape[1] - part.shape[1], 0, chunks * depth - len(words))
+        if any(padding):
+            part = F.pad(part, padding, value=_MIDDLES if bits == 4 else 0)
+        part = part.reshape(chunks, planes, depth // planes, -1)  # C, P, A, N
+        for b in range(planes):
+            word = torch.zeros_like(part[:, 0])
+            for plane in range(planes):
+                for neighbour in (0, 1):  # the sign bit is the top bit of the last plane's second neighbour
+                    level = part[:, plane] >> (bits * (2 * b + neighbour))
+                    level &= 2**bits - 1
+                    word |= level.bitwise_left_shift_(bits * plane + 16 * neighbour)
+            if bits == 8:
+                word ^= _SIGNS  # adds 128
+            target[..., b] = word.transpose(1, 2)
+    return packed.flatten(2)
 
 
 def interleave(first: Int4Weight, second: Int4Weight) -> Int4Weight:
@@ -132,19 +149,19 @@ def interleave(first: Int4Weight, second: Int4Weight) -> Int4Weight:
 
     ValueError if their shapes, groups or channel orders differ.
     """
-    if first.words.shape != second.words.shape:
-        raise ValueError(
-            f"words have shapes {tuple(first.words.shape)} and {tuple(second.words.shape)}; only equal ones interleave"
-        )
-    orders = [p.perm if p.perm is not None else torch.arange(p.in_features, device=p.device) for p in (first, second)]
+    for name in ("qweight", "scales"):
+        shapes = [tuple(getattr(weight, name).shape) for weight in (first, second)]
+        if shapes[0] != shapes[1]:
+            raise ValueError(f"{name} has shapes {shapes[0]} and {shapes[1]}; only equal ones interleave")
+    orders = [w.perm if w.perm is not None else torch.arange(w.in_features, device=w.device) for w in (first, second)]
     if not torch.equal(*orders):
         raise ValueError("the two weights order their channels differently (desc_act); run them one after another")
 
     def zipped(one: Tensor, other: Tensor) -> Tensor:
-        return torch.stack((one, other), 2).flatten(1, 2)
+        return torch.stack((one, other), 2).flatten(1)
 
     return Int4Weight(
-        zipped(first.words, second.words),
+        zipped(first.qweight, second.qweight),
         zipped(first.scales, second.scales),
         zipped(first.zeros, second.zeros),
         first.perm,

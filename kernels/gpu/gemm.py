@@ -1,9 +1,9 @@
 """int4_gemm, its fused forms and the int8 head on the GPU: one kernel for 1 to 16 rows of x, one for more.
 
 Both compute the product transposed: the weight is the left operand of the tensor cores and reaches them through
-registers only, the few rows of x are the right operand, padded to 8 or 16; layout_triton.py has the words' order.
+registers only, the few rows of x are the right operand, padded to 8 or 16; weight.py has the words' order.
 `_decode_kernel` multiplies by 1024 + level, a float16 number that costs no conversion, and starts each sum at minus
-what the 1024 adds, which it knows from the sums of x (rows.py). `_prefill_kernel`, where one weight serves many rows,
+what the 1024 adds, which it knows from the sums of x (Rows.sums). `_prefill_kernel`, where one weight serves many rows,
 subtracts and scales the levels in 16 bits first, so that it needs one sum only.
 """
 
@@ -12,86 +12,66 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.layout_triton import CHUNK, TritonWeight
-from kernels.rows import MOST_SUMMED, SPAN, Rows
-from kernels.rows_triton import sum_rows
-from kernels.tiles import Tile, device_key, tile_for
+from kernels.gpu.rows import sum_rows
+from kernels.gpu.tiles import Tile, device_key, tile_for
+from kernels.gpu.weight import CHUNK, TritonWeight
+from kernels.reference import MAX_DECODE_ROWS, SPAN, Rows
 
-PLAIN, SWIGLU, RESIDUAL = 0, 1, 2  # what is done with x W^T: stored, w1(x) * silu(w2(x)), added to a residual
-
-
-@triton.jit
-def _halves(words, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, BFLOAT16: tl.constexpr):
-    """words (BLOCK_N, WORDS) int32 -> (BLOCK_N, 2 WORDS): its halves as 16-bit floats, the low one first."""
-    low = (words & 0xFFFF).to(tl.int16)
-    high = (words >> 16).to(tl.int16)
-    if BFLOAT16:
-        pair = tl.join(low.to(tl.bfloat16, bitcast=True), high.to(tl.bfloat16, bitcast=True))
-    else:
-        pair = tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
-    return tl.reshape(pair, (BLOCK_N, 2 * WORDS))
+# what is done with x W^T: stored, w1(x) * silu(w2(x)), added to a residual
+EPILOGUES = {"plain": 0, "swiglu": 1, "residual": 2}
 
 
 @triton.jit
-def _plane(words, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, BFLOAT16: tl.constexpr, BITS: tl.constexpr):
-    """The lowest plane of the words as floats: 1024 + level (float16), 128 + level (bfloat16)."""
-    if BITS == 8:
-        return _halves((words & 0x00FF00FF) | 0x64006400, BLOCK_N, WORDS, False)
-    elif BFLOAT16:
-        return _halves((words & 0x000F000F) | 0x43004300, BLOCK_N, WORDS, True)
-    else:
-        return _halves((words & 0x000F000F) | 0x64006400, BLOCK_N, WORDS, False)
+def halves(words, DTYPE: tl.constexpr):
+    """words (...) int32 -> (..., 2): their low and high halves as 16-bit floats."""
+    low, high = (words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16)
+    return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
 
 
 @triton.jit
-def _dot(plane, x, acc, WIDEN: tl.constexpr):
-    """acc + plane x; WIDEN is for the interpreter, which takes bfloat16 for integers (triton 3.7.1)."""
+def dot(a, b, acc, WIDEN: tl.constexpr):
+    """acc + a b; WIDEN is for the interpreter, which takes bfloat16 for integers (triton 3.7.1)."""
     if WIDEN:
-        return tl.dot(plane.to(tl.float32), x.to(tl.float32), acc)
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
     else:
-        return tl.dot(plane, x, acc)
+        return tl.dot(a, b, acc)
+
+
+@triton.jit
+def _plane(words, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexpr, BITS: tl.constexpr):
+    """The lowest plane of words (BLOCK_N, WORDS) -> (BLOCK_N, 2 WORDS): 1024 + level, in bfloat16 128 + level."""
+    if BITS == 8:
+        floats = halves((words & 0x00FF00FF) | 0x64006400, DTYPE)
+    elif DTYPE == tl.bfloat16:
+        floats = halves((words & 0x000F000F) | 0x43004300, DTYPE)
+    else:
+        floats = halves((words & 0x000F000F) | 0x64006400, DTYPE)
+    return tl.reshape(floats, (BLOCK_N, 2 * WORDS))
 
 
 @triton.jit
 def _finish(
-    acc,  # (BLOCK_N, BLOCK_M) float32
-    n,
-    m,
-    tile_n,
-    bias_ptr,
-    squares_ptr,
-    residual_ptr,
-    norm_ptr,
-    y_ptr,
-    y_sums_ptr,
-    y_squares_ptr,
-    M,
-    N,
-    K,
-    SQUARES,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SQUARES: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    SUMS: tl.constexpr,
-):
-    """What follows the product of a tile: row factor, bias, activation or residual, and what the next kernel needs."""
+    acc, n, m, tile_n, out,
+    M, N, WIDTH, SQUARES, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SQUARES: tl.constexpr, EPILOGUE: tl.constexpr,
+):  # fmt: skip
+    """What follows the product of a tile, acc (BLOCK_N, BLOCK_M) float32: row factor, bias, activation or residual, and
+    what the next kernel needs.
+    """
+    bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_sums_ptr, y_squares_ptr = out
     tiles_n = tl.cdiv(N, BLOCK_N)
     HALF: tl.constexpr = BLOCK_N // 2 if EPILOGUE == 1 else BLOCK_N  # outputs that are stored
     outputs = N
     kept = (n < N)[:, None] & (m < M)[None, :]
-    if HAS_NORM:
+    if squares_ptr is not None:
         part = tl.arange(0, BLOCK_SQUARES)
         squares = tl.load(
             squares_ptr + m[:, None] * SQUARES + part[None, :],
             mask=(m < M)[:, None] & (part < SQUARES)[None, :],
             other=0.0,
         )
-        acc *= tl.rsqrt(tl.sum(squares, 1) / K + eps)[None, :]
-    if HAS_BIAS:
+        acc *= tl.rsqrt(tl.sum(squares, 1) / WIDTH + eps)[None, :]
+    if bias_ptr is not None:
         acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     if EPILOGUE == 1:
         # rows 2 i and 2 i + 1 are w1's and w2's: (BLOCK_N, BLOCK_M) -> two of (BLOCK_N / 2, BLOCK_M)
@@ -111,7 +91,7 @@ def _finish(
         y *= tl.load(norm_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
     y = y.to(y_ptr.dtype.element_ty)
     tl.store(y_ptr + m.to(tl.int64)[None, :] * outputs + n[:, None], y, mask=kept)
-    if SUMS:
+    if y_sums_ptr is not None:
         sums = tl.sum(tl.reshape(y.to(tl.float32), (HALF // 32, 32, BLOCK_M)), 1)
         span = tile_n * (HALF // 32) + tl.arange(0, HALF // 32)
         tl.store(y_sums_ptr + span[:, None] * 16 + m[None, :], sums, mask=(span * 32 < outputs)[:, None])
@@ -139,46 +119,17 @@ def _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M: tl.constexp
 
 @triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
 def _decode_kernel(
-    x_ptr,
-    sums_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    bias_ptr,
-    squares_ptr,
-    residual_ptr,
-    norm_ptr,
-    y_ptr,
-    y_sums_ptr,
-    y_squares_ptr,
-    partials_ptr,
-    locks_ptr,
-    M,
-    N,
-    K,
-    NP,
-    CHUNKS,
-    WIDTH,
-    SQUARES,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SQUARES: tl.constexpr,
-    GROUP: tl.constexpr,
-    BITS: tl.constexpr,
-    BFLOAT16: tl.constexpr,
-    WIDEN: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-    SUMS: tl.constexpr,
-    SPLIT_K: tl.constexpr,
-):
+    x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr,
+    bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_sums_ptr, y_squares_ptr, partials_ptr, locks_ptr,
+    M, N, K, NP, CHUNKS, WIDTH, SQUARES, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SQUARES: tl.constexpr, GROUP: tl.constexpr, BITS: tl.constexpr,
+    EPILOGUE: tl.constexpr, SPLIT_K: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """One program computes BLOCK_N outputs of all M <= BLOCK_M rows over its share of the chunks of 128 channels.
 
     x (M, K), K padded to whole chunks; WIDTH is K without the padding, by which the norm divides.
     """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PLANES: tl.constexpr = 16 // BITS
     DEPTH: tl.constexpr = 128 // PLANES
     WORDS: tl.constexpr = DEPTH // 2
@@ -187,9 +138,11 @@ def _decode_kernel(
     CHUNKS_A_GROUP: tl.constexpr = 1 if GROUP < 128 else (GROUP + 127) // 128
     SPANS: tl.constexpr = DEPTH // 32  # sums a plane
     # what or-ing the exponent adds to a level, and the middle level that stands for zero
-    EVEN: tl.constexpr = 1024.0 + 128.0 if BITS == 8 else (128.0 + 8.0 if BFLOAT16 else 1024.0 + 8.0)
+    EVEN: tl.constexpr = 1024.0 + 128.0 if BITS == 8 else (128.0 + 8.0 if DTYPE == tl.bfloat16 else 1024.0 + 8.0)
     ODD: tl.constexpr = 1024.0 / 16.0 + 8.0  # of a plane that is left at 16 times its level (float16, 4 bits)
-    SHIFTED: tl.constexpr = BFLOAT16 or BITS == 8  # every plane is shifted down, none is left at 16 times its level
+    SHIFTED: tl.constexpr = (
+        DTYPE == tl.bfloat16 or BITS == 8
+    )  # every plane is shifted down, none is left at 16 times its level
 
     tile_n, split = tl.program_id(0), tl.program_id(1)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -208,7 +161,7 @@ def _decode_kernel(
     sums_ptr += first * 64
     if GROUP < 128:
         scales_ptr += first * SUBGROUPS * NP
-        if HAS_ZEROS:
+        if zeros_ptr is not None:
             zeros_ptr += first * SUBGROUPS * NP
     for c in range(0, tl.minimum(share, CHUNKS - first)):
         words = tl.load(words_ptr + c * (NP * WORDS) + tile, eviction_policy="evict_first")
@@ -233,8 +186,8 @@ def _decode_kernel(
             if SHIFTED:
                 p = tl.broadcast_to(start[None, :], (BLOCK_N, BLOCK_M))
                 for j in tl.static_range(q * EACH, q * EACH + EACH):
-                    plane = _plane(words >> (BITS * j), BLOCK_N, WORDS, BFLOAT16, BITS)
-                    p = _dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
+                    plane = _plane(words >> (BITS * j), BLOCK_N, WORDS, DTYPE, BITS)
+                    p = dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
             else:
                 # planes 1 and 3 at 16 times their level, in sums of their own: one shift a word instead of three
                 p = tl.broadcast_to(start[None, :], (BLOCK_N, BLOCK_M))
@@ -243,93 +196,49 @@ def _decode_kernel(
                     for j in tl.static_range(q * EACH, q * EACH + EACH):
                         if j % 2 == 1:
                             shifted = words >> 8 if j > 1 else words
-                            plane = _halves((shifted & 0x00F000F0) | 0x64006400, BLOCK_N, WORDS, False)
-                            p = _dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
+                            plane = halves((shifted & 0x00F000F0) | 0x64006400, DTYPE)
+                            plane = tl.reshape(plane, (BLOCK_N, 2 * WORDS))
+                            p = dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
                     p *= 0.0625
                 # not before: tensor cores cut off, and the sums at 16 times the level would have lost 4 bits more
                 p += late[None, :]
                 for j in tl.static_range(q * EACH, q * EACH + EACH):
                     if j % 2 == 0:
                         shifted = words >> 8 if j > 1 else words
-                        plane = _plane(shifted, BLOCK_N, WORDS, False, 4)
-                        p = _dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
-            if HAS_ZEROS:
+                        plane = _plane(shifted, BLOCK_N, WORDS, DTYPE, 4)
+                        p = dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
+            if zeros_ptr is not None:
                 p -= tl.load(zeros_ptr + group * NP + n).to(tl.float32)[:, None] * total[None, :]
             acc += p * scale[:, None]
     last = True
     if SPLIT_K > 1:
         acc, last = _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M, BLOCK_N)
     if last:
-        _finish(
-            acc,
-            n,
-            m,
-            tile_n,
-            bias_ptr,
-            squares_ptr,
-            residual_ptr,
-            norm_ptr,
-            y_ptr,
-            y_sums_ptr,
-            y_squares_ptr,
-            M,
-            N,
-            WIDTH,
-            SQUARES,
-            eps,
-            BLOCK_M,
-            BLOCK_N,
-            BLOCK_SQUARES,
-            EPILOGUE,
-            HAS_BIAS,
-            HAS_NORM,
-            SUMS,
-        )
+        out = (bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_sums_ptr, y_squares_ptr)
+        _finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
 def _prefill_kernel(
-    x_ptr,
-    words_ptr,
-    scales_ptr,
-    zeros_ptr,
-    bias_ptr,
-    squares_ptr,
-    residual_ptr,
-    norm_ptr,
-    y_ptr,
-    y_squares_ptr,
-    M,
-    N,
-    K,
-    NP,
-    CHUNKS,
-    WIDTH,
-    SQUARES,
-    eps,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_SQUARES: tl.constexpr,
-    GROUP: tl.constexpr,
-    BFLOAT16: tl.constexpr,
-    WIDEN: tl.constexpr,
-    HAS_ZEROS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_NORM: tl.constexpr,
-    EPILOGUE: tl.constexpr,
-):
+    x_ptr, words_ptr, scales_ptr, zeros_ptr,
+    bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_squares_ptr,
+    M, N, K, NP, CHUNKS, WIDTH, SQUARES, eps,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SQUARES: tl.constexpr, GROUP: tl.constexpr,
+    EPILOGUE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """One program computes BLOCK_N outputs of BLOCK_M rows.
 
     Programs that follow one another share 4 blocks of rows. A block of 128 rows is 1 MiB at K = 4,096, a tile of the
     weight a quarter of it: what runs at once reads least with sqrt(SMs / 4) blocks, 2.6 for 28 SMs and 5.7 for 132.
     """
+    DTYPE: tl.constexpr = x_ptr.dtype.element_ty
     PLANES: tl.constexpr = 4
     DEPTH: tl.constexpr = 32
     WORDS: tl.constexpr = 16
     SUBGROUPS: tl.constexpr = 128 // GROUP if GROUP < 128 else 1
     EACH: tl.constexpr = PLANES // SUBGROUPS
     CHUNKS_A_GROUP: tl.constexpr = 1 if GROUP < 128 else (GROUP + 127) // 128
-    MIDDLE: tl.constexpr = 128 + 8 if BFLOAT16 else 1024 + 8
+    MIDDLE: tl.constexpr = 128 + 8 if DTYPE == tl.bfloat16 else 1024 + 8
 
     tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
     first_m = tl.program_id(0) // (4 * tiles_n) * 4
@@ -351,37 +260,14 @@ def _prefill_kernel(
             group = c * SUBGROUPS + q if GROUP < 128 else c // CHUNKS_A_GROUP
             scale = tl.load(scales_ptr + group * NP + n).to(dtype)[:, None]
             middle = tl.full((BLOCK_N, 1), MIDDLE, tl.float32).to(dtype)
-            if HAS_ZEROS:
+            if zeros_ptr is not None:
                 middle += tl.load(zeros_ptr + group * NP + n).to(dtype)[:, None]
             for j in tl.static_range(q * EACH, q * EACH + EACH):
                 # the difference is exact; its product with the scale is rounded to 16 bits, as a 16-bit weight is
-                plane = (_plane(words >> (4 * j), BLOCK_N, WORDS, BFLOAT16, 4).to(dtype) - middle) * scale
-                acc = _dot(plane, tl.load(x_m + c * 128 + DEPTH * j), acc, WIDEN)
-    _finish(
-        acc,
-        n,
-        m,
-        tile_n,
-        bias_ptr,
-        squares_ptr,
-        residual_ptr,
-        norm_ptr,
-        y_ptr,
-        None,
-        y_squares_ptr,
-        M,
-        N,
-        WIDTH,
-        SQUARES,
-        eps,
-        BLOCK_M,
-        BLOCK_N,
-        BLOCK_SQUARES,
-        EPILOGUE,
-        HAS_BIAS,
-        HAS_NORM,
-        False,
-    )
+                plane = (_plane(words >> (4 * j), BLOCK_N, WORDS, DTYPE, 4).to(dtype) - middle) * scale
+                acc = dot(plane, tl.load(x_m + c * 128 + DEPTH * j), acc, WIDEN)
+    out = (bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, None, y_squares_ptr)
+    _finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
 
 
 def gemm_triton(
@@ -389,18 +275,18 @@ def gemm_triton(
     weight: TritonWeight,
     bias: Tensor | None = None,
     *,
-    epilogue: int = PLAIN,
+    epilogue: str = "plain",
     residual: Tensor | None = None,
     norm_weight: Tensor | None = None,
     eps: float = 0.0,
     out_dtype: torch.dtype | None = None,
     tile: Tile | None = None,
 ) -> Rows:
-    """Launch for rows.x (M, K) and W (N, K); shapes and dtypes were checked by the dispatcher.
+    """Launch for rows.x (M, K) and W (N, K); shapes and dtypes were checked in ops.py.
 
-    Returns Rows of (M, N): x in `out_dtype` (default: that of rows.x), sums where the epilogue is not PLAIN and M is 16
-    or less, squares and `eps` where it is RESIDUAL, which adds to `residual` (M, N) float32 in place; (M, N / 2) for
-    SWIGLU. `tile` overrides the table's.
+    Returns Rows of (M, N), or (M, N / 2) for "swiglu": x in `out_dtype` (default: that of rows.x); sums for the two
+    fused epilogues where M is 16 or less; squares and `eps` for "residual", which adds to `residual` (M, N) float32 in
+    place. `tile` overrides the table's.
     """
     x, sums = rows.x, rows.sums
     count, width = x.shape
@@ -414,27 +300,23 @@ def gemm_triton(
     chunks, padded, _ = weight.words.shape
     if tile is None:
         tile = tile_for(count, outputs, width, weight.group_size, bits=weight.bits, device=device_key(x.device))
-    y_width = outputs // 2 if epilogue == SWIGLU else outputs
+    y_width = outputs // 2 if epilogue == "swiglu" else outputs
     y = torch.empty(count, y_width, dtype=out_dtype or x.dtype, device=x.device)
     if count == 0:
-        return Rows(y, None, y.new_empty(0, 1, dtype=torch.float32) if epilogue == RESIDUAL else None, eps)
+        return Rows(y, None, y.new_empty(0, 1, dtype=torch.float32) if epilogue == "residual" else None, eps)
     tiles_n = -(-outputs // tile.block_n)
-    few = count <= MOST_SUMMED
+    few = count <= MAX_DECODE_ROWS
     y_sums = y_squares = None
-    if few and epilogue != PLAIN:
-        y_sums = torch.empty(y_width // SPAN, MOST_SUMMED, dtype=torch.float32, device=x.device)
-    if epilogue == RESIDUAL:
+    if few and epilogue != "plain":
+        y_sums = torch.empty(y_width // SPAN, MAX_DECODE_ROWS, dtype=torch.float32, device=x.device)
+    if epilogue == "residual":
         y_squares = torch.empty(count, tiles_n, dtype=torch.float32, device=x.device)
     squares = rows.squares
     flags = {
         "BLOCK_SQUARES": 1 if squares is None else triton.next_power_of_2(squares.shape[1]),
         "GROUP": weight.group_size,
-        "BFLOAT16": x.dtype == torch.bfloat16,
         "WIDEN": x.dtype == torch.bfloat16 and not x.is_cuda,
-        "HAS_ZEROS": weight.zeros is not None,
-        "HAS_BIAS": bias is not None,
-        "HAS_NORM": squares is not None,
-        "EPILOGUE": epilogue,
+        "EPILOGUE": EPILOGUES[epilogue],
         "BLOCK_M": tile.block_m,
         "BLOCK_N": tile.block_n,
         "num_warps": tile.num_warps,
@@ -453,7 +335,7 @@ def gemm_triton(
             partials = torch.empty(size, dtype=torch.float32, device=x.device)
         _decode_kernel[tiles_n, splits](
             x, sums, *before, y_sums, y_squares, partials, weight.locks, *sizes,
-            BITS=weight.bits, SUMS=y_sums is not None, SPLIT_K=splits, **flags,
+            BITS=weight.bits, SPLIT_K=splits, **flags,
         )  # fmt: skip
     else:
         _prefill_kernel[-(-count // tile.block_m) * tiles_n,](x, *before, y_squares, *sizes, **flags)

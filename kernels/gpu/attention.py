@@ -8,22 +8,24 @@ that of a value into the probability.
 
 import functools
 import math
-from typing import TypeAlias
+from dataclasses import replace
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.cache_rows import SMALLEST_SCALE
+from kernels.gpu.gemm import dot, halves
+from kernels.int8 import MIN_CACHE_SCALE
+from kernels.reference import AttentionArgs
 
 LOWEST = tl.constexpr(-3.0e38)  # the maximum of nothing: unlike -inf, it can be subtracted from itself
 ROUNDER = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding it leaves a float32 no fraction, rounded half to even
-TINIEST = tl.constexpr(SMALLEST_SCALE)
+MIN_SCALE = tl.constexpr(MIN_CACHE_SCALE)
 # keeps p * v_scale out of float16's subnormal numbers; the largest scale of a float16 row, 65,504 / 127, stays finite
 LIFT = tl.constexpr(64.0)
 
-MOST_SPLITS = 32  # the last program of a head merges this many parts at once, in registers
+MAX_SPLITS = 32  # the last program of a head merges this many parts at once, in registers
 PROGRAMS_A_MULTIPROCESSOR = 4  # of the decode kernel: as many as run at once with an int8 cache
 HEAD_DIMS = (16, 32, 64, 128)
 
@@ -35,9 +37,20 @@ def _rotate(x, partner, cos, sin, d, D: tl.constexpr):
 
 
 @triton.jit
+def _rotated(x_ptr, X_T, cos_ptr, sin_ptr, b, token, T, D: tl.constexpr):
+    """Tokens (BLOCK,) of one head of sequence b, whose token 0 is at x_ptr -> (BLOCK, D) float32."""
+    d = tl.arange(0, D)
+    partner = (d + D // 2) % D
+    place = token.to(tl.int64)[:, None] * X_T
+    angle = (b * T + token)[:, None] * D + d[None, :]
+    x, other = tl.load(x_ptr + place + d[None, :]), tl.load(x_ptr + place + partner[None, :])
+    return _rotate(x, other, tl.load(cos_ptr + angle), tl.load(sin_ptr + angle), d[None, :], D)
+
+
+@triton.jit
 def _scale(x, AXIS: tl.constexpr):
-    """The int8 scale of rows of x in float32 (cache_rows.py), as float16."""
-    return tl.maximum(tl.max(tl.abs(x), AXIS) / 127.0, TINIEST).to(tl.float16)
+    """The int8 scale of rows of x in float32 (int8.quantize_rows), as float16."""
+    return tl.maximum(tl.max(tl.abs(x), AXIS) / 127.0, MIN_SCALE).to(tl.float16)
 
 
 @triton.jit
@@ -47,10 +60,9 @@ def _levels(x, scale):
 
 
 @triton.jit
-def _halves(words):
-    """words (...) int32 -> (..., 2) float16: their low and high halves."""
-    low, high = (words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16)
-    return tl.join(low.to(tl.float16, bitcast=True), high.to(tl.float16, bitcast=True))
+def _head(ptr, b, h, STRIDE_B, STRIDE_H):
+    """Where head h of sequence b begins."""
+    return ptr + (b.to(tl.int64) * STRIDE_B + h * STRIDE_H)
 
 
 @triton.jit
@@ -61,70 +73,31 @@ def _floats(words, SHAPE: tl.constexpr, CACHE: tl.constexpr):
     one each, on a pipe that is too slow for the memory of an H200.
     """
     if CACHE == tl.int8:
-        even = _halves((words & 0x00FF00FF) ^ 0x64806480)
-        odd = _halves(((words >> 8) & 0x00FF00FF) ^ 0x64806480)
+        even = halves((words & 0x00FF00FF) ^ 0x64806480, tl.float16)
+        odd = halves(((words >> 8) & 0x00FF00FF) ^ 0x64806480, tl.float16)
         x = tl.join(even, odd).to(tl.float32)
     elif CACHE == tl.bfloat16:
         x = tl.join((words << 16).to(tl.float32, bitcast=True), (words & -65536).to(tl.float32, bitcast=True))
     else:
-        x = _halves(words).to(tl.float32)
+        x = halves(words, tl.float16).to(tl.float32)
     return tl.reshape(x, SHAPE)
 
 
 @triton.jit
-def _dot(a, b, acc, WIDEN: tl.constexpr):
-    """acc + a b; WIDEN is for the interpreter, which takes bfloat16 for integers (triton 3.7.1)."""
-    if WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc)
-
-
-@triton.jit
 def decode_kernel(
-    q_ptr,
-    k_ptr,
-    v_ptr,
-    cos_ptr,
-    sin_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    start_ptr,
-    q_scale_ptr,
-    out_ptr,
-    sums_ptr,
-    parts_ptr,
-    stats_ptr,
-    locks_ptr,
-    H,
-    CAPACITY,
-    Q_B,
-    Q_H,
-    K_B,
-    K_H,
-    V_B,
-    V_H,
-    CACHE_B,
-    CACHE_H,
-    SCALES_B,
-    SCALES_H,
-    D: tl.constexpr,
-    LANES: tl.constexpr,
-    STEPS: tl.constexpr,
-    SPLITS: tl.constexpr,
-    BLOCK_SPLITS: tl.constexpr,
+    q_ptr, k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr, start_ptr,
+    q_scale_ptr, out_ptr, sums_ptr, parts_ptr, stats_ptr, locks_ptr,
+    H, CAPACITY,
+    Q_B, Q_H, K_B, K_H, V_B, V_H, CACHE_B, CACHE_H, SCALES_B, SCALES_H,
+    D: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     SCALE: tl.constexpr,
-    INT8: tl.constexpr,
-    HAS_Q_SCALE: tl.constexpr,
-    SUMS: tl.constexpr,
-):
+):  # fmt: skip
     """One program attends to one of SPLITS shares of a head's cache; the last of them to arrive merges all.
 
     Tiles are (STEPS, LANES, D): every thread keeps a softmax of its own over the STEPS positions that it reads at once,
     so nothing crosses a warp before the end. The last split adds the new token, from registers, and appends it.
     """
+    INT8: tl.constexpr = k_scales_ptr is not None
     h, b, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, D)
     partner = (d + D // 2) % D
@@ -133,19 +106,17 @@ def decode_kernel(
     length = tl.where(fits, start, 0).to(tl.int32)
 
     cos, sin = tl.load(cos_ptr + b * D + d), tl.load(sin_ptr + b * D + d)
-    q_ptr += b.to(tl.int64) * Q_B + h * Q_H
-    k_ptr += b.to(tl.int64) * K_B + h * K_H
-    v_ptr += b.to(tl.int64) * V_B + h * V_H
+    q_ptr, k_ptr, v_ptr = _head(q_ptr, b, h, Q_B, Q_H), _head(k_ptr, b, h, K_B, K_H), _head(v_ptr, b, h, V_B, V_H)
     q = _rotate(tl.load(q_ptr + d), tl.load(q_ptr + partner), cos, sin, d, D)
     factor = SCALE
-    if HAS_Q_SCALE:
+    if q_scale_ptr is not None:
         factor = tl.load(q_scale_ptr + b) * SCALE
     q *= factor
     k_head = k_cache_ptr + b.to(tl.int64) * CACHE_B + h.to(tl.int64) * CACHE_H
     v_head = v_cache_ptr + b.to(tl.int64) * CACHE_B + h.to(tl.int64) * CACHE_H
     if INT8:
-        k_scales = k_scales_ptr + b.to(tl.int64) * SCALES_B + h * SCALES_H
-        v_scales = v_scales_ptr + b.to(tl.int64) * SCALES_B + h * SCALES_H
+        k_scales = _head(k_scales_ptr, b, h, SCALES_B, SCALES_H)
+        v_scales = _head(v_scales_ptr, b, h, SCALES_B, SCALES_H)
 
     owner = split == SPLITS - 1
     new_m = LOWEST
@@ -247,7 +218,7 @@ def decode_kernel(
     if last:
         y = tl.where(fits, x / denominator, float("nan")).to(out_ptr.dtype.element_ty)
         tl.store(out_ptr + (b * H + h).to(tl.int64) * D + d, y)
-        if SUMS:
+        if sums_ptr is not None:
             sums = tl.sum(tl.reshape(y.to(tl.float32), (D // 32, 32)), 1)
             span = h * (D // 32) + tl.arange(0, D // 32)
             tl.store(sums_ptr + span * 16 + b, sums)
@@ -255,59 +226,28 @@ def decode_kernel(
 
 @triton.jit(do_not_specialize_on_alignment=["T"])  # else every 16th length of a prompt compiles anew
 def append_kernel(
-    k_ptr,
-    v_ptr,
-    cos_ptr,
-    sin_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    start_ptr,
-    T,
-    CAPACITY,
-    K_B,
-    K_T,
-    K_H,
-    V_B,
-    V_T,
-    V_H,
-    CACHE_B,
-    CACHE_H,
-    SCALES_B,
-    SCALES_H,
-    D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    INT8: tl.constexpr,
-):
+    k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr, start_ptr,
+    T, CAPACITY,
+    K_B, K_T, K_H, V_B, V_T, V_H, CACHE_B, CACHE_H, SCALES_B, SCALES_H,
+    D: tl.constexpr, BLOCK_T: tl.constexpr,
+):  # fmt: skip
     """One program rotates and appends BLOCK_T tokens of one head."""
     t = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
     h, b = tl.program_id(1), tl.program_id(2)
     d = tl.arange(0, D)
-    partner = (d + D // 2) % D
     start = tl.load(start_ptr + b)
     there = (t < T) & (start >= 0) & (start + T <= CAPACITY)
     row = start.to(tl.int32) + t
     token = tl.minimum(t, T - 1)  # rows past the last read it again and store nothing
 
-    angle = (b * T + token)[:, None] * D + d[None, :]
-    k_ptr += b.to(tl.int64) * K_B + h * K_H
-    v_ptr += b.to(tl.int64) * V_B + h * V_H
-    k_token = token.to(tl.int64)[:, None] * K_T
-    k = _rotate(
-        tl.load(k_ptr + k_token + d[None, :]),
-        tl.load(k_ptr + k_token + partner[None, :]),
-        tl.load(cos_ptr + angle),
-        tl.load(sin_ptr + angle),
-        d[None, :],
-        D,
-    ).to(k_ptr.dtype.element_ty)
+    k_ptr, v_ptr = _head(k_ptr, b, h, K_B, K_H), _head(v_ptr, b, h, V_B, V_H)
+    k = _rotated(k_ptr, K_T, cos_ptr, sin_ptr, b, token, T, D).to(k_ptr.dtype.element_ty)
     v = tl.load(v_ptr + token.to(tl.int64)[:, None] * V_T + d[None, :])
     head = b.to(tl.int64) * CACHE_B + h.to(tl.int64) * CACHE_H
     place = row[:, None] * D + d[None, :]
-    if INT8:
-        head_scales = b.to(tl.int64) * SCALES_B + h * SCALES_H
+    if k_scales_ptr is not None:
         k_scale, v_scale = _scale(k.to(tl.float32), 1), _scale(v.to(tl.float32), 1)
+        head_scales = b.to(tl.int64) * SCALES_B + h * SCALES_H
         tl.store(k_scales_ptr + head_scales + row, k_scale, mask=there)
         tl.store(v_scales_ptr + head_scales + row, v_scale, mask=there)
         k, v = _levels(k.to(tl.float32), k_scale[:, None]), _levels(v.to(tl.float32), v_scale[:, None])
@@ -317,24 +257,9 @@ def append_kernel(
 
 @triton.jit
 def _attend(
-    acc,
-    total,
-    m,
-    q,
-    k_head,
-    v_head,
-    k_scales,
-    v_scales,
-    position,
-    first,
-    last,
-    end,
-    D: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    INT8: tl.constexpr,
-    MASKED: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    acc, total, m, q, k_head, v_head, k_scales, v_scales, position, first, last, end,
+    D: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """The softmax of q (BLOCK_M, D) goes on over positions `first` to `last`; MASKED: causally, and not past `end`."""
     d = tl.arange(0, D)
     for n0 in range(first, last, BLOCK_N):
@@ -345,7 +270,7 @@ def _attend(
             k = tl.load(k_head + place, mask=(n < end)[:, None], other=0)
         else:
             k = tl.load(k_head + place)
-        logits = _dot(q, tl.trans(k.to(q.dtype)), tl.zeros((q.shape[0], BLOCK_N), tl.float32), WIDEN)
+        logits = dot(q, tl.trans(k.to(q.dtype)), tl.zeros((q.shape[0], BLOCK_N), tl.float32), WIDEN)
         if INT8:
             logits *= tl.load(k_scales + n, mask=n < end, other=0.0).to(tl.float32)[None, :]
         if MASKED:
@@ -361,64 +286,30 @@ def _attend(
             v = tl.load(v_head + place, mask=(n < end)[:, None], other=0)
         else:
             v = tl.load(v_head + place)
-        acc = _dot(p.to(q.dtype), v.to(q.dtype), acc, WIDEN)
+        acc = dot(p.to(q.dtype), v.to(q.dtype), acc, WIDEN)
         m = new
     return acc, total, m
 
 
 @triton.jit(do_not_specialize_on_alignment=["T"])  # else every 16th length of a prompt compiles anew
 def prefill_kernel(
-    q_ptr,
-    cos_ptr,
-    sin_ptr,
-    k_cache_ptr,
-    v_cache_ptr,
-    k_scales_ptr,
-    v_scales_ptr,
-    start_ptr,
-    q_scale_ptr,
-    out_ptr,
-    T,
-    H,
-    CAPACITY,
-    Q_B,
-    Q_T,
-    Q_H,
-    CACHE_B,
-    CACHE_H,
-    SCALES_B,
-    SCALES_H,
-    D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    SCALE: tl.constexpr,
-    INT8: tl.constexpr,
-    HAS_Q_SCALE: tl.constexpr,
-    WIDEN: tl.constexpr,
-):
+    q_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr, start_ptr, q_scale_ptr, out_ptr,
+    T, H, CAPACITY,
+    Q_B, Q_T, Q_H, CACHE_B, CACHE_H, SCALES_B, SCALES_H,
+    D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr, WIDEN: tl.constexpr,
+):  # fmt: skip
     """One program attends with BLOCK_M tokens of one head to all of its cache up to their own positions."""
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with most to do start first
     h, b = tl.program_id(1), tl.program_id(2)
     t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
-    partner = (d + D // 2) % D
     token = tl.minimum(t, T - 1)  # rows past the last compute it again and store nothing
     start64 = tl.load(start_ptr + b)
     fits = (start64 >= 0) & (start64 + T <= CAPACITY)
     start = tl.where(fits, start64, 0).to(tl.int32)
 
-    q_ptr += b.to(tl.int64) * Q_B + h * Q_H
-    q_token = token.to(tl.int64)[:, None] * Q_T
-    angle = (b * T + token)[:, None] * D + d[None, :]
-    q = _rotate(
-        tl.load(q_ptr + q_token + d[None, :]),
-        tl.load(q_ptr + q_token + partner[None, :]),
-        tl.load(cos_ptr + angle),
-        tl.load(sin_ptr + angle),
-        d[None, :],
-        D,
-    )
-    if HAS_Q_SCALE:
+    q = _rotated(_head(q_ptr, b, h, Q_B, Q_H), Q_T, cos_ptr, sin_ptr, b, token, T, D)
+    if q_scale_ptr is not None:
         q *= (tl.load(q_scale_ptr + b * T + token) * SCALE)[:, None]
     else:
         q *= SCALE
@@ -426,10 +317,11 @@ def prefill_kernel(
 
     k_head = k_cache_ptr + b.to(tl.int64) * CACHE_B + h.to(tl.int64) * CACHE_H
     v_head = v_cache_ptr + b.to(tl.int64) * CACHE_B + h.to(tl.int64) * CACHE_H
+    INT8: tl.constexpr = k_scales_ptr is not None
     k_scales, v_scales = k_scales_ptr, v_scales_ptr
     if INT8:
-        k_scales += b.to(tl.int64) * SCALES_B + h * SCALES_H
-        v_scales += b.to(tl.int64) * SCALES_B + h * SCALES_H
+        k_scales = _head(k_scales_ptr, b, h, SCALES_B, SCALES_H)
+        v_scales = _head(v_scales_ptr, b, h, SCALES_B, SCALES_H)
     m = tl.full((BLOCK_M,), -float("inf"), tl.float32)
     total = tl.zeros((BLOCK_M,), tl.float32)
     acc = tl.zeros((BLOCK_M, D), tl.float32)
@@ -488,64 +380,37 @@ def prefill_config(tokens: int, cache_dtype: torch.dtype) -> dict[str, int]:
 def splits_for(heads: int, capacity: int, head_dim: int, cache_dtype: torch.dtype, multiprocessors: int) -> int:
     """Shares into which `decode_kernel` splits each of `heads` caches (batch included), from what a graph knows.
 
-    Enough programs to fill the device once, none with less than one tile of a full cache, MOST_SPLITS at most.
+    Enough programs to fill the device once, none with less than one tile of a full cache, MAX_SPLITS at most.
     """
     config = decode_config(head_dim, cache_dtype)
     tiles = -(-capacity // (config["LANES"] * config["STEPS"]))
-    return max(1, min(-(-PROGRAMS_A_MULTIPROCESSOR * multiprocessors // max(heads, 1)), tiles, MOST_SPLITS))
+    return max(1, min(-(-PROGRAMS_A_MULTIPROCESSOR * multiprocessors // max(heads, 1)), tiles, MAX_SPLITS))
 
 
-def rotary_attention_triton(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    start: Tensor,
-    *,
-    q_scale: Tensor | None = None,
-    k_scales: Tensor | None = None,
-    v_scales: Tensor | None = None,
-    locks: Tensor | None = None,
-    splits: int | None = None,
-    sums: Tensor | None = None,
-) -> Tensor:
-    """See kernels.rotary_attention. Shapes, dtypes and devices were checked; what only these kernels ask for is here.
+def attention_triton(args: AttentionArgs, *, splits: int | None = None, sums: Tensor | None = None) -> Tensor:
+    """Launch for kernels.rotary_attention. What args were not checked for in ops.py, as only these kernels ask for it,
+    is checked here.
 
-    For one token, `sums` (H * D / 32, 16) float32 is filled as rows.py has it, if given.
+    For one token, `sums` (H * D / 32, 16) float32 is filled as Rows.sums, if given.
     """
-    _check_limits(q, k, v, k_cache, v_cache, k_scales, v_scales, splits)
-    cos, sin, start = cos.contiguous(), sin.contiguous(), start.contiguous()
-    q_scale = None if q_scale is None else q_scale.contiguous()
-    caches = (k_cache, v_cache, k_scales, v_scales, start)
-    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
-    if q.shape[1] == 1:
-        _decode(out, q, k, v, cos, sin, caches, q_scale, locks, splits, sums)
+    _check_limits(args, splits)
+    contiguous = {name: t.contiguous() for name in _CONTIGUOUS if (t := getattr(args, name)) is not None}
+    args = replace(args, **contiguous)
+    out = torch.empty(args.q.shape, dtype=args.q.dtype, device=args.q.device)
+    if args.q.shape[1] == 1:
+        _decode(out, args, splits, sums)
     else:
-        _prefill(out, q, k, v, cos, sin, caches, q_scale)
+        _prefill(out, args)
     return out
 
 
-Caches: TypeAlias = tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor]  # k, v, scales of both, start
+_CONTIGUOUS = ("cos", "sin", "start", "q_scale")
 
 
-def _decode(
-    out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    caches: Caches,
-    q_scale: Tensor | None,
-    locks: Tensor | None,
-    splits: int | None,
-    sums: Tensor | None,
-) -> None:
+def _decode(out: Tensor, args: AttentionArgs, splits: int | None, sums: Tensor | None) -> None:
+    q, k, v, locks, dtype = args.q, args.k, args.v, args.locks, args.k_cache.dtype
     batch, _, heads, dim = q.shape
-    capacity, dtype = caches[0].shape[2], caches[0].dtype
+    capacity = args.k_cache.shape[2]
     if splits is None:
         splits = splits_for(batch * heads, capacity, dim, dtype, _multiprocessors(q.device))
     parts = stats = None
@@ -555,43 +420,41 @@ def _decode(
         if locks is None:
             locks = torch.zeros(batch * heads, dtype=torch.int32, device=q.device)
     decode_kernel[heads, batch, splits](
-        q, k, v, cos, sin, *caches, q_scale, out, sums, parts, stats, locks,
+        q, k, v, args.cos, args.sin, *_caches(args), args.q_scale, out, sums, parts, stats, locks,
         heads, capacity, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
-        *_cache_strides(caches),
+        *_cache_strides(args),
         D=dim, SPLITS=splits, BLOCK_SPLITS=triton.next_power_of_2(splits), SCALE=log2_scale(dim),
-        INT8=dtype == torch.int8, HAS_Q_SCALE=q_scale is not None, SUMS=sums is not None,
         **decode_config(dim, dtype),
     )  # fmt: skip
 
 
-def _prefill(
-    out: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, caches: Caches, q_scale: Tensor | None
-) -> None:
+def _prefill(out: Tensor, args: AttentionArgs) -> None:
+    q, k, v, dtype = args.q, args.k, args.v, args.k_cache.dtype
     batch, length, heads, dim = q.shape
-    capacity, dtype = caches[0].shape[2], caches[0].dtype
+    capacity = args.k_cache.shape[2]
     config = append_config(dim)
     append_kernel[-(-length // config["BLOCK_T"]), heads, batch](
-        k, v, cos, sin, *caches, length, capacity, *k.stride()[:3], *v.stride()[:3], *_cache_strides(caches),
-        D=dim, INT8=dtype == torch.int8, **config,
+        k, v, args.cos, args.sin, *_caches(args), length, capacity,
+        *k.stride()[:3], *v.stride()[:3], *_cache_strides(args), D=dim, **config,
     )  # fmt: skip
     config = prefill_config(length, dtype)
     prefill_kernel[-(-length // config["BLOCK_M"]), heads, batch](
-        q, cos, sin, *caches, q_scale, out, length, heads, capacity, *q.stride()[:3], *_cache_strides(caches),
-        D=dim, SCALE=log2_scale(dim), INT8=dtype == torch.int8, HAS_Q_SCALE=q_scale is not None,
-        WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda, **config,
+        q, args.cos, args.sin, *_caches(args), args.q_scale, out, length, heads, capacity,
+        *q.stride()[:3], *_cache_strides(args),
+        D=dim, SCALE=log2_scale(dim), WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda, **config,
     )  # fmt: skip
 
 
-def _check_limits(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    k_cache: Tensor,
-    v_cache: Tensor,
-    k_scales: Tensor | None,
-    v_scales: Tensor | None,
-    splits: int | None,
-) -> None:
+def _caches(args: AttentionArgs) -> tuple[Tensor | None, ...]:
+    return args.k_cache, args.v_cache, args.k_scales, args.v_scales, args.start
+
+
+def _cache_strides(args: AttentionArgs) -> tuple[int, ...]:
+    return (*args.k_cache.stride()[:2], *((0, 0) if args.k_scales is None else args.k_scales.stride()[:2]))
+
+
+def _check_limits(args: AttentionArgs, splits: int | None) -> None:
+    q = args.q
     if q.dtype not in (torch.float16, torch.bfloat16):
         raise ValueError(
             f"q is {q.dtype}, the Triton kernels take torch.float16 and torch.bfloat16; convert the model, or pass "
@@ -599,29 +462,26 @@ def _check_limits(
         )
     if q.shape[3] not in HEAD_DIMS:
         raise ValueError(f"q has heads of size {q.shape[3]}, the Triton kernels take {', '.join(map(str, HEAD_DIMS))}")
-    for name, tensor in {"k_cache": k_cache, "v_cache": v_cache}.items():
-        if tensor.dtype not in (q.dtype, torch.int8):
-            raise ValueError(f"{name} is {tensor.dtype}, the Triton kernels take {q.dtype} as in q, or torch.int8")
-    for name, tensor in {"q": q, "k": k, "v": v}.items():
-        if tensor.stride(3) != 1:
-            raise ValueError(f"{name} has strides {tensor.stride()}, the last has to be 1; make it contiguous")
-    pairs = {"k_cache": (k_cache, v_cache)}
-    if k_scales is not None and v_scales is not None:
-        pairs["k_scales"] = (k_scales, v_scales)
-    for name, (ours, other) in pairs.items():
+    for name in ("k_cache", "v_cache"):
+        if (dtype := getattr(args, name).dtype) not in (q.dtype, torch.int8):
+            raise ValueError(f"{name} is {dtype}, the Triton kernels take {q.dtype} as in q, or torch.int8")
+    for name in ("q", "k", "v"):
+        if (strides := getattr(args, name).stride())[3] != 1:
+            raise ValueError(f"{name} has strides {strides}, the last has to be 1; make it contiguous")
+    for name, ours, other in (
+        ("k_cache", args.k_cache, args.v_cache),
+        ("k_scales", args.k_scales, args.v_scales),
+    ):
+        if ours is None or other is None:
+            continue
         inner = ours.shape[3:] + (1,)  # strides of the positions and of the numbers of one
         if ours.stride() != other.stride() or ours.stride()[2:] != inner:
             raise ValueError(
                 f"{name} has strides {ours.stride()} and its v_ twin {other.stride()}, expected the same, and the last "
-                f"to be {tuple(inner)}: a head's positions stand one after another"
+                f"to be {tuple(inner)}: a head's positions have to follow one another"
             )
-    if splits is not None and not 1 <= splits <= MOST_SPLITS:
-        raise ValueError(f"splits is {splits}, expected 1 to {MOST_SPLITS}")
-
-
-def _cache_strides(caches: Caches) -> tuple[int, ...]:
-    k_cache, _, k_scales, _, _ = caches
-    return (*k_cache.stride()[:2], *((0, 0) if k_scales is None else k_scales.stride()[:2]))
+    if splits is not None and not 1 <= splits <= MAX_SPLITS:
+        raise ValueError(f"splits is {splits}, expected 1 to {MAX_SPLITS}")
 
 
 def log2_scale(dim: int) -> float:

@@ -1,18 +1,12 @@
-"""The two orders of a GPTQ int4 weight, each stated once here: AutoGPTQ's on disk, and ours in memory.
+"""GPTQ weights in the order in which AutoGPTQ stores them (qlinear_cuda.py). Each backend packs its own order from it.
 
-On disk (AutoGPTQ qlinear_cuda.py; B bits, P = 32 / B levels a word, G groups, K input and N output features):
+B bits, P = 32 / B levels a word, G groups, K input and N output features:
     qweight (K / P, N) int32   level[k, n] = qweight[k // P, n] >> B * (k % P)  &  2^B - 1
     qzeros  (G, N / P) int32   stored[g, n] = qzeros[g, n // P] >> B * (n % P)  &  2^B - 1
                                zero = stored + 1 in checkpoint_format "gptq" (v1), stored in "gptq_v2"
     scales  (G, N) float16
     g_idx   (K,) int32         group of each input channel
     W[n, k] = (level[k, n] - zero[g_idx[k], n]) * scales[g_idx[k], n]
-
-In memory (Int4Weight): the channels of one group are neighbours, so that a program reads one row's share of a group,
-S = K / G levels, as S / 8 consecutive words:
-    words  (G, N, S / 8) int32  level of channel perm[g * S + 8 * j + i] = words[g, n, j] >> 4 * i  &  15
-    scales (G, N), zeros (G, N)
-The CPU has an order of its own, stated in layout_cpu.py.
 """
 
 from __future__ import annotations
@@ -49,7 +43,7 @@ def unpack_levels(words: Tensor, bits: int = 4) -> Tensor:
     """qweight (R, N) int32 -> levels (R * 32 / bits, N) uint8; the inverse of pack_levels."""
     rows, columns = words.shape
     levels = torch.empty(rows, 32 // bits, columns, dtype=torch.uint8, device=words.device)
-    for i in range(32 // bits):  # level by level: temporaries of one word's size a weight would be 8 times the words
+    for i in range(32 // bits):  # one level of each word at a time: no int32 temporary of all levels
         levels[:, i] = (words >> (bits * i)) & (2**bits - 1)
     return levels.flatten(0, 1)
 
@@ -59,23 +53,23 @@ def pack_zeros(zeros: Tensor, bits: int = 4, checkpoint_format: str = "gptq") ->
 
     ValueError if a zero cannot be stored: "gptq" (v1) holds [1, 2^bits], "gptq_v2" holds [0, 2^bits - 1].
     """
-    first = _stored_as_zero(checkpoint_format)
-    if zeros.numel() and not first <= int(zeros.min()) <= int(zeros.max()) < 2**bits + first:
+    lowest = _lowest_zero(checkpoint_format)
+    if zeros.numel() and not lowest <= int(zeros.min()) <= int(zeros.max()) < 2**bits + lowest:
         raise ValueError(
             f"zeros lie in [{int(zeros.min())}, {int(zeros.max())}], checkpoint_format {checkpoint_format!r} with "
-            f"{bits} bits holds [{first}, {2**bits + first - 1}]; the other of {FORMATS} may hold them"
+            f"{bits} bits holds [{lowest}, {2**bits + lowest - 1}]; the other of {FORMATS} may hold them"
         )
-    return pack_levels((zeros.to(torch.int32) - first).T.contiguous(), bits).T.contiguous()
+    return pack_levels((zeros.to(torch.int32) - lowest).T.contiguous(), bits).T.contiguous()
 
 
 def unpack_zeros(qzeros: Tensor, bits: int = 4, checkpoint_format: str = "gptq") -> Tensor:
     """qzeros (G, N * bits / 32) int32 -> zeros (G, N) int16; the inverse of pack_zeros."""
     stored = unpack_levels(qzeros.T.contiguous(), bits).T.to(torch.int16).contiguous()
     # auto-gptq's kernels add one and keep no mask: a stored 15 is zero 16 (qlinear_cuda.py: zeros = zeros + 1)
-    return stored + _stored_as_zero(checkpoint_format)
+    return stored + _lowest_zero(checkpoint_format)
 
 
-def _stored_as_zero(checkpoint_format: str) -> int:
+def _lowest_zero(checkpoint_format: str) -> int:
     """The zero that a stored 0 stands for."""
     if checkpoint_format not in FORMATS:
         raise ValueError(f"checkpoint_format is {checkpoint_format!r}, expected one of {FORMATS}")
@@ -133,22 +127,29 @@ def dequantize_gptq(
     checkpoint_format: str = "gptq",
     name: str = "weight",
 ) -> Tensor:
-    """The disk order's own formula, for 4 and 8 bits: W (N, K) float32."""
+    """The tensors of one layer on disk, 4 or 8 bits -> W (N, K) float32. ValueError as in check_gptq."""
     check_gptq(qweight, qzeros, scales, g_idx, bits=bits, group_size=group_size, name=name)
+    return _dequantize(unpack_levels(qweight, bits), unpack_zeros(qzeros, bits, checkpoint_format), scales, g_idx)
+
+
+def _dequantize(levels: Tensor, zeros: Tensor, scales: Tensor, g_idx: Tensor) -> Tensor:
+    """The formula at the top of this file."""
     group = g_idx.long()
-    zeros = unpack_zeros(qzeros, bits, checkpoint_format).float()
-    return ((unpack_levels(qweight, bits).float() - zeros[group]) * scales.float()[group]).T.contiguous()
+    weight = levels.float()  # in place from here on: a layer of a large model in float32 takes 200 MB
+    weight -= zeros.float()[group]
+    weight *= scales.float()[group]
+    return weight.T.contiguous()
 
 
 @dataclass(frozen=True, eq=False)
 class Int4Weight:
-    """One int4 projection in kernel order (module docstring); made by `from_gptq`, read by every backend.
+    """One int4 projection as it is on disk, checked by `from_gptq`; backends pack their own order from it.
 
-    words (G, N, S / 8) int32, scales (G, N) floating, zeros (G, N) int16, perm (K,) int64 or None where the channels of
-    a group are neighbours already (no desc_act).
+    qweight (K / 8, N) int32; scales (G, N) floating; zeros (G, N) int16; perm (K,) int64: the input channels sorted by
+    group, S = K / G of each, or None where they are in that order already (no desc_act).
     """
 
-    words: Tensor
+    qweight: Tensor
     scales: Tensor
     zeros: Tensor
     perm: Tensor | None
@@ -156,27 +157,22 @@ class Int4Weight:
     @property
     def out_features(self) -> int:
         """N."""
-        return self.words.shape[1]
-
-    @property
-    def group_size(self) -> int:
-        """S, input channels a group; a group_size of -1 on disk is in_features here."""
-        return self.words.shape[2] * 8
+        return self.qweight.shape[1]
 
     @property
     def in_features(self) -> int:
         """K."""
-        return self.words.shape[0] * self.group_size
+        return self.qweight.shape[0] * 8
+
+    @property
+    def group_size(self) -> int:
+        """S, input channels a group; a group_size of -1 on disk is in_features here."""
+        return self.in_features // len(self.scales)
 
     @property
     def device(self) -> torch.device:
-        """Where the words are."""
-        return self.words.device
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(t.nbytes for t in (self.words, self.scales, self.zeros, self.perm) if t is not None)
+        """Where the levels are."""
+        return self.qweight.device
 
     @classmethod
     def from_gptq(
@@ -190,10 +186,9 @@ class Int4Weight:
         checkpoint_format: str = "gptq",
         name: str = "weight",
     ) -> Int4Weight:
-        """The one turn from disk order into kernel order. ValueError names `name` and the rule that is broken."""
+        """The tensors of one layer as read from disk. ValueError names `name` and the rule that is broken."""
         check_gptq(qweight, qzeros, scales, g_idx, bits=4, group_size=group_size, name=name)
-        in_features, out_features = qweight.shape[0] * 8, qweight.shape[1]
-        groups = scales.shape[0]
+        groups, in_features = len(scales), len(g_idx)
         size = in_features // groups
         if size % 8:
             raise ValueError(f"{name} has groups of {size} channels, the int4 kernels need a multiple of 8")
@@ -203,39 +198,49 @@ class Int4Weight:
                 f"{name}.g_idx puts {int(counts.min())} to {int(counts.max())} channels into a group, expected {size} "
                 f"in each of {groups}"
             )
-        order = torch.argsort(g_idx.long(), stable=True)
-        in_order = torch.equal(order, torch.arange(in_features, device=g_idx.device))
-        words = qweight if in_order else pack_levels(unpack_levels(qweight)[order])
-        words = words.view(groups, size // 8, out_features).transpose(1, 2).contiguous()
-        return cls(words, scales, unpack_zeros(qzeros, 4, checkpoint_format), None if in_order else order)
+        perm = torch.argsort(g_idx.long(), stable=True)
+        in_order = torch.equal(perm, torch.arange(in_features, device=perm.device))
+        return cls(qweight, scales, unpack_zeros(qzeros, 4, checkpoint_format), None if in_order else perm)
+
+    @classmethod
+    def from_grouped(cls, levels: Tensor, scales: Tensor, zeros: Tensor, perm: Tensor | None) -> Int4Weight:
+        """From levels (K, N) sorted by group, the inverse of `grouped_levels`."""
+        return cls(pack_levels(_ungroup(levels, perm)), scales, zeros, perm)
 
     def to_gptq(self, checkpoint_format: str = "gptq") -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Back to the disk order: qweight, qzeros, scales and g_idx, bit for bit what `from_gptq` was given.
+        """qweight, qzeros, scales and g_idx, bit for bit what `from_gptq` was given.
 
         ValueError if a zero does not fit into `checkpoint_format` (a zero of 0 into v1, of 16 into v2).
         """
-        return (
-            pack_levels(self.levels()),
-            pack_zeros(self.zeros, 4, checkpoint_format),
-            self.scales.clone(),
-            self.g_idx(),
-        )
-
-    def grouped_levels(self) -> Tensor:
-        """Levels (K, N) uint8 in kernel order: row k is channel perm[k]."""
-        return unpack_levels(self.words.transpose(1, 2).reshape(self.in_features // 8, self.out_features))
-
-    def levels(self) -> Tensor:
-        """Levels (K, N) uint8 in the channel order of the disk."""
-        return self._ungroup(self.grouped_levels())
+        return self.qweight, pack_zeros(self.zeros, 4, checkpoint_format), self.scales, self.g_idx()
 
     def g_idx(self) -> Tensor:
-        """Group of each input channel (K,) int32 in the channel order of the disk."""
-        return self._ungroup(torch.arange(self.in_features, device=self.device, dtype=torch.int32) // self.group_size)
+        """Group of each input channel (K,) int32."""
+        grouped = torch.arange(self.in_features, device=self.device, dtype=torch.int32) // self.group_size
+        return _ungroup(grouped, self.perm)
 
-    def _ungroup(self, grouped: Tensor) -> Tensor:
+    def levels(self) -> Tensor:
+        """Levels (K, N) uint8."""
+        return unpack_levels(self.qweight)
+
+    def grouped_words(self) -> Tensor:
+        """qweight with the channels sorted by group: channel perm[k] at place k."""
         if self.perm is None:
-            return grouped
-        original = torch.empty_like(grouped)
-        original[self.perm] = grouped
-        return original
+            return self.qweight
+        words = torch.empty_like(self.qweight)
+        for target, part in zip(words.split(1024, 1), self.qweight.split(1024, 1), strict=True):  # bounds temporaries
+            target.copy_(pack_levels(unpack_levels(part)[self.perm]))
+        return words
+
+    def dequantize(self) -> Tensor:
+        """W (N, K) float32."""
+        return _dequantize(self.levels(), self.zeros, self.scales, self.g_idx())
+
+
+def _ungroup(grouped: Tensor, perm: Tensor | None) -> Tensor:
+    """Rows sorted by group -> rows in the order of the input channels."""
+    if perm is None:
+        return grouped
+    original = torch.empty_like(grouped)
+    original[perm] = grouped
+    return original

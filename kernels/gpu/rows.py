@@ -1,11 +1,11 @@
-"""The rows that no other kernel has made (rows.py) on the GPU: sums of an x, and the rows of a residual."""
+"""Rows that no other kernel has made: the sums of an x, and the rows of a residual."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.rows import MOST_SUMMED, SPAN, Rows
+from kernels.reference import MAX_DECODE_ROWS, SPAN, Rows
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
@@ -35,7 +35,7 @@ def _rows_kernel(
 def sum_rows(x: Tensor) -> Tensor:
     """Rows.sums of x (M, K), contiguous, M of 16 or less, K a multiple of 32."""
     count, width = x.shape
-    sums = torch.empty(width // SPAN, MOST_SUMMED, dtype=torch.float32, device=x.device)
+    sums = torch.empty(width // SPAN, MAX_DECODE_ROWS, dtype=torch.float32, device=x.device)
     _rows_kernel[count,](
         x, None, None, sums, None, count, width, BLOCK_K=_row_block(width), NORM=False, SUMS=True, num_warps=4
     )
@@ -43,13 +43,13 @@ def sum_rows(x: Tensor) -> Tensor:
 
 
 def rms_rows_triton(residual: Tensor, norm_weight: Tensor, eps: float, dtype: torch.dtype) -> Rows:
-    """residual (M, K) float32, contiguous -> Rows whose row factor is left to the consumer (rows.py)."""
+    """residual (M, K) float32, contiguous -> Rows whose row factor is left to the consumer (RMSNorm)."""
     count, width = residual.shape
     norm_weight = norm_weight.contiguous()
-    few = count <= MOST_SUMMED
+    few = count <= MAX_DECODE_ROWS
     x = torch.empty(count, width, dtype=dtype, device=residual.device)
     squares = torch.empty(count, 1, dtype=torch.float32, device=residual.device)
-    sums = torch.empty(width // SPAN, MOST_SUMMED, dtype=torch.float32, device=residual.device) if few else None
+    sums = torch.empty(width // SPAN, MAX_DECODE_ROWS, dtype=torch.float32, device=residual.device) if few else None
     _rows_kernel[count,](
         residual, norm_weight, x, sums, squares, count, width,
         BLOCK_K=_row_block(width), NORM=True, SUMS=few, num_warps=4,
