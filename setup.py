@@ -18,6 +18,7 @@ EXPORT = ["onnx>=1.17"]
 DOWNLOAD = ["huggingface_hub>=1.0"]
 MODELSCOPE = ["modelscope-hub>=0.5"]  # the client inside the package modelscope, without the rest of it
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.14", "llguidance>=1.0"]
+EVALUATE = ["openai>=1.60"]  # the judge's client
 TRITON = "triton>=3.6; platform_system == 'Linux'"
 
 setup(
@@ -45,6 +46,7 @@ setup(
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         "serve": SERVE,
+        "evaluate": EVALUATE,
         # models by their name on a hub
         "download": DOWNLOAD,
         "modelscope": MODELSCOPE,
@@ -60,6 +62,7 @@ setup(
         "dev": [
             *EXPORT,
             *SERVE,
+            *EVALUATE,
             *DOWNLOAD,
             *MODELSCOPE,
             TRITON,
@@ -68,8 +71,7 @@ setup(
             "ruff>=0.8",
             "mypy>=1.13",
             "matplotlib>=3.9",
-            # the server's tests: OpenAI's client, raw requests, fuzzing, and a browser that is found, not downloaded
-            "openai>=1.60",
+            # the server's tests: raw requests, fuzzing, and a browser that is found, not downloaded
             "httpx>=0.27",
             "schemathesis>=4",
             "playwright>=1.45",

@@ -1,6 +1,6 @@
 """What each compression costs the small model, alone and together: python -m benchmarks.compression --out DIR
 
-Over the synthetic suite (qvl_edge.evaluate.scenes): the share of right answers, and how far the next token's
+Over the synthetic suite (qvl_edge.evaluate.synthetic): the share of right answers, and how far the next token's
 distribution is from float32's, KL(float32 || variant) in nats a token, along the exact answers about every third scene.
 Rights and wrongs are coarse where a model is nearly always right; the divergence sees what they do not. Stopped at any
 moment, the same command goes on. Writes compression.json and compression.svg.
@@ -12,7 +12,7 @@ import math
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,17 +30,17 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
 from qvl_edge.demo.conversations import write_conversations
 from qvl_edge.demo.scenes import KINDS, UNSEEN
-from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.request import SYSTEM, Request
+from qvl_edge.evaluate.evaluation import describe
 from qvl_edge.evaluate.intervals import difference_of, mean_of
-from qvl_edge.evaluate.item import Item
-from qvl_edge.evaluate.model import describe
-from qvl_edge.evaluate.predict import Predictor, content_of, continuation_logits, predict_all, read_lines
+from qvl_edge.evaluate.predict import Predictor, content_of, predict_all
 from qvl_edge.evaluate.report import Scored, rows
-from qvl_edge.evaluate.scenes import FILE, write_scenes
-from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
-from qvl_edge.files import replacing, write_json
+from qvl_edge.evaluate.synthetic import FILE, SYNTHETIC, write_scenes
+from qvl_edge.evaluate.task import Item
+from qvl_edge.files import read_jsonl, replacing, write_json
 from qvl_edge.machine import commit, describe_machine, ends_with_its_message
 from qvl_edge.text.conversations import read_samples
+from qvl_edge.text.prompt import chat_prompt
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
 
 CHECKPOINT = Path(qvl_edge.demo.__file__).parent / "checkpoint"
@@ -153,7 +153,7 @@ class Divergence:
         """
         path = self.folder / f"{name}.divergence.jsonl"
         if path.exists():
-            return list(read_lines(path))
+            return [line for _, line in read_jsonl(path)]
         reference = self.folder / "float32.logprobs"
         lines, at = [], 0
         runtime.forget()
@@ -189,10 +189,14 @@ class Divergence:
         return lines
 
     def _logprobs(self, runtime: Runtime, item: Item) -> torch.Tensor:
-        run = runtime.prepare(content_of(item), None, chat_format=SYNTHETIC.chat_format, do_sample=False)
-        inputs = runtime.encode(run)
-        ids = runtime.tokenizer.encode(item.reference["answer"])
-        return continuation_logits(runtime.slots, inputs, Sampler(run.options, inputs.ids), ids).log_softmax(-1)
+        limits: dict[str, Any] = {"max_window_size": runtime.max_window_size, "markup_images": False}
+        prompt = chat_prompt(runtime.tokenizer, content_of(item), (), SYSTEM, **limits)
+        start, ids = len(prompt.ids), runtime.tokenizer.encode(item.reference["answer"])
+        request = Request(prompt=replace(prompt, ids=[*prompt.ids, *ids]), scored=[(start, start + len(ids))])
+        request.alpha_length, parts = start, list[torch.Tensor]()
+        request.on_logits = parts.append
+        runtime.engine.complete(runtime.prepare(request))
+        return torch.cat(parts).log_softmax(-1)
 
     def _read(self, path: Path, at: int, tokens: int, vocab: int) -> torch.Tensor:
         whole = np.memmap(path, dtype=np.float32, mode="r").reshape(-1, vocab)

@@ -13,6 +13,8 @@ COMMANDS = {
     "pull": "fetch a model from a hub; resumes, and checks every hash",
     "fit": "estimate memory use, before a model is loaded or downloaded",
     "doctor": "check this machine: packages, GPU, every kernel, a bundle",
+    "evaluate": "score answers on published evaluations, alone or against another model",
+    "judge": "have another model score the answers of an evaluation",
     "demo": "quantize, export and run the small model that ships with this package",
 }
 

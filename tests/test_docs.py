@@ -50,7 +50,7 @@ PARSED = {
     ),
 }
 PARSED_PREFIXES = {
-    "python -m qvl_edge.evaluate.judge": "needs a judge; tests/evaluate/test_judge.py has one",
+    "qvl-edge judge": "needs a judge; tests/evaluate/test_judge.py has one",
     "qvl-edge serve": "does not end; tests/server/test_serve.py starts it",
     "qvl-edge pull": "needs the network",
 }

@@ -12,8 +12,7 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands import demo
 from qvl_edge.demo.scenes import UNSEEN
 from qvl_edge.evaluate.predict import Predictor
-from qvl_edge.evaluate.scenes import TEST_SCENES, write_scenes
-from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
+from qvl_edge.evaluate.synthetic import SYNTHETIC, TEST_SCENES, write_scenes
 from qvl_edge.model.loading import check_tensors
 from qvl_edge.text.tokenizer import SPECIALS
 

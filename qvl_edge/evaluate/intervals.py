@@ -1,10 +1,10 @@
-"""How sure a mean is, and the difference of two models on the same items: 95 % intervals, exact p-values.
+"""Confidence intervals (95 %) of means and of paired differences between two models, with exact p-values.
 
-Shares of right and wrong answers have Wilson's interval (1927), and Newcombe's for the paired difference ("Improved
-confidence intervals for the difference between binomial proportions based on paired data", Statistics in Medicine 17,
-1998, method 10): neither shrinks to nothing where every answer is right. Other scores have the normal interval; means
-with weights, as the loss of a token over passages of different length, that of a ratio of sums (Cochran, Sampling
-Techniques, chapter 6).
+Shares of correct answers have Wilson's interval (1927), and Newcombe's for the paired difference ("Improved confidence
+intervals for the difference between binomial proportions based on paired data", Statistics in Medicine 17, 1998, method
+10): neither has zero width where every answer is correct. Other scores have the normal interval; weighted means, such
+as the loss per token over passages of different lengths, that of a ratio of sums (Cochran, Sampling Techniques,
+chapter 6).
 """
 
 import math
@@ -25,14 +25,14 @@ class Estimate:
     high: float
 
     def scaled(self, factor: float) -> "Estimate":
-        """All of it times `factor`."""
+        """Value and interval times `factor`."""
         return Estimate(self.value * factor, self.low * factor, self.high * factor)
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Second minus first over the same units: the mean, on how many units it was better or worse, and how likely at
-    least so uneven a split is by chance (McNemar's exact test for shares, the sign test for other scores)."""
+    """Second minus first over the same units: the mean, on how many units it is better or worse, and the p-value of
+    that split (McNemar's exact test for shares, the sign test for other scores)."""
 
     mean: Estimate
     better: int
@@ -55,7 +55,7 @@ def mean_of(values: Sequence[float], weights: Sequence[float] = ()) -> Estimate:
 
 
 def difference_of(first: Sequence[float], second: Sequence[float], weights: Sequence[float] = ()) -> Difference:
-    """Of paired values. ValueError if they are not as many."""
+    """The difference of paired values. ValueError if their numbers differ."""
     one, two = np.asarray(first, dtype=np.float64), np.asarray(second, dtype=np.float64)
     if len(one) != len(two):
         raise ValueError(f"{len(one)} values and {len(two)}; a paired difference needs the same units")
@@ -114,7 +114,7 @@ def _sign_test(better: int, worse: int) -> float:
     n, fewer = better + worse, min(better, worse)
     if n == 0:
         return 1.0
-    # in logarithms: 2^n leaves the range of floats at n = 1024
+    # in logarithms: 2^n overflows a float at n = 1024
     tail = sum(
         math.exp(math.lgamma(n + 1) - math.lgamma(k + 1) - math.lgamma(n - k + 1) - n * math.log(2))
         for k in range(fewer + 1)

@@ -1,4 +1,4 @@
-"""What an evaluation found, as plain values for JSON, as a table for the terminal, and as a page with pictures."""
+"""The report of an evaluation: plain values for JSON, a table for the terminal, and an HTML page with images."""
 
 import base64
 import io
@@ -11,21 +11,20 @@ from typing import Any
 
 from PIL import Image
 
+from qvl_edge.evaluate.grounding import first_box
 from qvl_edge.evaluate.intervals import Estimate, difference_of, mean_of
-from qvl_edge.evaluate.item import Item, Prediction
-from qvl_edge.evaluate.scoring.grounding import first_box
-from qvl_edge.evaluate.task import Metric, Task
+from qvl_edge.evaluate.task import Item, Metric, Prediction, Task
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
 from qvl_edge.vision.image import load_image
 
 WORST = 12  # examples shown
-THUMBNAIL = 320  # pixels of their longer side
+THUMBNAIL = 320  # pixels on its longer side
 
 
 @dataclass(frozen=True)
 class Scored:
-    """A model's predictions of a task's items, and what they are worth."""
+    """A model's predictions for a task's items, and their scores."""
 
     about: Mapping[str, Any]  # name, identity, precision, … of the model
     predictions: Mapping[str, Prediction]
@@ -42,7 +41,7 @@ class Scored:
 
 
 def rows(model: Scored, against: Scored | None) -> list[dict[str, Any]]:
-    """One row a metric and group: n, the mean and its interval, the same of `against`, and the paired difference."""
+    """One row per metric and group: n, the mean and its interval, the same for `against`, and the paired difference."""
     found = []
     for index, metric in enumerate(model.metrics):
         other = against.metrics[index] if against else None
@@ -59,19 +58,19 @@ def rows(model: Scored, against: Scored | None) -> list[dict[str, Any]]:
                 "n": len(values),
                 "scale": metric.scale,
                 "shown": metric.shown,
-                "model": _shown(metric, mean_of(values, weights)),
+                "model": shown(metric, mean_of(values, weights)),
             }
             if other is not None:
                 theirs = [other.values[at] for at in chosen]
                 difference = difference_of(theirs, values, weights)
-                row["against"] = _shown(metric, mean_of(theirs, weights))
-                row["difference"] = asdict(difference) | {"mean": _shown(metric, difference.mean)}
+                row["against"] = shown(metric, mean_of(theirs, weights))
+                row["difference"] = asdict(difference) | {"mean": shown(metric, difference.mean)}
             found.append(row)
     return found
 
 
-def _shown(metric: Metric, estimate: Estimate) -> dict[str, float | None]:
-    """The estimate as it is reported; None where there is no number, which JSON has no word for."""
+def shown(metric: Metric, estimate: Estimate) -> dict[str, float | None]:
+    """The estimate as it is reported; None where it is NaN, which JSON cannot hold."""
     if metric.shown == "perplexity":
         value, low, high = (math.exp(-edge) for edge in (estimate.value, estimate.high, estimate.low))
     else:
@@ -81,12 +80,12 @@ def _shown(metric: Metric, estimate: Estimate) -> dict[str, float | None]:
 
 
 def worst(items: Sequence[Item], model: Scored, against: Scored | None) -> list[str]:
-    """Ids of the items to look at first: what `model` lost most against the other one, then what it has least of."""
+    """Ids of the items to look at first: what `model` loses most against the other one, then its lowest scores."""
     if not model.metrics:
         return []
     metric = model.metrics[0]
     theirs = against.metrics[0].values if against else metric.values
-    best = max(1.0, *metric.values)  # also where nobody is right at all
+    best = max(1.0, *metric.values)  # 1.0 also where no answer is correct
     order = sorted(
         range(len(metric.values)), key=lambda at: (metric.values[at] - theirs[at], metric.values[at], metric.units[at])
     )
@@ -96,7 +95,7 @@ def worst(items: Sequence[Item], model: Scored, against: Scored | None) -> list[
 
 
 def to_dict(task: Task, items: Sequence[Item], model: Scored, against: Scored | None, **about: Any) -> dict[str, Any]:
-    """The report as plain values: `about` (machine, data, …), the models, the rows, totals, and the worst items."""
+    """The report as plain values: `about` (machine, data, …), the models, rows, totals, and the worst items."""
     return {
         "benchmark": "quality",
         "task": task.name,
@@ -113,8 +112,8 @@ def to_dict(task: Task, items: Sequence[Item], model: Scored, against: Scored | 
     }
 
 
-def _figure(estimate: Mapping[str, float | None], form: str = ".2f") -> str:
-    """76.30 [71.20, 80.80]; without the interval where one value or none gives no interval."""
+def figure(estimate: Mapping[str, float | None], form: str = ".2f") -> str:
+    """76.30 [71.20, 80.80]; without the interval where there are too few values for one."""
     value, low, high = estimate["value"], estimate["low"], estimate["high"]
     if value is None:
         return "–"
@@ -122,14 +121,14 @@ def _figure(estimate: Mapping[str, float | None], form: str = ".2f") -> str:
 
 
 def _difference(row: Mapping[str, Any]) -> str:
-    """+1.20 [-0.30, +2.70]; of perplexities the quotient; = where no item makes a difference and no interval says how
-    sure that is (shares of right answers have one)."""
+    """+1.20 [-0.30, +2.70]; for perplexities the ratio; = where no item differs and there is no interval either (shares
+    of correct answers have one)."""
     difference, mean = row["difference"], row["difference"]["mean"]
     if row["shown"] == "perplexity":
-        return "× " + _figure(mean, ".4f")
+        return "× " + figure(mean, ".4f")
     if not difference["better"] and not difference["worse"] and mean["low"] == mean["high"]:
         return "="
-    return _figure(mean, "+.2f")
+    return figure(mean, "+.2f")
 
 
 def table(report: Mapping[str, Any], language: str = "en") -> str:
@@ -142,11 +141,11 @@ def table(report: Mapping[str, Any], language: str = "en") -> str:
     for row in report["rows"]:
         name = row["metric"] if row["group"] is None else f"{row['metric']}, {row['group']}"
         form = ".4f" if row["shown"] == "perplexity" else ".2f"
-        cells = [name, str(row["n"]), _figure(row["model"], form)]
+        cells = [name, str(row["n"]), figure(row["model"], form)]
         if both:
             difference = row["difference"]
             cells += [
-                _figure(row["against"], form),
+                figure(row["against"], form),
                 _difference(row),
                 f"{difference['better']} / {difference['worse']}",
                 "<0.001" if difference["p"] < 0.001 else f"{difference['p']:.3f}",
@@ -166,12 +165,12 @@ WORDS = {
         "metric": "metric",
         "difference": "difference",
         "better": "better / worse",
-        "worst": "The worst of it",
-        "question": "asked",
+        "worst": "Worst examples",
+        "question": "prompt",
         "reference": "expected",
-        "about": "What was measured",
-        "nothing": "Nothing was wrong.",
-        "unscored": "A judge scores these answers; the command has said how.",
+        "about": "Settings",
+        "nothing": "No wrong answers.",
+        "unscored": "A judge scores these answers; the command printed how.",
         "note": "Brackets are 95 % intervals. The difference is paired: same items, the first model minus the second.",
     },
     "zh": {
@@ -181,8 +180,8 @@ WORDS = {
         "worst": "错得最多的例子",
         "question": "问题",
         "reference": "标准答案",
-        "about": "测了什么",
-        "nothing": "没有答错的。",
+        "about": "评测设置",
+        "nothing": "没有答错的题。",
         "unscored": "这些回答由评判模型打分，命令已给出方法。",
         "note": "方括号内是 95% 置信区间。差值是配对的：同样的题目，前一个模型减去后一个模型。",
     },
@@ -202,7 +201,7 @@ dd{margin:0 0 .5rem;white-space:pre-wrap;word-break:break-word}
 def page(
     report: Mapping[str, Any], items: Sequence[Item], model: Scored, against: Scored | None, *, language: str = "en"
 ) -> str:
-    """The report as one HTML file that needs nothing else; the worst items with their pictures and boxes."""
+    """The report as one self-contained HTML file; the worst items with their images and boxes."""
     words = WORDS[language]
     by_id = {item.id: item for item in items}
     title = f"{report['task']}: {report['model']['name']}"
@@ -211,7 +210,7 @@ def page(
     about = {
         name: report[name] for name in ("task", "data", "model", "against", "device", "versions", "commit", "date")
     }
-    shown = [_example(by_id[one], model, against, words) for one in report["worst"]]
+    examples = [_example(by_id[one], model, against, words) for one in report["worst"]]
     facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(str(value))}</dd>" for name, value in about.items() if value)
     return f"""<!doctype html><html lang="{language}"><meta charset="utf-8"><title>{escape(title)}</title>
 <meta name="viewport" content="width=device-width"><style>{_STYLE}</style>
@@ -219,7 +218,7 @@ def page(
 {_html_table(table(report, language)) if report["rows"] else ""}
 <p>{words["note"]}</p>
 <h2>{words["worst"]}</h2>
-{"".join(shown) or f"<p>{words['nothing' if report['rows'] else 'unscored']}</p>"}
+{"".join(examples) or f"<p>{words['nothing' if report['rows'] else 'unscored']}</p>"}
 <h2>{words["about"]}</h2><dl>{facts}</dl></html>
 """
 
@@ -246,7 +245,7 @@ def _example(item: Item, model: Scored, against: Scored | None, words: Mapping[s
 
 
 def _picture(image: Image.Image, text: str) -> str:
-    """A thumbnail with the boxes that `text` names."""
+    """A thumbnail with the boxes in `text`."""
     image = image.convert("RGB")
     boxes = parse_boxes(text, image_sizes=[image.size])
     if not boxes and (box := first_box(text)) and all(0 <= edge <= 999 for edge in box):  # raw format has no tags

@@ -1,6 +1,7 @@
-"""python -m qvl_edge.evaluate, end to end on miniature data sets in their published formats."""
+"""qvl-edge evaluate, end to end on miniature data sets in their published formats."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,16 +12,17 @@ import qvl_edge.demo
 from export.part import export_vit
 from quantize.job import quantize_checkpoint
 from qvl_edge import Runtime
+from qvl_edge.__main__ import main
 from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.commands import evaluate as command
 from qvl_edge.config import QuantConfig
 from qvl_edge.demo.conversations import write_conversations
 from qvl_edge.demo.scenes import UNSEEN, make_scene
-from qvl_edge.evaluate import __main__ as command
-from qvl_edge.evaluate import predict
-from qvl_edge.evaluate.item import Item
-from qvl_edge.evaluate.scenes import write_scenes
-from qvl_edge.evaluate.task import QualityDataError
-from qvl_edge.evaluate.tasks import TASKS
+from qvl_edge.evaluate import TASKS, evaluation, predict
+from qvl_edge.evaluate.evaluation import first_items
+from qvl_edge.evaluate.report import WORDS
+from qvl_edge.evaluate.synthetic import write_scenes
+from qvl_edge.evaluate.task import Item, QualityDataError
 
 from .miniature import MAKERS, Miniature, make
 
@@ -61,7 +63,7 @@ def miniature(task: str, folder: Path) -> Miniature:
 
 def run(home: Path, out: Path, task: str, data: Miniature, *more: str) -> dict:
     arguments = [str(home / "int4"), "--task", task, "--data", str(data.data), "--images", str(data.images)]
-    assert command.main([*arguments, "--out", str(out), "--device", "cpu", *more]) == 0
+    assert main(["evaluate", *arguments, "--out", str(out), "--device", "cpu", *more]) == 0
     return json.loads((out / f"{task}.int4.json").read_text())
 
 
@@ -95,8 +97,9 @@ def test_every_task_runs_from_its_file_to_a_report(
     assert ("| int4 | float | difference |" in printed) == bool(found["rows"])
     if task == "touchstone":
         asked = (tmp_path / "out" / "touchstone.int4.requests.jsonl").read_text(encoding="utf-8").splitlines()
-        assert "Nothing was wrong" not in (tmp_path / "out" / "touchstone.int4.html").read_text(encoding="utf-8")
-        assert len(asked) == 2 * found["items"] and "qvl_edge.evaluate.judge" in printed
+        page = (tmp_path / "out" / "touchstone.int4.html").read_text(encoding="utf-8")
+        assert WORDS["en"]["nothing"] not in page and WORDS["en"]["unscored"] in page
+        assert len(asked) == 2 * found["items"] and "qvl-edge judge" in printed
     else:
         assert found["rows"]
     page = (tmp_path / "out" / f"{task}.int4.html").read_text(encoding="utf-8")
@@ -110,7 +113,8 @@ def test_a_killed_evaluation_started_again_gives_the_report_of_an_uninterrupted_
     # the same command in a process of its own that is killed at its second chunk, as the last of its lines is written
     script = (
         "import os, signal, sys\n"
-        "from qvl_edge.evaluate import __main__ as command, predict\n"
+        "from qvl_edge.__main__ import main\n"
+        "from qvl_edge.evaluate import predict\n"
         "predict.CHUNK = 4\n"
         "made = predict.Predictor.predict\n"
         "count = iter(range(9))\n"
@@ -118,7 +122,7 @@ def test_a_killed_evaluation_started_again_gives_the_report_of_an_uninterrupted_
         "    if next(count) == 2: os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return made(self, items)\n"
         "predict.Predictor.predict = die\n"
-        "command.main(sys.argv[1:])\n"
+        "main(['evaluate', *sys.argv[1:]])\n"
     )
     out = tmp_path / "killed"
     arguments = [str(home / "int4"), "--task", "synthetic", "--data", str(data.data), "--images", str(data.images)]
@@ -154,7 +158,7 @@ def test_data_that_cannot_be_used_is_named(
     line = {"question_id": "a", "images": ["0.png"], "kind": "count", "language": "en", "question": "?", "answer": "1"}
     (tmp_path / "twice.jsonl").write_text((json.dumps({**line, "box": None}) + "\n") * 2)
     out = tmp_path / "out"
-    assert command.main([str(home / "int4"), "--task", "synthetic", "--out", str(out), *arguments]) == 1
+    assert main(["evaluate", str(home / "int4"), "--task", "synthetic", "--out", str(out), *arguments]) == 1
     assert said in capsys.readouterr().err
     assert not out.exists()
 
@@ -162,14 +166,14 @@ def test_data_that_cannot_be_used_is_named(
 def test_a_damaged_picture_and_a_wrong_model_are_named_before_anything_is_asked(
     home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
-    monkeypatch.setattr(predict, "predict_all", None)
+    monkeypatch.setattr(evaluation, "predict_all", None)
     data = miniature("synthetic", tmp_path / "data")
     arguments = [str(home / "int4"), "--task", "synthetic", "--data", str(data.data), "--out", str(tmp_path / "out")]
-    assert command.main([*arguments, "--against", str(tmp_path / "none")]) == 1
+    assert main(["evaluate", *arguments, "--against", str(tmp_path / "none")]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
     last = data.images / "2.png"
     last.write_bytes(last.read_bytes()[:3000])
-    assert command.main(arguments) == 1
+    assert main(["evaluate", *arguments]) == 1
     said = capsys.readouterr().err
     assert "item '2-find'" in said and "2.png" in said
 
@@ -185,22 +189,49 @@ def test_other_pictures_under_the_same_names_are_other_data(home: Path, tmp_path
 
 def test_a_limit_takes_whole_units_and_is_1_or_more() -> None:
     items = [Item(str(index), ("?",), unit=f"u{index // 4}") for index in range(12)]
-    assert [len(command.first_items(items, limit)) for limit in (1, 4, 5, 99, None)] == [4, 4, 8, 12, 12]
-    assert len(command.first_items([Item(str(index), ("?",)) for index in range(3)], 2)) == 2
+    assert [len(first_items(items, limit)) for limit in (1, 4, 5, 99, None)] == [4, 4, 8, 12, 12]
+    assert len(first_items([Item(str(index), ("?",)) for index in range(3)], 2)) == 2
     for limit in (0, -1):
         with pytest.raises(QualityDataError, match=f"--limit is {limit}"):
-            command.first_items(items, limit)
+            first_items(items, limit)
 
 
 def test_a_folder_that_cannot_be_written_is_a_message(home: Path, tmp_path: Path, capsys) -> None:
     data = miniature("synthetic", tmp_path / "data")
     (tmp_path / "file").write_text("")
     arguments = [str(home / "int4"), "--task", "synthetic", "--data", str(data.data), "--limit", "1"]
-    assert command.main([*arguments, "--out", str(tmp_path / "file")]) == 1
+    assert main(["evaluate", *arguments, "--out", str(tmp_path / "file")]) == 1
     assert "file" in capsys.readouterr().err
 
 
 def test_a_model_that_is_not_there_is_named(tmp_path: Path, capsys) -> None:
     data = miniature("synthetic", tmp_path / "data")
-    assert command.main([str(tmp_path / "none"), "--task", "synthetic", "--data", str(data.data)]) == 1
+    assert main(["evaluate", str(tmp_path / "none"), "--task", "synthetic", "--data", str(data.data)]) == 1
     assert str(tmp_path / "none") in capsys.readouterr().err
+
+
+def test_help_names_every_task_and_an_unknown_one_is_answered_with_them(home: Path, capsys) -> None:
+    named = set(re.findall(r"[\w+]+", command.__doc__.rpartition(":\n\n")[2]))
+    assert named == set(TASKS)
+    assert main(["evaluate", str(home / "int4"), "--task", "vqa"]) == 1
+    said = capsys.readouterr().err
+    assert "--task vqa does not exist" in said and all(task in said for task in TASKS)
+
+
+def test_scenes_are_drawn_where_no_data_is_given(home: Path, tmp_path: Path, capsys) -> None:
+    arguments = ["evaluate", str(home / "int4"), "--out", str(tmp_path), "--device", "cpu", "--limit", "2"]
+    for _ in range(2):
+        assert main([*arguments, "--task", "synthetic", "--scenes", "1"]) == 0
+    assert (tmp_path / "scenes-1/0.png").exists()
+    assert json.loads((tmp_path / "synthetic.int4.json").read_text())["items"] == 2
+    assert main([*arguments, "--task", "gqa"]) == 1
+    assert "--task gqa needs --data FILE" in capsys.readouterr().err
+
+
+def test_options_of_precision_are_of_the_first_model_alone(home: Path, tmp_path: Path) -> None:
+    data = miniature("synthetic", tmp_path / "data")
+    found = run(home, tmp_path / "out", "synthetic", data, "--limit", "1", "--against", str(home / "int4"),
+                "--kv-cache", "int8", "--max-context", "768")  # fmt: skip
+    assert (found["model"]["name"], found["against"]["name"]) == ("int4", "int4-against")
+    assert (found["model"]["kv_cache"], found["against"]["kv_cache"]) == ("int8", "float16")
+    assert found["model"]["max_context"] == found["against"]["max_context"] == 768

@@ -13,7 +13,7 @@ from qvl_edge import Runtime
 from qvl_edge.bundle import Bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.evaluate.predict import content_of
-from qvl_edge.evaluate.tasks.synthetic import SYNTHETIC
+from qvl_edge.evaluate.synthetic import SYNTHETIC
 from qvl_edge.machine import commit
 
 pytestmark = pytest.mark.slow

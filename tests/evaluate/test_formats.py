@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from qvl_edge.evaluate.tasks import TASKS
+from qvl_edge.evaluate import TASKS
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 PAGE = (DOCS / "quality.md").read_text(encoding="utf-8")

@@ -3,7 +3,9 @@
 import contextlib
 import itertools
 import json
+import re
 import shutil
+import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -12,19 +14,11 @@ from typing import Any
 
 import pytest
 
-from qvl_edge.evaluate.item import Item, Prediction
-from qvl_edge.evaluate.judge import (
-    Judge,
-    JudgeError,
-    ask_all,
-    fingerprint,
-    main,
-    read_requests,
-    read_verdicts,
-    write_requests,
-)
-from qvl_edge.evaluate.task import QualityDataError
-from qvl_edge.evaluate.tasks.touchstone import TOUCHSTONE, metrics, read_scores, requests
+from qvl_edge.__main__ import main
+from qvl_edge.evaluate.judge import Judge, JudgeError, ask_all, fingerprint, read_requests, read_verdicts
+from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
+from qvl_edge.evaluate.touchstone import TOUCHSTONE, metrics, read_scores, requests
+from qvl_edge.files import write_jsonl
 
 from .miniature import COUNT, make
 
@@ -48,13 +42,14 @@ class Stand:
         class Handler(BaseHTTPRequestHandler):
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                stand.seen.append((self.path, body, dict(self.headers)))
+                stand.seen.append((self.path, body, {name.lower(): value for name, value in self.headers.items()}))
                 if stand.body:
                     return self.send_pieces(stand.body(), stand.length)
                 status, text = stand.reply(body["messages"][-1]["content"])
                 answer = {"choices": [{"message": {"role": "assistant", "content": text}}]}
                 data = json.dumps(answer).encode() if status == 200 else text.encode()
                 self.send_response(status)
+                self.send_header("Retry-After-Ms", "1")  # the client would wait for seconds
                 if 300 <= status < 400:
                     self.send_header("Location", text)
                 self.send_header("Content-Length", str(len(data)))
@@ -155,14 +150,29 @@ def test_requests_go_to_the_address_given_with_the_key_and_come_back_as_verdicts
     for (path, body, headers), one in zip(stand.seen, asked, strict=True):
         assert path == "/v1/chat/completions"
         assert body == {"model": "referee", "messages": one["messages"], "temperature": 0}
-        assert headers["Authorization"] == "Bearer sesame"
+        assert headers["authorization"] == "Bearer sesame"
 
 
-def test_a_stopped_run_goes_on_where_it_was_and_asks_nothing_twice(tmp_path: Path, stand: Stand, asked) -> None:
+def test_nothing_that_the_environment_holds_for_openai_is_sent(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("OPENAI_API_KEY", "OPENAI_ADMIN_KEY", "OPENAI_ORG_ID", "OPENAI_PROJECT_ID"):
+        monkeypatch.setenv(name, "secret")
+    for key, sent in (("", None), ("sesame", "Bearer sesame")):
+        Judge(stand.address, "referee", key).ask(QUESTION)
+        headers = stand.seen[-1][2]
+        assert headers.get("authorization") == sent and "secret" not in str(headers)
+
+
+def test_a_missing_client_is_named_with_what_installs_it(stand: Stand, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "openai", None)
+    with pytest.raises(JudgeError, match=r"needs openai; install it with: pip install 'qvl-edge\[evaluate\]'"):
+        Judge(stand.address, "referee").ask(QUESTION)
+
+
+def test_a_stopped_run_resumes_and_asks_nothing_twice(tmp_path: Path, stand: Stand, asked) -> None:
     path = tmp_path / "verdicts.jsonl"
     stand.reply = lambda text: (200, "7 9") if len(stand.seen) < 3 else (400, "no credit left")
     judge = Judge(stand.address, "referee")
-    with pytest.raises(JudgeError, match="refuses the request, HTTP 400: no credit left"):
+    with pytest.raises(JudgeError, match="rejects the request, HTTP 400: no credit left"):
         ask_all(judge, asked, path)
     with path.open("a", encoding="utf-8") as file:
         file.write('{"id": "1/1", "requ')  # what a kill in the middle of a line leaves
@@ -186,19 +196,19 @@ def test_a_verdict_on_other_words_or_by_another_judge_does_not_count(tmp_path: P
 
 def test_a_busy_judge_is_asked_again_and_one_that_stays_busy_is_named(stand: Stand) -> None:
     stand.reply = lambda text: (429, "slow down") if len(stand.seen) < 3 else (200, "5 5")
-    judge = Judge(stand.address, "referee", wait_s=0)
+    judge = Judge(stand.address, "referee")
     assert judge.ask([{"role": "user", "content": "?"}]) == "5 5"
     assert len(stand.seen) == 3
     stand.reply = lambda text: (503, "down")
-    with pytest.raises(JudgeError, match="in 5 tries, the last time HTTP 503: down; .*run the same command again"):
+    with pytest.raises(JudgeError, match="in 5 attempts, the last time HTTP 503: down; .*run the same command again"):
         judge.ask([{"role": "user", "content": "?"}])
 
 
 def test_a_closed_port_is_named() -> None:
     gone = Stand(lambda text: (200, ""))
     gone.close()
-    with pytest.raises(JudgeError, match="in 5 tries, the last time .*refused"):
-        Judge(gone.address, "referee", wait_s=0).ask([{"role": "user", "content": "?"}])
+    with pytest.raises(JudgeError, match="in 2 attempts, the last time .*refused"):
+        Judge(gone.address, "referee", retries=1).ask([{"role": "user", "content": "?"}])
 
 
 @pytest.mark.parametrize("status", [302, 307])
@@ -206,7 +216,7 @@ def test_the_key_follows_no_redirect(stand: Stand, status: int) -> None:
     other = Stand(lambda text: (200, "9 9"))
     stand.reply = lambda text: (status, other.address + "/chat/completions")
     try:
-        with pytest.raises(JudgeError, match=f"refuses the request, HTTP {status}"):
+        with pytest.raises(JudgeError, match=f"rejects the request, HTTP {status}"):
             Judge(stand.address, "referee", "sesame").ask([{"role": "user", "content": "?"}])
         assert other.seen == []
     finally:
@@ -218,7 +228,7 @@ def test_a_key_is_not_sent_unencrypted_to_another_machine() -> None:
         Judge("http://judge.example/v1", "referee", "sesame")
     assert Judge("http://judge.example/v1", "referee").key == ""
     for address in ("judge.example/v1", "ftp://judge.example", "https://"):
-        with pytest.raises(JudgeError, match="no address like"):
+        with pytest.raises(JudgeError, match="is not an address like"):
             Judge(address, "referee")
 
 
@@ -246,7 +256,7 @@ def test_a_key_that_no_header_can_carry_is_refused_and_not_shown(key: str) -> No
     "address", ["http://[::1", "http://127.0.0.1:port/v1", "http://127.0.0.1/a b", "http://h\u00e9/"]
 )
 def test_an_address_that_cannot_be_read_is_refused(address: str) -> None:
-    with pytest.raises(JudgeError, match="no address like"):
+    with pytest.raises(JudgeError, match="is not an address like"):
         Judge(address, "referee")
 
 
@@ -302,8 +312,8 @@ def test_an_answer_that_never_ends_byte_by_byte_is_given_up(stand: Stand) -> Non
 
     stand.body = body
     try:
-        with pytest.raises(JudgeError, match="in 5 tries, the last time the answer was not there in time"):
-            Judge(stand.address, "referee", wait_s=0, timeout_s=0.1).ask(QUESTION)
+        with pytest.raises(JudgeError, match=r"did not end its answer in 0\.1 s; the verdicts so far are kept"):
+            Judge(stand.address, "referee", timeout_s=0.1).ask(QUESTION)
     finally:
         gone.set()
 
@@ -312,14 +322,14 @@ def test_an_answer_that_breaks_off_is_asked_for_again(stand: Stand) -> None:
     whole = b'{"choices": [{"message": {"content": "7 9"}}]}'
     stand.length = len(whole)
     stand.body = lambda: [whole if len(stand.seen) > 1 else whole[:20]]
-    assert Judge(stand.address, "referee", wait_s=0).ask(QUESTION) == "7 9"
+    assert Judge(stand.address, "referee").ask(QUESTION) == "7 9"
     assert len(stand.seen) == 2
 
 
 def test_words_with_a_line_separator_are_one_request(tmp_path: Path, items: list[Item]) -> None:
     strange = "first\u2028second\u0085third\x1dfourth"
     made = requests(items, {item.id: Prediction(item.id, strange) for item in items})
-    write_requests(tmp_path / "requests.jsonl", made)
+    write_jsonl(tmp_path / "requests.jsonl", made)
     assert read_requests(tmp_path / "requests.jsonl") == made
 
 
@@ -353,9 +363,9 @@ def test_a_file_that_holds_something_else_than_verdicts_is_left_alone(
         file.write(text)
     before = path.read_bytes()
     stand.seen.clear()
-    with pytest.raises(QualityDataError, match="verdicts.jsonl holds .*name another file"):
+    with pytest.raises(QualityDataError, match="verdicts.jsonl is not a file of verdicts, name another one"):
         ask_all(Judge(stand.address, "referee"), asked, path)
-    with pytest.raises(QualityDataError, match="verdicts.jsonl holds .*name another file"):
+    with pytest.raises(QualityDataError, match="verdicts.jsonl is not a file of verdicts, name another one"):
         read_verdicts(path, asked, "referee")
     assert path.read_bytes() == before and stand.seen == []
 
@@ -364,50 +374,57 @@ def test_the_command_asks_only_where_it_is_told_to(
     tmp_path: Path, stand: Stand, asked, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     files = [str(tmp_path / "requests.jsonl"), str(tmp_path / "verdicts.jsonl")]
-    write_requests(tmp_path / "requests.jsonl", asked)
+    write_jsonl(tmp_path / "requests.jsonl", asked)
     assert read_requests(tmp_path / "requests.jsonl") == asked
     monkeypatch.setenv("MY_KEY", "sesame")
-    with pytest.raises(SystemExit, match="has no verdict of referee on these requests; --judge URL asks for them"):
-        main([*files, "--model", "referee"])
+    command = ["judge", *files, "--model", "referee"]
+    assert main(command) == 1
+    assert "has no verdict of referee on these requests; add --judge URL to ask for them" in capsys.readouterr().err
     assert stand.seen == []
-    main([*files, "--model", "referee", "--judge", stand.address, "--key-env", "MY_KEY"])
+    assert main([*command, "--judge", stand.address, "--key-env", "MY_KEY"]) == 0
     first = capsys.readouterr().out
-    assert stand.seen[0][2]["Authorization"] == "Bearer sesame"
+    assert stand.seen[0][2]["authorization"] == "Bearer sesame"
     # 9 where the reference comes first, 7 where the model does
     assert first.startswith("6 of 6 verdicts\nTouchStone score 800.0 [")
-    main([*files, "--model", "referee"])
+    assert main(command) == 0
     assert capsys.readouterr().out == first and len(stand.seen) == len(asked)
 
 
 def test_the_command_makes_the_folder_and_ends_with_one_line_where_it_cannot_go_on(
-    tmp_path: Path, stand: Stand, asked, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, stand: Stand, asked, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = tmp_path / "requests.jsonl"
-    write_requests(path, asked)
+    write_jsonl(path, asked)
     monkeypatch.setenv("JUDGE_API_KEY", "sesame\r\n")  # as from a file with Windows' ends of lines
     ask = ["--model", "referee", "--judge", stand.address]
-    main([str(path), str(tmp_path / "new" / "folder" / "verdicts.jsonl"), *ask])
-    assert stand.seen[0][2]["Authorization"] == "Bearer sesame"
+    assert main(["judge", str(path), str(tmp_path / "new" / "folder" / "verdicts.jsonl"), *ask]) == 0
+    assert stand.seen[0][2]["authorization"] == "Bearer sesame"
     shutil.copy(path, tmp_path / "copy.jsonl")
     for verdicts, message in (
-        (tmp_path / "copy.jsonl", "something else than verdicts"),
+        (tmp_path / "copy.jsonl", "is not a file of verdicts"),
         (tmp_path / "new", "Is a directory"),
         (path / "verdicts.jsonl", "exists|Not a directory"),
     ):
-        with pytest.raises(SystemExit, match=f"^error: .*({message})"):
-            main([str(path), str(verdicts), *ask])
+        capsys.readouterr()
+        assert main(["judge", str(path), str(verdicts), *ask]) == 1
+        *_, last = capsys.readouterr().err.splitlines()
+        assert re.match(f"qvl-edge judge: .*({message})", last)
     monkeypatch.setenv("JUDGE_API_KEY", "s\u00e9same")
-    with pytest.raises(SystemExit, match="^error: 1 of the key's 6 characters"):
-        main([str(path), str(tmp_path / "verdicts.jsonl"), *ask])
+    assert main(["judge", str(path), str(tmp_path / "verdicts.jsonl"), *ask]) == 1
+    assert capsys.readouterr().err.startswith("qvl-edge judge: 1 of the key's 6 characters")
     assert read_requests(tmp_path / "copy.jsonl") == asked
 
 
 def test_a_file_that_holds_no_requests_is_named(tmp_path: Path, asked) -> None:
     path = tmp_path / "requests.jsonl"
     strange = [json.dumps({**asked[0], **change}) for change in ({"place": 3}, {"item": [1]}, {"messages": None})]
-    for text in ("", "{}\n", "[1]\n", "no JSON\n", "[" * 100_000, *strange):
+    for text in ("", "{}\n", *strange):
         path.write_text(text, encoding="utf-8")
-        with pytest.raises(QualityDataError, match="holds no requests"):
+        with pytest.raises(QualityDataError, match="requests.jsonl does not hold the requests"):
             read_requests(path)
-    with pytest.raises(QualityDataError, match="holds no requests"):
+    for text in ("[1]\n", "no JSON\n", "[" * 100_000):
+        path.write_text(text, encoding="utf-8")
+        with pytest.raises(QualityDataError, match="requests.jsonl, line 1 (holds a list|is not valid JSON)"):
+            read_requests(path)
+    with pytest.raises(QualityDataError, match="none.jsonl is missing"):
         read_requests(tmp_path / "none.jsonl")

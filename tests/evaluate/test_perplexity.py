@@ -1,4 +1,5 @@
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,8 +10,9 @@ from torch import Tensor
 
 from qvl_edge import Runtime
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.evaluate.perplexity import Loss, loss, perplexity, read_passages
-from qvl_edge.evaluate.task import QualityDataError
+from qvl_edge.evaluate.perplexity import PERPLEXITY, Passage, PassagePredictor, read_passages
+from qvl_edge.evaluate.report import Scored, rows
+from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.loading import load_decoder
 from qvl_edge.text.tokenizer import Tokenizer
@@ -29,6 +31,13 @@ def runtime(vit_cache: Path) -> Runtime:
 def runtime_of_128(vit_cache: Path) -> Runtime:
     """With a seq_length of 128: NTK and log-n are at work in longer passages."""
     return Runtime.from_pretrained(GOLDEN / "tiny-long/checkpoint", cache_dir=vit_cache)
+
+
+def losses(runtime: Runtime, passages: Sequence[Passage]) -> list[float]:
+    """The sum of -log p over the tokens of each passage that count."""
+    items = [passage.item(runtime.tokenizer) for passage in passages]
+    assert [item.reference["tokens"] for item in items] == [passage.tokens for passage in passages]
+    return [-one.logprobs[0] for one in PassagePredictor(runtime, passages).predict(items)]
 
 
 @torch.inference_mode()
@@ -72,12 +81,10 @@ def test_answers_and_their_ends_count_as_in_one_forward_over_the_conversation(ru
 
     passages = read_passages(file, tokenizer)
     assert [passage.id for passage in passages] == ["entry 1", "entry 2"]
-    found = [loss(runtime, passage) for passage in passages]
-    for one in found:  # also where the slot held the same conversation
-        assert one.tokens == len(counted)
-        assert one.nll == pytest.approx(expected, abs=TOLERANCE * len(counted))
-    assert found[0] == Loss(**json.loads(json.dumps(found[0].to_dict())))
-    assert runtime.slots.free == 1
+    for passage, found in zip(passages, losses(runtime, passages), strict=True):
+        assert passage.tokens == len(counted)  # also where the slot held the same conversation
+        assert found == pytest.approx(expected, abs=TOLERANCE * len(counted))
+    assert runtime.engine.slots.free == 1
 
 
 @pytest.mark.parametrize("seqlen", [60, 300])
@@ -93,21 +100,16 @@ def test_windows_of_a_text_count_as_in_a_forward_over_each(
     for number in (0, len(passages) - 1):
         window = ids[number * seqlen : (number + 1) * seqlen]
         by_hand = losses_by_hand(GOLDEN / name / "checkpoint", window, {})
-        found = loss(model, passages[number])
-        assert found.tokens == seqlen - 1
-        assert found.nll == pytest.approx(float(by_hand.sum()), abs=TOLERANCE * seqlen)
-
-
-def test_a_subset_of_the_windows_is_chosen_by_the_seed(runtime: Runtime, tmp_path: Path) -> None:
-    file = tmp_path / "text.txt"
-    file.write_text(TEXT)
-    few, others = (read_passages(file, runtime.tokenizer, seqlen=40, samples=3, seed=seed) for seed in (0, 1))
-    assert len(few) == len(others) == 3 and few != others
-    assert few == read_passages(file, runtime.tokenizer, seqlen=40, samples=3, seed=0)
+        (found,) = losses(model, [passages[number]])
+        assert passages[number].tokens == seqlen - 1
+        assert found == pytest.approx(float(by_hand.sum()), abs=TOLERANCE * seqlen)
 
 
 def test_perplexity_is_over_all_tokens_and_not_a_mean_of_passages() -> None:
-    assert perplexity([Loss("a", 2.0, 1), Loss("b", 4.0, 3)]) == pytest.approx(np.exp(1.5))
+    items = [Item(name, ("",), {"tokens": tokens}) for name, tokens in (("a", 1), ("b", 3))]
+    predictions = {"a": Prediction("a", "", None, (-2.0,)), "b": Prediction("b", "", None, (-4.0,))}
+    (row,) = rows(Scored.of(PERPLEXITY, items, predictions, {}), None)
+    assert row["model"]["value"] == pytest.approx(np.exp(1.5))
 
 
 def test_of_a_text_with_a_picture_only_the_text_counts(runtime: Runtime, tmp_path: Path) -> None:
@@ -118,7 +120,7 @@ def test_of_a_text_with_a_picture_only_the_text_counts(runtime: Runtime, tmp_pat
     before, after = runtime.tokenizer.encode("See "), runtime.tokenizer.encode(" here")
     assert passage.id == "line 1"
     assert passage.spans == [(1, len(before)), (len(before) + 258, len(before) + 258 + len(after))]
-    assert loss(runtime, passage).tokens == len(before) - 1 + len(after)
+    assert passage.tokens == len(before) - 1 + len(after) and losses(runtime, [passage])[0] > 0
 
 
 def entry(*answers: str) -> dict[str, list[dict[str, str]]]:
@@ -134,7 +136,7 @@ def test_an_answer_that_is_cut_counts_as_far_as_it_goes(runtime: Runtime, tmp_pa
     (cut,) = read_passages(file, tokenizer, seqlen=second + 3)
     assert cut.spans == [whole.spans[0], (second, second + 3)]
     (first,) = read_passages(file, tokenizer, seqlen=second)
-    assert first.spans == whole.spans[:1] and loss(runtime, first).tokens == len(tokenizer.encode("yes")) + 1
+    assert first.spans == whole.spans[:1] and first.tokens == len(tokenizer.encode("yes")) + 1
     assert end - second == len(tokenizer.encode("a long answer")) + 1
     with pytest.raises(QualityDataError, match="no answer begins within the first 10 tokens"):
         read_passages(file, tokenizer, seqlen=10)

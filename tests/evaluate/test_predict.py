@@ -6,13 +6,14 @@ from pathlib import Path
 import pytest
 
 import qvl_edge.demo
-from qvl_edge import ConfigError, Runtime
+from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, make_scene
+from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
 from qvl_edge.evaluate import predict
-from qvl_edge.evaluate.item import Item, Prediction
 from qvl_edge.evaluate.predict import Predictor, content_of, predict_all
-from qvl_edge.evaluate.task import QualityDataError
+from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
+from qvl_edge.text.prompt import raw_prompt
 
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 EXACT = 1e-4  # log-probabilities in float32, of a batch of another shape
@@ -59,13 +60,13 @@ def test_predictions_are_those_of_lone_runs(runtime: Runtime, items: list[Item])
 
 
 def test_text_of_an_item_opens_nothing(runtime: Runtime, items: list[Item]) -> None:
-    run = runtime.prepare(content_of(items[-1]), None, chat_format="raw")
-    assert run.images == [] and items[-1].images == []
+    request = runtime.prepare(Request(content_of(items[-1]), chat_format="raw"))
+    assert request.image_sizes == [] and items[-1].images == []
 
 
 def test_a_prompt_has_no_label_that_the_item_does_not_have(runtime: Runtime, items: list[Item]) -> None:
     path = items[0].images[0]
-    prompt = runtime.prepare(content_of(Item("a", (path, "Describe"))), None, chat_format="raw").prompt
+    prompt = raw_prompt(runtime.tokenizer, content_of(Item("a", (path, "Describe"))), markup_images=False)
     assert prompt.text == f"<img>{path}</img>Describe" and prompt.image_starts == [1]
 
 
@@ -116,15 +117,15 @@ def test_an_item_that_cannot_be_asked_is_named(runtime: Runtime, tmp_path: Path)
 def test_logits_that_are_no_numbers_are_not_scored(
     runtime: Runtime, items: list[Item], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    prefill = Slots.prefill_logits
+    append = Slots._append
 
-    def broken(self, sequence, most=512):
-        logits = prefill(self, sequence, most)
-        return None if logits is None else logits * float("nan")
+    def broken(self, request, embeds, *, all_logits):
+        return append(self, request, embeds, all_logits=all_logits) * float("nan")
 
-    monkeypatch.setattr(Slots, "prefill_logits", broken)
-    with pytest.raises(ConfigError, match="finite|numbers"):
-        predictor(runtime).predict([item for item in items if item.options])
+    monkeypatch.setattr(Slots, "_append", broken)
+    for item in (items[0], next(item for item in items if item.options)):
+        with pytest.raises(QualityDataError, match=f"item {item.id}: .*(finite|numbers|NaN)"):
+            predictor(runtime).predict([item])
 
 
 @pytest.mark.parametrize("line", [b"\xff\xfe", b"[]", b"{}", b"[" * 100_000])

@@ -10,9 +10,8 @@ import pytest
 from PIL import Image
 
 from qvl_edge.evaluate import report
-from qvl_edge.evaluate.item import Item, Prediction
 from qvl_edge.evaluate.report import Scored
-from qvl_edge.evaluate.task import Metric, QualityDataError, Task, by_item
+from qvl_edge.evaluate.task import Item, Metric, Prediction, QualityDataError, Task, by_item
 
 ABOUT = {"data": {"file": "d"}, "device": "none", "versions": {}, "commit": "c", "date": "d"}
 

@@ -4,9 +4,8 @@ from collections.abc import Mapping, Sequence
 
 import pytest
 
-from qvl_edge.evaluate.item import Item, Prediction
-from qvl_edge.evaluate.task import Task
-from qvl_edge.evaluate.tasks import TASKS
+from qvl_edge.evaluate import TASKS
+from qvl_edge.evaluate.task import Item, Prediction, Task
 
 from .miniature import COUNT, MAKERS, Miniature, make, scenes
 

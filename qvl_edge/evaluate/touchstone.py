@@ -1,13 +1,13 @@
 """TouchStone: open questions about an image, whose answers another model scores.
 
-The file is touchstone_20230831.tsv, with the image in base64, what people wrote about it, and GPT-4's answer from that:
+The file is touchstone_20230831.tsv, with the image in base64, people's description of it, and GPT-4's answer from that:
 
     index	question	human_annotation	gpt4_ha_answer	category	task_name	image
     0	What is on the table?	A red cup stands on a table.	A red cup.	Visual Recognition	object	/9j/4AAQ…
 
-The model's answers and the reference are put before a judge in both orders, as published, and scored from 1 to 10; the
-result is 100 times the mean of the model's scores. qvl_edge.evaluate.judge sends the requests made here. The judge is
-told in words of our own: scores compare models judged by the same judge, not with published tables.
+A judge sees the model's answer and the reference in both orders, as published, and scores them from 1 to 10; the result
+is 100 times the mean of the model's scores. judge.py sends the requests made here. The instruction to the judge is our
+own: scores compare models judged by the same judge, not with published tables.
 """
 
 import re
@@ -15,9 +15,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from qvl_edge.evaluate.item import Item, Prediction
-from qvl_edge.evaluate.task import Metric, Task
-from qvl_edge.evaluate.tasks.reading import number_ids, read_rows, save_images
+from qvl_edge.evaluate.records import number_ids, read_rows, save_images
+from qvl_edge.evaluate.task import CHAT, Item, Metric, Prediction, Task
 
 SYSTEM = "You compare answers of two assistants to questions about images, strictly and without favour."
 REQUEST = """\
@@ -41,7 +40,7 @@ _SCORES = re.compile(r"(\d+(?:\.\d+)?)[\s,]+(\d+(?:\.\d+)?)")
 
 
 def read(file: Path, images: Path | None) -> list[Item]:
-    """An item a question; the reference has what the judge is shown beside the answer."""
+    """An item for each question; the reference holds what the judge sees beside the answer."""
     rows = read_rows(file)
     paths = save_images(file, images, [(row, row.text("image")) for row in rows])
     items = []
@@ -58,28 +57,31 @@ def read(file: Path, images: Path | None) -> list[Item]:
 
 
 def requests(items: Sequence[Item], predictions: Mapping[str, Prediction]) -> list[dict[str, Any]]:
-    """Two requests an item, in OpenAI's message format: the reference first, then the model's answer first."""
+    """Two requests per item, in OpenAI's message format: with the reference first, then with the model's answer first.
+
+    "place" is the model's place among the two answers, 1 or 2.
+    """
     found = []
     for item in items:
         answers = [item.reference["answer"], predictions[item.id].text]
-        for position, (first, second) in enumerate((answers, answers[::-1]), 1):
+        for number, (first, second) in enumerate((answers, answers[::-1]), 1):
             text = REQUEST.format(first=first, second=second, **item.reference)
             messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": text}]
-            entry = {"id": f"{item.id}/{position}", "item": item.id, "group": item.group, "place": 3 - position}
+            entry = {"id": f"{item.id}/{number}", "item": item.id, "group": item.group, "place": 3 - number}
             found.append({**entry, "messages": messages})
     return found
 
 
 def read_scores(text: str) -> tuple[float, float] | None:
-    """The two scores of the judge's first line; None where it is something else."""
+    """The two scores on the first line of a verdict; None if it holds anything else."""
     match = _SCORES.fullmatch(text.strip().split("\n")[0].strip())
     scores = (float(match[1]), float(match[2])) if match else None
     return scores if scores and all(1 <= score <= 10 for score in scores) else None
 
 
 def metrics(requested: Sequence[Mapping[str, Any]], verdicts: Mapping[str, str]) -> list[Metric]:
-    """TouchStone's score of the judge's answers by request id: an item's is the mean of the verdicts that can be read,
-    and an item without one is left out. The second metric is the share of verdicts that are there and can be read."""
+    """TouchStone's score from the judge's verdicts by request id: an item's is the mean of its readable verdicts, and
+    an item without one is left out. The second metric is the share of requests with a readable verdict."""
     scores: dict[str, list[float]] = {}
     groups = {one["item"]: one["group"] for one in requested}
     readable = []
@@ -102,7 +104,7 @@ def metrics(requested: Sequence[Mapping[str, Any]], verdicts: Mapping[str, str])
 
 
 def score(items: Sequence[Item], predictions: Mapping[str, Prediction]) -> list[Metric]:
-    """Nothing: only a judge can say."""
+    """Nothing: only a judge can score."""
     return []
 
 
@@ -113,6 +115,6 @@ TOUCHSTONE = Task(
     score,
     source="TouchStone eval.py; the judge's instruction is our own",
     chat_format="chatml",
-    generation={"do_sample": False, "max_new_tokens": 512},  # as Qwen-VL-Chat's generation_config.json
+    generation=CHAT,
     requests=requests,
 )

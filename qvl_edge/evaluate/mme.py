@@ -1,37 +1,40 @@
-"""MME: yes or no, two questions an image, in 14 subtasks.
+"""MME: yes or no, two questions per image, in 14 subtasks.
 
-The data is a folder, in one of the two forms that MME comes in. eval_tool/Your_Results has a file a subtask, `image`,
-question and answer with tabs between; the images are SUBTASK/NAME or SUBTASK/images/NAME in `--images`:
+The data is a folder, in one of the two forms that MME comes in. eval_tool/Your_Results has one file per subtask: image,
+question and answer separated by tabs; the images are SUBTASK/NAME or SUBTASK/images/NAME in `--images`:
 
     000000006040.jpg	Is there a train in this image? Please answer yes or no.	Yes
     000000006040.jpg	Is there a bed in this image? Please answer yes or no.	No
 
-MME_Benchmark_release has a folder a subtask, and in it a file of two lines an image of the same name, beside the images
-(existence/000000006040.txt) or apart (landmark/images, landmark/questions_answers_YN):
+MME_Benchmark_release has one folder per subtask, and in it one file of two lines per image of the same name, beside the
+images (existence/000000006040.txt) or separate (landmark/images, landmark/questions_answers_YN):
 
     Is there a train in this image? Please answer yes or no.	Yes
     Is there a bed in this image? Please answer yes or no.	No
 
-Upstream samples with top_p 0.01, which leaves one token to draw from wherever the likeliest has more than a hundredth:
-greedy decoding, as here, without the draw.
+Upstream samples with top_p 0.01, which leaves one token to draw from wherever the likeliest has more than 1 %: greedy
+decoding, as here, without the draw.
 """
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain, groupby, zip_longest
 from pathlib import Path
+from typing import Literal
 
-from qvl_edge.evaluate.item import Item, Prediction
-from qvl_edge.evaluate.scoring.yes_no import SUBTASKS, read_yes_no
-from qvl_edge.evaluate.task import Metric, QualityDataError, Task, by_item
-from qvl_edge.evaluate.tasks.reading import Row, number_ids, read_text
+from qvl_edge.evaluate.records import Row, number_ids, read_text
+from qvl_edge.evaluate.task import CHAT, Item, Metric, Prediction, QualityDataError, Task, by_item, by_unit
 
+SUBTASKS = {
+    "perception": "existence count position color posters celebrity scene landmark artwork OCR".split(),
+    "cognition": "commonsense_reasoning numerical_calculation text_translation code_reasoning".split(),
+}
 _SUFFIXES = (".jpg", ".png", ".jpeg")
 _PLACES = ("", "images", "images/toy_dataset")  # of the images in a subtask's folder
 
 
 def read(folder: Path, images: Path | None) -> list[Item]:
-    """An item a question; `group` is the subtask, `unit` the image, the reference "yes" or "no"."""
+    """An item for each question; `group` is the subtask, `unit` the image, the reference "yes" or "no"."""
     items: list[Item] = []
     for subtask in chain(*SUBTASKS.values()):
         if (folder / f"{subtask}.txt").is_file():
@@ -44,8 +47,8 @@ def read(folder: Path, images: Path | None) -> list[Item]:
         items += _items(subtask, asked)
     if not items:
         raise QualityDataError(
-            f"{folder} has no subtask of MME, neither existence.txt nor existence/ or the like; --data is the folder "
-            f"that holds {', '.join(chain(*SUBTASKS.values()))}"
+            f"{folder} has no subtask of MME, neither existence.txt nor existence/ or the like; --data names the "
+            f"folder that holds {', '.join(chain(*SUBTASKS.values()))}"
         )
     return items
 
@@ -94,18 +97,22 @@ def _place(folder: Path, name: str) -> Path | None:
     return next((path for place in _PLACES if os.path.isfile(path := folder / place / name)), None)
 
 
+def read_yes_no(text: str) -> Literal["yes", "no", "other"]:
+    """What an answer says: its first four characters contain "yes" or, failing that, "no", in any case.
+
+    As MME's eval_tool (arXiv:2306.13394): leading white space is not removed, and "None" or "Not sure" are "no".
+    lmms-eval differs: it removes white space and full stops first, and takes "y" and "n".
+    """
+    start = text.lower()[:4]
+    return "yes" if "yes" in start else "no" if "no" in start else "other"
+
+
 def score(items: Sequence[Item], predictions: Mapping[str, Prediction]) -> list[Metric]:
-    """Accuracy of the questions; accuracy+, of the images both of whose questions are answered right."""
+    """Accuracy over questions; accuracy+ over images, both of whose questions must be answered correctly."""
     right = {item.id: float(read_yes_no(predictions[item.id].text) == item.reference) for item in items}
     pairs = [list(pair) for _, pair in groupby(items, lambda item: item.unit)]
-    plus = Metric(
-        "accuracy+",
-        [min(right[item.id] for item in pair) for pair in pairs],
-        [pair[0].unit for pair in pairs],
-        [[item.id for item in pair] for pair in pairs],
-        [pair[0].group for pair in pairs],
-    )
-    return [by_item("accuracy", items, list(right.values())), plus]
+    both = [min(right[item.id] for item in pair) for pair in pairs]
+    return [by_item("accuracy", items, list(right.values())), by_unit("accuracy+", pairs, both)]
 
 
 def totals(metrics: Sequence[Metric]) -> dict[str, float]:
@@ -131,6 +138,6 @@ MME = Task(
     score,
     source="Qwen-VL eval_mm/mme/eval.py, MME eval_tool/calculation.py",
     chat_format="chatml",
-    generation={"do_sample": False, "max_new_tokens": 512},  # as Qwen-VL-Chat's generation_config.json
+    generation=CHAT,
     totals=totals,
 )

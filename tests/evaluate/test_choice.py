@@ -7,13 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from qvl_edge.evaluate.item import Item, Prediction
-from qvl_edge.evaluate.task import QualityDataError
-from qvl_edge.evaluate.tasks import reading
-from qvl_edge.evaluate.tasks.mmbench import MMBENCH
+from qvl_edge.evaluate import TASKS, records
+from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
 
 from .miniature import Miniature, make
 
+MMBENCH = TASKS["mmbench"]
 HEADER = ["index", "question", "hint", "A", "B", "C", "D", "answer", "category", "image"]
 
 
@@ -102,12 +101,12 @@ def test_a_wrong_cell_is_named(miniature: Miniature, change: dict[str, str], mes
 
 
 def test_a_cell_that_never_ends_is_named(miniature: Miniature, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reading, "_CELL", 1 << 20)
+    monkeypatch.setattr(records, "_MAX_CELL", 1 << 20)
     limit = csv.field_size_limit(1 << 20)
     try:
         with miniature.data.open("a", encoding="utf-8") as file:
             file.write('9\t"' + "no closing quote " * 100_000)
-        with pytest.raises(QualityDataError, match="line 5 is no row of a .tsv"):
+        with pytest.raises(QualityDataError, match="line 5 is not a row of a .tsv"):
             MMBENCH.read(miniature.data, miniature.images)
     finally:
         csv.field_size_limit(limit)

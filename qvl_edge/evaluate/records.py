@@ -1,4 +1,4 @@
-"""Data files of tasks -> records that say where they stand when a field is missing or wrong."""
+"""The data files of tasks, as records that name their file and line when a field is missing or wrong."""
 
 import base64
 import binascii
@@ -15,26 +15,26 @@ from typing import Any
 from PIL import Image, UnidentifiedImageError
 
 from qvl_edge.evaluate.task import QualityDataError
-from qvl_edge.files import replacing
+from qvl_edge.files import read_jsonl, replacing
 
 _MISSING = object()
-_PIXELS = 10**9  # no side of a picture is as long; nor is NaN or infinity below it
-_CELL = 1 << 28  # characters a cell of a .tsv may have; the csv module's own limit is 131,072, an image has more
+_MAX_PIXELS = 10**9  # of an image's side; NaN and infinity are not below it either
+_MAX_CELL = 1 << 28  # characters in a cell of a .tsv; the csv module's own limit is 131,072, an image has more
 
 
 @dataclass(frozen=True)
 class Row:
-    """One record: its fields, and where it stands. A field may have several published names; extra ones are let be."""
+    """One record: its fields, and where it comes from. A field may have several published names; others are ignored."""
 
     where: str  # "FILE, line 3"
     values: Mapping[str, Any]
 
     def has(self, *names: str) -> bool:
-        """Whether one of the names is there."""
+        """Whether one of the fields is present."""
         return any(name in self.values for name in names)
 
     def get(self, *names: str, default: Any = _MISSING) -> Any:
-        """The value under the first name that is there; QualityDataError if none is and there is no default."""
+        """The first of the fields that is present; QualityDataError if none is and there is no default."""
         for name in names:
             if name in self.values:
                 return self.values[name]
@@ -44,10 +44,10 @@ class Row:
         raise QualityDataError(f"{self.where} has no field {wanted}; it has {', '.join(self.values) or 'none'}")
 
     def text(self, *names: str) -> str:
-        """A string that is not empty."""
+        """A non-empty string."""
         value = self.get(*names)
         if not isinstance(value, str) or not value.strip():
-            raise self.error(names, "a text", value)
+            raise self.error(names, "text", value)
         return value
 
     def texts(self, *names: str) -> list[str]:
@@ -57,11 +57,11 @@ class Row:
         found = [entry.get("answer") if isinstance(entry, dict) else entry for entry in entries]
         texts = [entry for entry in found if isinstance(entry, str)]
         if not texts or len(texts) < len(found):
-            raise self.error(names, "a text or a list of texts", value)
+            raise self.error(names, "text or a list of texts", value)
         return texts
 
     def integer(self, *names: str) -> int:
-        """A whole number, also where it is written as text."""
+        """An integer, also where it is written as text."""
         value = self.get(*names)
         try:
             if isinstance(value, int | str) and not isinstance(value, bool):
@@ -71,31 +71,31 @@ class Row:
         raise self.error(names, "a whole number", value)
 
     def pixels(self, *names: str) -> int:
-        """The length of a picture's side."""
+        """The length of an image's side."""
         value = self.integer(*names)
-        if not 0 < value < _PIXELS:
+        if not 0 < value < _MAX_PIXELS:
             raise self.error(names, "a number of pixels above 0", value)
         return value
 
     def box(self, *names: str) -> tuple[float, ...]:
-        """Four numbers x1, y1, x2, y2 with x1 < x2 and y1 < y2; of a list of boxes the first."""
+        """Four numbers x1, y1, x2, y2 with x1 < x2 and y1 < y2; of a list of boxes, the first."""
         value = self.get(*names)
         found = value[0] if isinstance(value, list) and value and isinstance(value[0], list) else value
         numbers = isinstance(found, list) and all(
-            isinstance(edge, int | float) and not isinstance(edge, bool) and abs(edge) < _PIXELS for edge in found
+            isinstance(edge, int | float) and not isinstance(edge, bool) and abs(edge) < _MAX_PIXELS for edge in found
         )
         if not numbers or len(found) != 4 or found[0] >= found[2] or found[1] >= found[3]:
             raise self.error(names, "a box [x1, y1, x2, y2] in pixels with x1 < x2 and y1 < y2", value)
         return tuple(found)
 
     def image(self, name: str, folder: Path) -> Path:
-        """The path of an image that is there; a relative name starts from `folder`."""
+        """The path of an existing image; a relative name starts from `folder`."""
         path = folder / name
         try:
-            there = path.is_file()
+            exists = path.is_file()
         except OSError as error:
             raise QualityDataError(f"{self.where}: no image is named {_short(name)}: {error.strerror}") from None
-        if not there:
+        if not exists:
             raise QualityDataError(
                 f"{self.where}: image {name!r} is not at {path}; --images DIR names the folder that it starts from, "
                 f"now {folder}"
@@ -103,7 +103,7 @@ class Row:
         return path
 
     def error(self, names: Iterable[str], expected: str, found: Any) -> QualityDataError:
-        """That a field holds something else than expected."""
+        """The error for a field that does not hold what is expected."""
         name = next((name for name in names if name in self.values), "")
         return QualityDataError(f"{self.where}, field {name!r}: expected {expected}, found {_short(found)}")
 
@@ -119,7 +119,9 @@ def read_rows(file: Path) -> list[Row]:
     A .json is a list, an object whose "questions" or "data" is the list, or an object of records by question id.
     """
     if file.suffix == ".jsonl":
-        rows = _read_lines(file)
+        _refuse_folder(file)
+        lines = read_jsonl(file, error=QualityDataError)
+        rows = [Row(f"{file}, line {number}", record) for number, record in lines]
     elif file.suffix == ".tsv":
         rows = _read_tsv(file)
     else:
@@ -130,26 +132,30 @@ def read_rows(file: Path) -> list[Row]:
 
 
 def read_json(file: Path) -> Any:
-    """What a JSON file holds."""
+    """The content of a JSON file."""
     text = read_text(file)
     try:
         return json.loads(text)
     except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4,300 digits
-        raise QualityDataError(f"{file} is not JSON that can be read: {error}") from None
+        raise QualityDataError(f"{file} is not valid JSON: {error}") from None
 
 
 def read_text(file: Path) -> str:
-    """The text of a UTF-8 file, a byte order mark left out."""
-    if file.is_dir():
-        raise QualityDataError(f"{file} is a folder; --data names the task's file")
+    """The text of a UTF-8 file without its byte order mark."""
+    _refuse_folder(file)
     try:
         return file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise QualityDataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
 
 
+def _refuse_folder(file: Path) -> None:
+    if file.is_dir():
+        raise QualityDataError(f"{file} is a folder; --data names the task's file")
+
+
 def records_of(file: Path, value: Any, *keys: str) -> list[Row]:
-    """The records of a JSON file's value, which stand under one of `keys`, if not "questions" or "data"."""
+    """The records of a JSON file's value, under one of `keys` (by default "questions" or "data") if it is an object."""
     if isinstance(value, dict):
         key = next((key for key in keys or ("questions", "data") if isinstance(value.get(key), list)), None)
         if key is None and not keys and value and all(isinstance(record, dict) for record in value.values()):
@@ -162,12 +168,12 @@ def records_of(file: Path, value: Any, *keys: str) -> list[Row]:
 
 
 def ids_of(rows: Sequence[Row], *names: str) -> list[str]:
-    """The rows' ids under the first name that is there, or their places from 1 on; each once."""
+    """The rows' ids from the first of the fields that is present, or their numbers from 1 on; made unique."""
     return number_ids(row.get(*names, default=place) for place, row in enumerate(rows, 1))
 
 
 def number_ids(ids: Iterable[Any]) -> list[str]:
-    """Ids as text, each once: one that comes again gets "#2", "#3" …, as where a file numbers its images."""
+    """Ids as text, made unique: one that repeats gets "#2", "#3" …, as where a file numbers its images."""
     seen: Counter[str] = Counter()
     found = []
     for one in map(str, ids):
@@ -177,10 +183,10 @@ def number_ids(ids: Iterable[Any]) -> list[str]:
 
 
 def save_images(file: Path, images: Path | None, rows: Iterable[tuple[Row, str]]) -> list[Path]:
-    """Files of the base64 images of a .tsv's rows, in FILE-NAME_images beside it or in `images`.
+    """Save the base64 images of a .tsv's rows in FILE-NAME_images, beside the file or in `images`; their paths.
 
-    An image keeps its bytes and is named by their hash: what several rows show is written once, and a second reading
-    writes nothing.
+    An image keeps its bytes and is named by their hash: one that several rows share is written once, and reading the
+    file again writes nothing.
     """
     folder = (images or file.parent) / f"{file.stem}_images"
     paths = []
@@ -199,32 +205,15 @@ def save_images(file: Path, images: Path | None, rows: Iterable[tuple[Row, str]]
                     partial.write_bytes(data)
         except OSError as error:
             raise QualityDataError(
-                f"{path} cannot be written ({error.strerror or error}); give --images a folder that can"
+                f"{path} cannot be written ({error.strerror or error}); give --images a writable folder"
             ) from None
         paths.append(path)
     return paths
 
 
-def _read_lines(file: Path) -> list[Row]:
-    rows = []
-    for number, line in enumerate(read_text(file).split("\n"), 1):
-        if line.strip():
-            where = f"{file}, line {number}"
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError as error:
-                raise QualityDataError(f"{where} is not JSON: {error.msg} at character {error.pos + 1}") from None
-            except (ValueError, RecursionError) as error:
-                raise QualityDataError(f"{where} is not JSON that can be read: {error}") from None
-            if not isinstance(record, dict):
-                raise QualityDataError(f"{where} is no object but {line.strip()[:40]!r}")
-            rows.append(Row(where, record))
-    return rows
-
-
 def _read_tsv(file: Path) -> list[Row]:
-    """Quoted as csv files are; an empty cell is a field that is not there."""
-    csv.field_size_limit(max(csv.field_size_limit(), _CELL))
+    """Quoted as csv files are; an empty cell is a missing field."""
+    csv.field_size_limit(max(csv.field_size_limit(), _MAX_CELL))
     reader = csv.reader(io.StringIO(read_text(file), newline=""), delimiter="\t")
     rows = []
     try:
@@ -235,5 +224,5 @@ def _read_tsv(file: Path) -> list[Row]:
                 raise QualityDataError(f"{where} has {len(cells)} cells, the header has {len(header)} names")
             rows.append(Row(where, {name: cell for name, cell in zip(header, cells, strict=True) if cell}))
     except csv.Error as error:
-        raise QualityDataError(f"{file}, line {reader.line_num} is no row of a .tsv: {error}") from None
+        raise QualityDataError(f"{file}, line {reader.line_num} is not a row of a .tsv: {error}") from None
     return rows

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from qvl_edge.evaluate.scoring.grounding import RIGHT, first_box, grounding_iou, iou
+from qvl_edge.evaluate.grounding import MIN_IOU, first_box, grounding_iou, iou
 from qvl_edge.text.boxes import parse_boxes
 
 TOLERANCE = 1e-6  # a quotient of whole numbers
@@ -68,5 +68,5 @@ def test_thousandths_are_of_a_picture_that_ends_at_999():
         1.0, abs=TOLERANCE
     )
     half = grounding_iou("(0,0),(999,999)", (0, 0, 320, 480), width=640, height=480)
-    assert half == pytest.approx(RIGHT, abs=TOLERANCE)
+    assert half == pytest.approx(MIN_IOU, abs=TOLERANCE)
     assert grounding_iou("nothing", (0, 0, 320, 480), width=640, height=480) == 0.0

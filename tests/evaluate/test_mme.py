@@ -1,15 +1,17 @@
-"""MME's two folders and its scores."""
+"""MME's two folders, and its scores against lmms-eval's sums and by hand where that one reads answers differently."""
 
+import json
 from pathlib import Path
 
 import pytest
 
-from qvl_edge.evaluate.item import Prediction
-from qvl_edge.evaluate.task import QualityDataError
-from qvl_edge.evaluate.tasks.mme import MME
+from qvl_edge.evaluate.mme import MME, read_yes_no
+from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
 
 from .miniature import COUNT, Miniature, make
 
+GOLDEN = json.loads((Path(__file__).parents[1] / "data/scoring/yes_no.json").read_text(encoding="utf-8"))
+TOLERANCE = 1e-6  # sums of a few hundred quotients in float64
 SUBTASKS = (
     *("existence", "count", "position", "color", "posters", "celebrity", "scene", "landmark", "artwork", "OCR"),
     *("commonsense_reasoning", "numerical_calculation", "text_translation", "code_reasoning"),
@@ -87,3 +89,40 @@ def test_a_missing_image_and_a_folder_of_something_else_are_named(miniature: Min
         MME.read(miniature.images, None)
     with pytest.raises(QualityDataError, match="has no subtask of MME"):
         MME.read(miniature.images / "landmark", None)
+
+
+def totals(rows: list[tuple[str, str, str, str]]) -> dict[str, float]:
+    """MME's sums of (subtask, picture, answer, truth), two rows a picture in a row."""
+    items, predictions = [], {}
+    for number, (subtask, picture, answer, truth) in enumerate(rows):
+        items.append(Item(str(number), ("?",), truth.lower(), group=subtask, unit=f"{subtask}/{picture}"))
+        predictions[str(number)] = Prediction(str(number), answer)
+    assert MME.totals is not None
+    return MME.totals(MME.score(items, predictions))
+
+
+def test_the_totals_are_those_of_lmms_eval() -> None:
+    rows = sorted(GOLDEN["items"], key=lambda row: row[:2])
+    found = totals(rows)
+    assert {part: found[part] for part in GOLDEN["totals"]} == pytest.approx(GOLDEN["totals"], abs=TOLERANCE)
+
+
+def test_a_picture_counts_in_accuracy_plus_only_if_both_answers_are_right() -> None:
+    rows = [("OCR", "a", "Yes", "Yes"), ("OCR", "a", "No", "No"), ("OCR", "b", "Yes", "Yes"), ("OCR", "b", "Yes", "No")]
+    assert totals(rows) == pytest.approx({"perception (1 of 10 subtasks)": 125.0, "OCR": 125.0}, abs=TOLERANCE)
+
+
+def test_all_right_is_2000_and_800_and_silence_is_0() -> None:
+    right = [(name, "a", said, truth) for name in SUBTASKS for said, truth in (("yes", "Yes"), ("NO.", "No"))]
+    silent = [(name, picture, said, truth) for name, picture, _, truth in right for said in ("",)]
+    for rows, most in ((right, (2000.0, 800.0)), (silent, (0.0, 0.0))):
+        found = totals(rows)
+        assert (found["perception"], found["cognition"]) == most
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [("Yes", "yes"), ("no, it is not", "no"), ("None", "no"), ("A yes", "other"), ("\nYes", "yes"), ("y", "other")],
+)
+def test_the_first_four_characters_decide(text: str, said: str) -> None:
+    assert read_yes_no(text) == said

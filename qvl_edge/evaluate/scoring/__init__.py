@@ -1,1 +1,0 @@
-"""Scores of single answers, as the published evaluations define them; no model and no file here."""
