@@ -153,13 +153,13 @@ def _crowd(url: str, made: list[Case], clients: int, seconds: float, hang_up: fl
 def serving(runtime: Runtime, waiting: int) -> Any:
     """The server on a free port of loopback; yields its address and its engine."""
     import uvicorn
-    from qvl_edge.server.engine import BatchEngine
 
     from qvl_edge.commands.serve import UVICORN
-    from qvl_edge.server.api import Settings, create_app
+    from qvl_edge.engine.worker import Worker
+    from qvl_edge.server.app import Settings, create_app
     from qvl_edge.server.guard import Access
 
-    engine = BatchEngine(runtime, max_waiting=waiting)
+    engine = Worker(runtime, max_waiting=waiting)
     settings = Settings(
         model="small", max_model_len=runtime.max_context, access=Access("127.0.0.1", None), max_concurrent=4 * waiting
     )

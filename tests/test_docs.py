@@ -183,11 +183,12 @@ PYTHON = [(page, text) for page in PAGES for language, text in blocks(page) if l
 
 @pytest.fixture(scope="module")
 def server_url(furnished: Path) -> Iterator[str]:
-    from qvl_edge.server.engine import BatchEngine
     from server.harness import serving
 
+    from qvl_edge.engine.worker import Worker
+
     bundle = furnished / "BUNDLE"
-    with serving(BatchEngine(Runtime.from_pretrained(bundle, device="cpu", slots=2)), model="MODEL") as running:
+    with serving(Worker(Runtime.from_pretrained(bundle, device="cpu", slots=2)), model="MODEL") as running:
         yield running.url
 
 

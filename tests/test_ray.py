@@ -189,13 +189,13 @@ def test_nothing_but_a_data_uri_opens_an_image(service: Any, tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("body", "param"),
     [
-        ({"question": "?", "image": "data:"}, None),
+        ({"question": "?", "image": "data:"}, "image"),
         ({"images": []}, "question"),
         ({"images": [data_uri(b"not an image")], "question": "?"}, "images[0]"),
         ({"images": ["data:image/png;base64,"] * 17, "question": "?"}, "images"),
-        ({"question": "?", "options": {"n": 2}}, "options"),
-        ({"question": "?", "options": {"max_tokens": "4"}}, "max_tokens"),
-        ({"question": "?", "options": {"seed": 1 << 63}}, "seed"),
+        ({"question": "?", "options": {"n": 2}}, "options.n"),
+        ({"question": "?", "options": {"max_tokens": "4"}}, "options.max_tokens"),
+        ({"question": "?", "options": {"seed": 1 << 63}}, "options.seed"),
     ],
 )
 def test_a_request_that_is_not_understood_is_refused_by_field(body: Any, param: str | None) -> None:

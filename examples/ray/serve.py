@@ -11,9 +11,10 @@ import os
 import signal
 import sys
 import time
-from typing import Any, TypeAlias
+from typing import Annotated, Any, TypeAlias
 
 import ray
+from pydantic import Field
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
@@ -24,12 +25,12 @@ from examples.ray.cluster import add_arguments, loading_of, start_ray
 from qvl_edge.answer import Answer
 from qvl_edge.engine.request import Request as Asked
 from qvl_edge.engine.worker import PREFETCH, Worker
-from qvl_edge.errors import EngineError, OutOfMemory, QvlError, TimeLimit
+from qvl_edge.errors import EngineError, QvlError
 from qvl_edge.runtime import Runtime
-from qvl_edge.server.chat import Limits, parse_chat
-from qvl_edge.server.guard import Access, parse_json, read_body
+from qvl_edge.server import protocol
+from qvl_edge.server.guard import Access, parse_json, read_body, respond
 from qvl_edge.server.media import Media
-from qvl_edge.server.refusal import RATE_LIMIT, SERVER, Refusal, invalid
+from qvl_edge.server.refusal import RATE_LIMIT, SERVER, Refusal, engine_refusal
 
 NAME, ROUTE = "qvl-edge", "/answer"
 TIME_LIMIT_S = 300.0  # for a request, all its tries together
@@ -37,11 +38,18 @@ TRIES = 3  # replicas that one request may see die: a request that kills them mu
 PAUSE_S = 0.1  # before another try: a replica that cannot be reached for a moment must not use up all tries at once
 MAX_BODY_BYTES = 32 << 20
 MAX_IMAGES = 16
-OPTIONS = frozenset({"max_tokens", "temperature", "top_p", "top_k", "repetition_penalty", "seed", "stop"})
 MEDIA = Media()  # data URIs and nothing else: no files, nothing is fetched
 
 Query: TypeAlias = list[dict[str, Any]]
 log = logging.getLogger("ray.serve")
+
+
+class Question(protocol.Model):
+    """The body of a request."""
+
+    images: Annotated[list[str], Field(max_length=MAX_IMAGES)] = []
+    question: protocol.Text
+    options: protocol.Sampling = protocol.Sampling()
 
 
 class Model:
@@ -53,21 +61,13 @@ class Model:
     async def answer(self, query: Query, generation: dict[str, Any], seconds: float) -> tuple[int, dict[str, Any]]:
         """Status and body of the response. When the caller leaves, Serve cancels this, and that ends the decoding."""
         asked = Asked(query, generation=generation, time_limit_s=seconds)
-        refusal = Refusal(500, "there is no answer", kind=SERVER)
         try:
             async with contextlib.aclosing(self._worker.stream([asked])) as events:
-                async for _, event in events:
-                    if isinstance(event, Answer):
-                        return 200, event.to_dict()
-        except QvlError as error:
-            refusal = Refusal(400, str(error))
-        except TimeLimit:
-            refusal = _too_slow()
-        except OutOfMemory as error:
-            refusal = Refusal(503, str(error), kind=SERVER)
-        except EngineError as error:  # a bug: the log says where, without the request's words
-            refusal = Refusal(500, str(error), kind=SERVER)
-        return refusal.status, refusal.to_dict()
+                (answer,) = [event async for _, event in events if isinstance(event, Answer)]
+            return 200, answer.to_dict()
+        except (QvlError, EngineError) as error:
+            refusal = engine_refusal(error)
+        return refusal.status, refusal.body.model_dump()
 
 
 class Ingress:
@@ -94,7 +94,7 @@ class Ingress:
             query, generation = await read_question(await read_body(request, MAX_BODY_BYTES))
             return await self._answer(query, generation)
         except Refusal as refusal:
-            return Response(refusal.to_json(), refusal.status, refusal.headers, "application/json")
+            return respond(refusal)
         finally:
             self._here -= 1
 
@@ -116,21 +116,9 @@ class Ingress:
 
 async def read_question(body: bytes) -> tuple[Query, dict[str, Any]]:
     """(query, generation options) of a request's JSON; an image is bytes from here on. Refusal 400 names the field."""
-    asked = parse_json(body)
-    if not isinstance(asked, dict) or asked.keys() - {"images", "question", "options"}:
-        raise invalid(None, "expected an object with images, question and options, and nothing else")
-    images, question, options = asked.get("images", []), asked.get("question"), asked.get("options", {})
-    if not isinstance(question, str):
-        raise invalid("question", "expected a string")
-    if not isinstance(images, list) or len(images) > MAX_IMAGES or not all(isinstance(url, str) for url in images):
-        raise invalid("images", f"expected at most {MAX_IMAGES} data URIs (data:image/png;base64,…)")
-    if not isinstance(options, dict) or options.keys() - OPTIONS:
-        raise invalid("options", f"expected an object; known are {', '.join(sorted(OPTIONS))}")
-    # the rest of the checks, value by value, are those of the one-process server
-    chat = {"model": NAME, "messages": [{"role": "user", "content": question}], **options}
-    request = parse_chat(chat, model=NAME, limits=Limits(), defaults={}).request
-    pictures = [{"image": await MEDIA.load(url, f"images[{index}]")} for index, url in enumerate(images)]
-    return [*pictures, *request.query], request.generation
+    asked = Question.parse(parse_json(body))
+    pictures = [{"image": await MEDIA.load(url, f"images[{index}]")} for index, url in enumerate(asked.images)]
+    return [*pictures, {"text": asked.question}], asked.options.generation()
 
 
 def _too_slow() -> Refusal:

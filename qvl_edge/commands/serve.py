@@ -74,12 +74,12 @@ def execute(args: argparse.Namespace) -> int:
     try:
         import uvicorn
 
-        from qvl_edge.server.api import Settings, create_app
-        from qvl_edge.server.chat import Limits
+        from qvl_edge.server.app import Settings, create_app
         from qvl_edge.server.guard import Access
+        from qvl_edge.server.protocol import Limits
     except ImportError as error:
         raise QvlError(f"the server needs {error.name}; install it with: pip install 'qvl-edge[serve]'") from None
-    from qvl_edge.server.engine import BatchEngine
+    from qvl_edge.engine.worker import Worker
 
     if args.release_vision:
         raise ConfigError("--release-vision drops the cache of running answers; leave it out here")
@@ -89,18 +89,17 @@ def execute(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     runtime = loading.load(path, options)
     runtime.options = runtime.options.with_overrides(generation)
-    engine = BatchEngine(runtime, max_waiting=args.max_concurrent_requests, time_limit_s=args.time_limit)
+    worker = Worker(runtime, max_waiting=args.max_concurrent_requests, time_limit_s=args.time_limit)
     settings = Settings(
         model=args.served_model_name or Path(path).resolve().name,
         max_model_len=runtime.max_context,
         access=access,
         limits=Limits(images=args.max_images, n=args.max_n),
         media=media,
-        defaults=generation,
         max_body_bytes=args.max_body_mb << 20,
         max_concurrent=args.max_concurrent_requests,
     )
-    config = uvicorn.Config(create_app(engine, settings), **UVICORN)
+    config = uvicorn.Config(create_app(worker, settings), **UVICORN)
     host, port = listening.getsockname()[:2]
     name = f"[{host}]" if ":" in host else host
     loading.say(f"serving {settings.model!r}: page http://{name}:{port}/  API http://{name}:{port}/v1")

@@ -4,7 +4,7 @@ import functools
 import importlib
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
@@ -13,7 +13,8 @@ from qvl_edge.engine.sampling import Constraint
 from qvl_edge.errors import ConfigError
 from qvl_edge.text.tokenizer import BOX, BOX_END, REF, REF_END, Tokenizer
 
-FORMATS = ("text", "boxes", "json_object", "json_schema")
+Format = Literal["text", "boxes", "json_object", "json_schema"]
+FORMATS: tuple[str, ...] = get_args(Format)
 MAX_SCHEMA = 100_000  # characters of a schema
 # Free text, and boxes as Qwen-VL was trained to write them: coordinates 0 to 999, and a <ref> has a label and at least
 # one box. In llguidance's dialect of Lark <[N]> is the special token of that id, and terminals match ordinary ones.

@@ -10,12 +10,15 @@ import functools
 import queue
 import threading
 from collections.abc import AsyncGenerator, Callable, Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from qvl_edge.answer import Answer
 from qvl_edge.engine.engine import Engine, engine_error
 from qvl_edge.engine.request import Piece, Request
 from qvl_edge.errors import QueueFull, Stopped
+
+if TYPE_CHECKING:
+    from qvl_edge.text.tokenizer import Tokenizer
 
 PREFETCH = 2  # prepared requests that may wait for a slot: their image features are in memory
 
@@ -24,6 +27,7 @@ class Model(Protocol):
     """What a Worker needs of a Runtime."""
 
     engine: Engine
+    tokenizer: "Tokenizer"
 
     def prepare(self, request: Request) -> Request:
         """Turn what was asked into token ids and image features."""
@@ -37,7 +41,7 @@ class Worker:
     """
 
     def __init__(self, runtime: Model, *, max_waiting: int = 32, time_limit_s: float = 300.0):
-        self._runtime, self._engine = runtime, runtime.engine
+        self.runtime, self._engine = runtime, runtime.engine
         self._max_waiting, self._time_limit_s = max_waiting, time_limit_s
         self._submitted: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
         self._unprepared = 0
@@ -141,7 +145,7 @@ class Worker:
             if self._closed:
                 return _stopped()
             request.check()
-            self._runtime.prepare(request)
+            self.runtime.prepare(request)
         except BaseException as error:  # a panic in a native library is no Exception
             return engine_error(error)
         return None

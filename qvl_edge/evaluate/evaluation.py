@@ -14,13 +14,13 @@ from tqdm import tqdm
 from qvl_edge import Runtime
 from qvl_edge.bundle import MANIFEST, is_bundle
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.download import local_folder
 from qvl_edge.errors import QvlError
 from qvl_edge.evaluate.perplexity import PERPLEXITY, PassagePredictor, read_passages
 from qvl_edge.evaluate.predict import Predictor, Predicts, predict_all
 from qvl_edge.evaluate.report import Scored, page, table, to_dict
 from qvl_edge.evaluate.task import Item, QualityDataError, Task
 from qvl_edge.files import replacing, sha256_of, write_json, write_jsonl
+from qvl_edge.hub import local_folder
 from qvl_edge.machine import describe_machine
 from qvl_edge.options import PROFILES
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer

@@ -1,281 +1,300 @@
-"""The body of POST /v1/chat/completions -> a ChatRequest, checked field by field.
+"""POST /v1/chat/completions: from the body to the response, or to its stream of server-sent events."""
 
-As OpenAI, a field that is not known is refused: a misspelt `temperature` must not be dropped in silence.
-"""
-
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+import asyncio
+import contextlib
+import time
+import uuid
+from collections.abc import AsyncGenerator, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeAlias
 
-from qvl_edge.engine.constraint import FORMATS
-from qvl_edge.server.engine import ChatRequest
+from pydantic import BaseModel
+from starlette import requests
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qvl_edge.answer import Answer, FinishReason, TokenLogprob
+from qvl_edge.engine.request import SYSTEM, Piece, Request
+from qvl_edge.engine.worker import Worker
+from qvl_edge.errors import EngineError, QueueFull, QvlError
+from qvl_edge.server import protocol
+from qvl_edge.server.guard import Access, log_refusal, parse_json, read_body
 from qvl_edge.server.media import Media
-from qvl_edge.server.refusal import Refusal, invalid
+from qvl_edge.server.metrics import Metrics
+from qvl_edge.server.protocol import ChatCompletionChunk, ChatCompletionRequest, Delta
+from qvl_edge.server.refusal import engine_refusal, invalid
+from qvl_edge.text.tokenizer import Tokenizer
 
-MAX_STOPS = 4  # as OpenAI
-MAX_TOP_LOGPROBS = 20  # as OpenAI
-SEEDS = (-(1 << 63), (1 << 63) - 1)
-MAX_INT = (1 << 31) - 1
-# fields of OpenAI's that say nothing about the answer
-WITHOUT_EFFECT = frozenset({"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"})
-# fields whose neutral value is taken, because clients send it, and whose others are refused
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "presence_penalty": (0,),
-    "frequency_penalty": (0,),
-    "min_p": (0,),
-    "logit_bias": ({},),
-    "tools": ([],),
-    "tool_choice": ("none", "auto"),
-    "parallel_tool_calls": (True, False),
-    "functions": ([],),
-    "modalities": (["text"],),
-}
+CLIENT_CLOSED = 499  # nginx's status for a client that left before its answer was complete; only the metrics see it
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
 Turn: TypeAlias = list[dict[str, Any]]
-FIELDS = frozenset(
-    "model messages max_tokens max_completion_tokens temperature top_p top_k repetition_penalty n seed stop stream "
-    "stream_options logprobs top_logprobs response_format".split()
-)
+Event: TypeAlias = tuple[int, Piece | Answer]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """The most that one request may ask for."""
+class Settings:
+    """How a server behaves."""
 
-    messages: int = 256
-    images: int = 16
-    n: int = 8
-
-
-@dataclass(frozen=True)
-class Call:
-    """What the body asks for; `request` has image URLs in the place of images until `load_images`."""
-
-    model: str
-    request: ChatRequest
-    images: int
-    stream: bool
-    include_usage: bool
-
-    def with_request(self, request: ChatRequest) -> "Call":
-        """The same call with another request."""
-        return replace(self, request=request)
+    model: str  # the name in /v1/models, which requests must give
+    max_model_len: int  # positions: the prompt and its answer
+    access: Access
+    limits: protocol.Limits = protocol.Limits()
+    media: Media = Media()
+    max_body_bytes: int = 32 << 20
+    max_concurrent: int = 32  # chat requests that are being read, waiting or running
+    ping_s: float = 15.0  # a stream that is silent for so long gets a comment, so that no proxy closes it
 
 
-def parse_chat(body: Any, *, model: str, limits: Limits, defaults: Mapping[str, Any]) -> Call:
-    """Check the parsed JSON. Refusal 400 names the field; 404 for a model that is not served here.
-
-    defaults: generation options for what the request leaves open.
-    """
-    if not isinstance(body, dict):
-        raise invalid(None, "the body must be a JSON object")
-    known = FIELDS | WITHOUT_EFFECT | NEUTRAL.keys()
-    for name in body.keys() - known:
-        raise invalid(str(name)[:64], "this field is not known", code="unknown_parameter")
-    given = {name: value for name, value in body.items() if value is not None}
-    asked = _text(given, "model")
-    if asked is None:
-        raise invalid("model", f"say which model; it is {model!r} here")
-    if asked != model:
-        message = f"the model {asked[:200]!r} is not served here; this one is {model!r}"
-        raise Refusal(404, message, code="model_not_found", param="model")
-    for name, values in NEUTRAL.items():
-        if name in given and not any(given[name] == value for value in values):
-            raise _unsupported(name)
-    query, history, system = _turns(given.get("messages"), limits)
-    images = sum("image" in element for turn in [query, *(asked for asked, _ in history)] for element in turn)
-    if images > limits.images:
-        raise invalid("messages", f"{images} images, at most {limits.images} are taken", code="too_many_images")
-    stream = _bool(given, "stream")
-    options = given.get("stream_options", {})
-    if not isinstance(options, dict) or options.keys() - {"include_usage", "include_obfuscation"}:
-        raise invalid("stream_options", 'expected {"include_usage": true or false}')
-    if options and not stream:
-        raise invalid("stream_options", "only with stream=true")
-    request = ChatRequest(
-        query,
-        history,
-        system,
-        {**defaults, **_generation(given)},
-        n=_integer(given, "n", 1, limits.n) or 1,
-        logprobs=_logprobs(given),
-        response_format=_response_format(given),
-    )
-    return Call(asked, request, images, stream, _bool(options, "include_usage", "stream_options.include_usage"))
+class Disconnected(Exception):
+    """The caller closed the connection."""
 
 
-async def load_images(request: ChatRequest, media: Media) -> ChatRequest:
-    """The request with each image file in the place of its URL. Refusal as from Media."""
+class Chat:
+    """The endpoint, an ASGI application."""
 
-    async def load(turn: Turn) -> Turn:
-        return [{"image": await media.load(*e["image"])} if "image" in e else e for e in turn]
+    def __init__(self, worker: Worker, settings: Settings, metrics: Metrics):
+        self.worker, self.settings, self.metrics = worker, settings, metrics
+        self.model = protocol.request_model(settings.model, settings.limits)
+        self.in_flight = 0
 
-    history = [(await load(asked), answered) for asked, answered in request.history]
-    return replace(request, query=await load(request.query), history=history)
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Refusal for what goes wrong before the response has begun."""
+        if self.in_flight >= self.settings.max_concurrent:  # refused before the body is read: bodies take memory
+            raise engine_refusal(QueueFull(self.in_flight))
+        self.in_flight += 1
+        try:
+            asked, conversation = await self._read(requests.Request(scope, receive))
+            reply = Reply(asked, len(conversation.images), self.worker.runtime.tokenizer)
+            async with contextlib.aclosing(self._events(conversation.requests(asked), receive)) as events:
+                if asked.stream:
+                    await self._stream(reply, events, send)
+                else:
+                    async for event in events:
+                        if event is not None:
+                            reply.add(*event)
+                    await json_response(reply.completion())(scope, receive, send)
+        except Disconnected:
+            await Response(status_code=CLIENT_CLOSED)(scope, receive, send)
+        except (QvlError, EngineError) as error:
+            raise engine_refusal(error) from None
+        finally:
+            self.in_flight -= 1
+
+    async def _read(self, request: requests.Request) -> tuple[ChatCompletionRequest, "Conversation"]:
+        """The checked body, and its messages with their images; what takes long is done off the event loop."""
+        body = await read_body(request, self.settings.max_body_bytes)
+        asked = await asyncio.to_thread(lambda: self.model.parse(parse_json(body)))
+        conversation = Conversation.of(asked.messages)
+        count, most = len(conversation.images), self.settings.limits.images
+        if count > most:
+            raise invalid("messages", f"{count} images, at most {most} are accepted", code="too_many_images")
+        for element, param in conversation.images:
+            element["image"] = await self.settings.media.load(element["image"], param)
+        return asked, conversation
+
+    async def _events(self, asked: list[Request], receive: Receive) -> AsyncGenerator[Event | None, None]:
+        """The worker's events, and None where there was none for ping_s. Disconnected when the caller has left."""
+        events, began = self.worker.stream(asked), time.perf_counter()
+        answers: list[Answer] = []
+        silent = True
+        gone = asyncio.ensure_future(_disconnected(receive))
+        step = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                await asyncio.wait({step, gone}, timeout=self.settings.ping_s, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    if gone.done():
+                        raise Disconnected
+                    yield None
+                    continue
+                event = step.result()
+                if event is None:
+                    self.metrics.answered(answers, time.perf_counter() - began)
+                    return
+                if silent:
+                    self.metrics.first_token_s.observe(time.perf_counter() - began)
+                    silent = False
+                if isinstance(event[1], Answer):
+                    answers.append(event[1])
+                yield event
+                step = asyncio.ensure_future(anext(events, None))
+        finally:
+            gone.cancel()
+            step.cancel()
+            await asyncio.wait({step})
+            await events.aclose()
+
+    async def _stream(self, reply: "Reply", events: AsyncGenerator[Event | None, None], send: Send) -> None:
+        """Send the events as they come. What goes wrong before the first one is raised, to get its own status."""
+        begun = False
+        try:
+            async for event in events:
+                if not begun:
+                    await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+                    begun = True
+                lines = ": ping\n\n" if event is None else "".join(map(_data, reply.chunks(*event)))
+                await send({"type": "http.response.body", "body": lines.encode(), "more_body": True})
+            lines = "".join(map(_data, reply.last_chunks()))
+        except (Disconnected, QvlError, EngineError) as error:
+            if not begun:
+                raise
+            if isinstance(error, Disconnected):
+                return
+            refusal = engine_refusal(error)
+            log_refusal(refusal, "POST")
+            lines = _data(refusal.body)
+        await send({"type": "http.response.body", "body": f"{lines}data: [DONE]\n\n".encode()})
 
 
-def _generation(given: Mapping[str, Any]) -> dict[str, Any]:
-    """The options under their Hugging Face names; temperature 0 is greedy, any other one samples."""
-    if "max_tokens" in given and "max_completion_tokens" in given:
-        raise invalid("max_tokens", "it and max_completion_tokens are the same thing; send one of them")
-    options: dict[str, Any] = {
-        "max_new_tokens": _integer(given, "max_tokens", 1, MAX_INT)
-        or _integer(given, "max_completion_tokens", 1, MAX_INT),
-        "top_p": _number(given, "top_p", 0, 1, above=True),
-        "top_k": _integer(given, "top_k", 0, MAX_INT),
-        "repetition_penalty": _number(given, "repetition_penalty", 0, 10, above=True),
-        "seed": _integer(given, "seed", *SEEDS),
-        "stop": _stop(given),
-    }
-    temperature = _number(given, "temperature", 0, 2)
-    if temperature is not None:
-        # below 1e-3 the logits leave float32's comfort, and sampling is greedy anyway
-        options |= {"do_sample": False} if temperature < 1e-3 else {"do_sample": True, "temperature": temperature}
-    return {name: value for name, value in options.items() if value is not None}
+@dataclass
+class Conversation:
+    """Messages as a Request takes them; an image's element holds its URL until the image is loaded."""
 
+    query: Turn = field(default_factory=list)
+    history: list[tuple[Turn, str]] = field(default_factory=list)
+    system: str = SYSTEM
+    images: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # each element with the param of its URL
 
-def _turns(messages: Any, limits: Limits) -> tuple[Turn, list[tuple[Turn, str]], str | None]:
-    """(query, history, system). User messages that follow one another are one turn, with a newline between them."""
-    if not isinstance(messages, list) or not messages:
-        raise invalid("messages", "expected a list with at least one message")
-    if len(messages) > limits.messages:
-        raise invalid("messages", f"{len(messages)} messages, at most {limits.messages} are taken")
-    system: str | None = None
-    history: list[tuple[Turn, str]] = []
-    asked: Turn = []
-    for index, message in enumerate(messages):
-        param = f"messages[{index}]"
-        if not isinstance(message, dict) or message.keys() - {"role", "content", "name", "refusal", "boxes"}:
-            raise invalid(param, "expected an object with role and content")
-        role, content = message.get("role"), message.get("content")
-        if role in ("system", "developer"):
-            if index:
-                raise invalid(param, "a system message comes first, and there is one at most")
-            system = _plain(content, f"{param}.content")
-        elif role == "user":
-            turn = _user(content, f"{param}.content")
-            asked = [*asked, {"text": "\n"}, *turn] if asked else turn
-        elif role == "assistant":
-            if not asked:
+    @classmethod
+    def of(cls, messages: Sequence[protocol.Message]) -> "Conversation":
+        """Refusal 400 for messages in another order than a conversation's."""
+        made = cls()
+        for index, message in enumerate(messages):
+            param = f"messages[{index}]"
+            if isinstance(message, protocol.SystemMessage):
+                if index:
+                    raise invalid(param, "a system message comes first, and there is at most one")
+                made.system = message.text
+            elif isinstance(message, protocol.UserMessage):
+                made.query += [{"text": "\n"}] * bool(made.query) + made._turn(message.content, f"{param}.content")
+            elif made.query:
+                made.history.append((made.query, message.text))
+                made.query = []
+            else:
                 raise invalid(param, "an assistant message follows a user message")
-            history.append((asked, _plain(content, f"{param}.content")))
-            asked = []
+        if not made.query:
+            raise invalid("messages", "the last message must be the user's; an answer is not continued here")
+        return made
+
+    def _turn(self, parts: list[protocol.Part], param: str) -> Turn:
+        turn: Turn = []
+        for index, part in enumerate(parts):
+            if isinstance(part, protocol.TextPart):
+                turn.append({"text": part.text})
+            else:
+                turn.append({"image": part.image_url.url})
+                self.images.append((turn[-1], f"{param}[{index}].image_url.url"))
+        # OpenAI's examples put the image last. Qwen-VL was trained with images first, and the small model here finds
+        # nothing the other way round (0 of 6 against 6 of 6), so text before all images is moved behind them.
+        is_image = ["image" in element for element in turn]
+        return sorted(turn, key=lambda element: "image" not in element) if is_image == sorted(is_image) else turn
+
+    def requests(self, asked: ChatCompletionRequest) -> list[Request]:
+        """One for each of the n answers; number i has seed + i."""
+        options = asked.generation()
+        seeds = [{} if asked.seed is None else {"seed": asked.seed + index} for index in range(asked.n or 1)]
+        return [Request(self.query, self.history, self.system, generation={**options, **seed}) for seed in seeds]
+
+
+class Reply:
+    """The worker's events as the response to one request, whose messages have so many `images`."""
+
+    def __init__(self, asked: ChatCompletionRequest, images: int, tokenizer: Tokenizer):
+        self.images, self.decode = images, tokenizer.decode_bytes
+        self.include_usage = bool(asked.stream_options and asked.stream_options.include_usage)
+        self.head: dict[str, Any] = {"id": f"chatcmpl-{uuid.uuid4().hex}", "created": int(time.time())}
+        self.head["model"] = asked.model
+        self.logprobs: dict[int, list[TokenLogprob]] = {}  # of each answer that has begun
+        self.answers: dict[int, Answer] = {}
+
+    def add(self, index: int, event: Piece | Answer) -> None:
+        """Keep what `completion` and `last_chunks` are made of."""
+        logprobs = self.logprobs.setdefault(index, [])
+        if isinstance(event, Piece):
+            logprobs += event.logprobs
         else:
-            raise invalid(f"{param}.role", "expected system, user or assistant")
-    if not asked:
-        raise invalid("messages", "the last message must be the user's; an answer is not continued here")
-    return asked, history, system
+            self.answers[index] = event
+
+    def completion(self) -> protocol.ChatCompletion:
+        """The whole response, once all answers are complete."""
+        choices = []
+        for index, answer in sorted(self.answers.items()):
+            message = protocol.AnswerMessage(
+                role="assistant", content=answer.text, refusal=None, boxes=self._boxes(answer)
+            )
+            logprobs, reason = self._logprobs(self.logprobs[index]), answer.finish_reason
+            choices.append(protocol.Choice(index=index, message=message, logprobs=logprobs, finish_reason=reason))
+        return protocol.ChatCompletion(**self.head, object="chat.completion", choices=choices, usage=self._usage())
+
+    def chunks(self, index: int, event: Piece | Answer) -> Iterator[ChatCompletionChunk]:
+        """The role when an answer begins; its text; its boxes and finish_reason when it ends."""
+        if index not in self.logprobs:
+            yield self._chunk(index, Delta(role="assistant", content=""))
+        self.add(index, event)
+        if isinstance(event, Piece):
+            yield self._chunk(index, Delta(content=event.text), self._logprobs(event.logprobs))
+        else:
+            yield self._chunk(index, Delta(boxes=self._boxes(event)), finish_reason=event.finish_reason)
+
+    def last_chunks(self) -> Iterator[ChatCompletionChunk]:
+        """The usage, if it was asked for, once all answers are complete."""
+        if self.include_usage:
+            yield ChatCompletionChunk(**self.head, object="chat.completion.chunk", choices=[], usage=self._usage())
+
+    def _chunk(
+        self,
+        index: int,
+        delta: Delta,
+        logprobs: protocol.Logprobs | None = None,
+        finish_reason: FinishReason | None = None,
+    ) -> ChatCompletionChunk:
+        choice = protocol.ChunkChoice(index=index, delta=delta, logprobs=logprobs, finish_reason=finish_reason)
+        no_usage: dict[str, Any] = {"usage": None} if self.include_usage else {}
+        return ChatCompletionChunk(**self.head, object="chat.completion.chunk", choices=[choice], **no_usage)
+
+    def _usage(self) -> protocol.Usage:
+        usage = self.answers[0].usage  # the answers share one prompt
+        completion = sum(answer.usage.completion_tokens for answer in self.answers.values())
+        return protocol.Usage(
+            prompt_tokens=usage.prompt_tokens,
+            completion_tokens=completion,
+            total_tokens=usage.prompt_tokens + completion,
+            prompt_tokens_details={"cached_tokens": usage.cached_tokens},
+        )
+
+    def _boxes(self, answer: Answer) -> list[protocol.Box]:
+        """`image` counts the request's images; those of the oldest turns may have been left out of the prompt."""
+        left_out = self.images - answer.usage.images
+        return [protocol.Box(**{**box.to_dict(), "image": box.image + left_out}) for box in answer.boxes]
+
+    def _logprobs(self, tokens: Sequence[TokenLogprob]) -> protocol.Logprobs | None:
+        if not tokens:
+            return None
+
+        def shown(token_id: int, logprob: float) -> dict[str, Any]:
+            token = self.decode([token_id])
+            return {"token": token.decode(errors="replace"), "bytes": list(token), "logprob": logprob}
+
+        content = []
+        for token in tokens:
+            top = [protocol.TopLogprob(**shown(*other)) for other in token.top]
+            content.append(protocol.TokenLogprob(**shown(token.token_id, token.logprob), top_logprobs=top))
+        return protocol.Logprobs(content=content, refusal=None)
 
 
-def _user(content: Any, param: str) -> Turn:
-    """A user's text and images; an image is {"image": (url, param)} for now."""
-    if isinstance(content, str):
-        return [{"text": _unicode(content, param)}]
-    if not isinstance(content, list) or not content:
-        raise invalid(param, "expected text, or a list of text and image_url parts")
-    turn = [_part(part, f"{param}[{index}]") for index, part in enumerate(content)]
-    pictures = [element for element in turn if "image" in element]
-    texts = [element for element in turn if "text" in element]
-    # OpenAI's examples put the picture last. Qwen-VL was trained with pictures first, and the small model here finds
-    # nothing the other way round (0 of 6 against 6 of 6), so a text before all pictures goes behind them.
-    return [*pictures, *texts] if turn == [*texts, *pictures] else turn
+def json_response(body: BaseModel) -> Response:
+    """A response with the fields that are set."""
+    return Response(body.model_dump_json(exclude_unset=True), media_type="application/json")
 
 
-def _part(part: Any, param: str) -> dict[str, Any]:
-    kind = part.get("type") if isinstance(part, dict) else None
-    if kind == "text" and part.keys() == {"type", "text"}:
-        return {"text": _unicode(part["text"], f"{param}.text")}
-    if kind == "image_url" and part.keys() == {"type", "image_url"}:
-        image = part["image_url"]
-        if not isinstance(image, dict) or image.keys() - {"url", "detail"} or not isinstance(image.get("url"), str):
-            raise invalid(f"{param}.image_url", 'expected {"url": "data:image/…;base64,…"}')
-        if image.get("detail", "auto") not in ("auto", "low", "high", "original"):
-            raise invalid(f"{param}.image_url.detail", "expected auto, low or high (all the same here)")
-        return {"image": (image["url"], f"{param}.image_url.url")}
-    raise invalid(param, 'expected {"type": "text", "text": …} or {"type": "image_url", "image_url": {"url": …}}')
+def _data(body: BaseModel) -> str:
+    return f"data: {body.model_dump_json(exclude_unset=True)}\n\n"
 
 
-def _plain(content: Any, param: str) -> str:
-    """Text, or text parts joined."""
-    if isinstance(content, list) and content:
-        elements = [_part(part, f"{param}[{index}]") for index, part in enumerate(content)]
-        if all("text" in element for element in elements):
-            return "".join(element["text"] for element in elements)
-    elif isinstance(content, str):
-        return _unicode(content, param)
-    raise invalid(param, "expected text; images belong into user messages")
-
-
-def _unicode(text: Any, param: str) -> str:
-    if not isinstance(text, str):
-        raise invalid(param, "expected a string")
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise invalid(param, "the text has half of a surrogate pair, which is no character") from None
-    return text
-
-
-def _text(given: Mapping[str, Any], name: str) -> str | None:
-    return _unicode(given[name], name) if name in given else None
-
-
-def _bool(given: Mapping[str, Any], name: str, param: str | None = None) -> bool:
-    value = given.get(name)
-    if value is not None and not isinstance(value, bool):
-        raise invalid(param or name, "expected true or false")
-    return bool(value)
-
-
-def _integer(given: Mapping[str, Any], name: str, least: int, most: int) -> int | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if isinstance(value, float) and value.is_integer():  # JSON has one kind of number: 1.0 is 1
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= most:
-        raise invalid(name, f"expected an integer from {least} to {most}")
-    return value
-
-
-def _number(given: Mapping[str, Any], name: str, least: float, most: float, *, above: bool = False) -> float | None:
-    value = given.get(name)
-    if value is None:
-        return None
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise invalid(name, "expected a number")
-    if not least <= value <= most or (above and value == least):
-        raise invalid(name, f"expected a number {'above' if above else 'from'} {least} {'and up ' * above}to {most}")
-    return float(value)
-
-
-def _stop(given: Mapping[str, Any]) -> list[str] | None:
-    stop = given.get("stop")
-    if stop is None:
-        return None
-    stops = stop if isinstance(stop, list) else [stop]
-    if len(stops) > MAX_STOPS or not all(isinstance(text, str) and text for text in stops):
-        raise invalid("stop", f"expected a string or at most {MAX_STOPS} strings, none of them empty")
-    return [_unicode(text, "stop") for text in stops]
-
-
-def _logprobs(given: Mapping[str, Any]) -> int | None:
-    top = _integer(given, "top_logprobs", 0, MAX_TOP_LOGPROBS)
-    if not _bool(given, "logprobs"):
-        if top:
-            raise invalid("top_logprobs", "only with logprobs=true")
-        return None
-    return top or 0
-
-
-def _response_format(given: Mapping[str, Any]) -> dict[str, Any] | None:
-    wanted = given.get("response_format")
-    if wanted is None:
-        return None
-    if not isinstance(wanted, dict) or wanted.get("type") not in FORMATS:
-        raise invalid("response_format", f"expected a type of {', '.join(FORMATS)}")
-    return None if wanted["type"] == "text" else wanted
-
-
-def _unsupported(name: str) -> Refusal:
-    return invalid(name, "this is not supported yet", code="unsupported_parameter")
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass

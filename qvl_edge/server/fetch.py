@@ -1,7 +1,7 @@
-"""Fetch an image from a listed host, at an address that was checked: the server's own network stays out of reach.
+"""Fetch images from allowed hosts without server-side request forgery: only public addresses are connected to.
 
-A name is resolved once and the connection goes to that very address, so a second answer of the DNS changes nothing.
-Proxies of the environment are not used, since they would resolve the name anew.
+A name is resolved once and the connection goes to the address that was checked, so that DNS rebinding has no effect.
+Proxies of the environment are not used: they would resolve the name again.
 """
 
 import asyncio
@@ -18,14 +18,14 @@ import h11
 from qvl_edge.server.refusal import Refusal, invalid
 
 MAX_REDIRECTS = 3
-TIMEOUT_S = 10.0  # everything: DNS, connections, redirects, the body
+TIMEOUT_S = 10.0  # for DNS, connections, redirects and the body together
 MAX_BYTES = 20 << 20
 MAX_HEADER_BYTES = 16 << 10
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
 _NAME = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*[a-z0-9]|localhost")
-_CLEAN = re.compile(r"[!-~]+")  # printable ASCII without spaces: nothing that could end a line of the request
+_CLEAN = re.compile(r"[!-~]+")  # printable ASCII without spaces: nothing that could end a header line
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 
@@ -33,8 +33,8 @@ Resolve = Callable[[str, int], Awaitable[list[str]]]
 def is_public(address: str) -> bool:
     """Whether an IP address belongs to the public internet.
 
-    For IPv6 that is 2000::/3 only, without the ranges that carry an IPv4 address inside (6to4, Teredo); v4-mapped
-    addresses and NAT64 are outside of it.
+    For IPv6 that is 2000::/3 without the ranges that embed an IPv4 address (6to4, Teredo); v4-mapped addresses and
+    NAT64 lie outside of it.
     """
     ip = ipaddress.ip_address(address)
     if ip.version == 6:
@@ -45,14 +45,14 @@ def is_public(address: str) -> bool:
 
 
 async def resolve(host: str, port: int) -> list[str]:
-    """Every address that the system knows for `host`."""
+    """All addresses of `host`."""
     found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
     return list(dict.fromkeys(str(entry[4][0]) for entry in found))
 
 
 @dataclass(frozen=True)
 class Fetcher:
-    """Fetches from `domains` ("host", or "host:port" for a port that is not the scheme's), and from nowhere else."""
+    """Fetches from `domains` ("host", or "host:port" for a port that is not the scheme's), only."""
 
     domains: frozenset[str]
     resolve: Resolve = resolve
@@ -62,7 +62,7 @@ class Fetcher:
     tls: ssl.SSLContext = field(default_factory=ssl.create_default_context)
 
     async def fetch(self, url: str, param: str) -> bytes:
-        """The body of `url`. Refusal 400 at `param` for what is not allowed, too large, too slow or not there."""
+        """The body of `url`. Refusal 400 at `param` if it is not allowed, too large, too slow or missing."""
         try:
             async with asyncio.timeout(self.timeout_s):
                 for _ in range(MAX_REDIRECTS + 1):
@@ -70,14 +70,14 @@ class Fetcher:
                     if isinstance(answer, bytes):
                         return answer
                     url = urljoin(url, answer)
-                raise _refused(param, f"the image is behind more than {MAX_REDIRECTS} redirects")
+                raise _refused(param, f"the image's URL has more than {MAX_REDIRECTS} redirects")
         except TimeoutError:
-            raise _refused(param, f"the image did not come within {self.timeout_s:g} s") from None
+            raise _refused(param, f"the image was not received within {self.timeout_s:g} s") from None
         except (OSError, ssl.SSLError, h11.ProtocolError, EOFError) as error:
             raise _refused(param, f"the image could not be fetched ({type(error).__name__})") from None
 
     async def _get(self, url: str, param: str) -> bytes | str:
-        """The body, or where a redirect points."""
+        """The body, or the target of a redirect."""
         parts, host, port = self._allowed(url, param)
         addresses = await self.resolve(host.strip("[]"), port)
         if not addresses or not all(self.is_public(address) for address in addresses):
@@ -93,7 +93,7 @@ class Fetcher:
             await writer.drain()
             return await self._answer(connection, reader, param)
         finally:
-            writer.transport.abort()  # not close(): that would wait for the other side's goodbye
+            writer.transport.abort()  # not close(): that would wait for TLS's close_notify
 
     def _allowed(self, url: str, param: str) -> tuple[SplitResult, str, int]:
         """The URL's parts, its host and its port. Refusal unless the host is one of the listed ones."""
@@ -107,7 +107,9 @@ class Fetcher:
         if parts.scheme not in PORTS:
             raise _refused(param, "only http and https are fetched")
         if "@" in parts.netloc or not _is_plain_host(host):
-            raise _refused(param, "the URL's host must be a plain name or address, without user, octal or decimal form")
+            raise _refused(
+                param, "the URL's host must be a name or a standard IP address, without a user, octal or decimal form"
+            )
         default = PORTS[parts.scheme]
         name = host if port in (None, default) else f"{host}:{port}"
         if name not in self.domains:
@@ -125,9 +127,9 @@ class Fetcher:
                 if event.status_code in REDIRECTS and b"location" in found:
                     return found[b"location"].decode("latin-1")
                 if event.status_code != 200:
-                    raise _refused(param, f"the image's host answered {event.status_code}")
+                    raise _refused(param, f"the image's host answered with status {event.status_code}")
                 if found.get(b"content-encoding", b"identity") != b"identity":
-                    raise _refused(param, "the image's host sent it compressed")
+                    raise _refused(param, "the image's host applied a Content-Encoding")
             elif isinstance(event, h11.Data):
                 body += event.data
                 if len(body) > self.max_bytes:
@@ -141,7 +143,7 @@ class Fetcher:
 async def _connect(
     addresses: Iterable[str], port: int, tls: dict[str, object]
 ) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
-    """A connection to the first of `addresses` that takes one."""
+    """A connection to the first of `addresses` that accepts one."""
     problem = OSError("no address")
     for address in addresses:
         try:

@@ -1,4 +1,4 @@
-"""What stands before every route: who may come in, how much is read, and what is said to browsers."""
+"""What runs before every route: authentication, security headers, and limits on the body and its JSON."""
 
 import asyncio
 import hmac
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl_edge.errors import ConfigError
@@ -21,7 +22,7 @@ log = logging.getLogger("qvl_edge.server")
 
 MAX_DEPTH = 16  # of JSON; a request with a schema in response_format needs about ten
 MAX_MARKS = 100_000  # brackets and commas of JSON: what bounds the objects that 32 MB can become
-BODY_TIMEOUT_S = 60.0  # for the whole body, so that slow senders end
+BODY_TIMEOUT_S = 60.0  # for the whole body: bounds how long a slow sender holds a connection
 
 PAGE_CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -35,35 +36,35 @@ HEADERS = {
     "cross-origin-resource-policy": "same-origin",
     "cross-origin-opener-policy": "same-origin",
 }
-# without a key: the probe of whoever runs the server, and files that everybody who has the package has
+# open without a key: the health check, and files that are public in the package
 OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/style.css", "/favicon.svg"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
-# a string that never ends is taken up to the end of the body: trying again at each quote would take square time
+# an unterminated string matches up to the end of the body: trying again at each quote would take quadratic time
 _MARKS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[\]{},]', re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Access:
-    """Who may come in. Without a key only this machine can, under one of its own names."""
+    """Access control: by an API key; without one, for this machine only and under one of its own names."""
 
     host: str
     api_key: str | None
 
     def __post_init__(self) -> None:
         if self.api_key is not None and not self.api_key.strip():
-            raise ConfigError("the API key is empty; give one, or none at all to serve this machine only")
+            raise ConfigError("the API key is empty; give one, or leave it out to serve this machine only")
         if self.api_key is None and not is_loopback(self.host):
             raise ConfigError(
-                f"--host {self.host} lets other machines in, and there is no API key; set QVL_EDGE_API_KEY "
+                f"--host {self.host} can be reached from other machines and there is no API key; set QVL_EDGE_API_KEY "
                 "(or --api-key), or use --host 127.0.0.1"
             )
 
     def check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Refusal 401 without the key; 400 for a Host header that a page from elsewhere made the browser send."""
+        """Refusal 401 without the key; without one set, 400 for a foreign Host header (DNS rebinding)."""
         if self.api_key is None:
             host = headers.get(b"host", b"").decode("latin-1").lower()
-            # a name of the attacker's that resolves to 127.0.0.1 would make his page this server's own
+            # a name that an attacker points at 127.0.0.1 would give his page the same origin as this server
             if re.sub(r":[0-9]*$", "", host) not in LOOPBACK_NAMES | {self.host.lower()}:
                 raise Refusal(400, "the Host header is not a name of this machine", code="host_not_allowed")
             return
@@ -81,7 +82,7 @@ class Access:
 
 
 def is_loopback(host: str) -> bool:
-    """Whether only this machine reaches a server that is bound to `host`."""
+    """Whether a server bound to `host` can be reached from this machine only."""
     try:
         return ipaddress.ip_address(host.strip("[]")).is_loopback
     except ValueError:
@@ -89,7 +90,7 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI: checks Access before anything else is looked at, gives every response its security headers, counts it."""
+    """ASGI middleware: checks Access first, adds security headers to every response, and counts it."""
 
     def __init__(self, app: ASGIApp, access: Access, count: Callable[[str, int], None]):
         self.app, self.access, self.count = app, access, count
@@ -113,32 +114,28 @@ class Guard:
             await self.app(scope, receive, guarded)
         except Refusal as refusal:
             log_refusal(refusal, scope["method"])
-            await send_refusal(refusal, guarded)
-        except Exception as error:  # the 500 is sent; the message stays out of the log, it may quote the request
+            await respond(refusal)(scope, receive, guarded)
+        except Exception as error:  # the 500 has been sent; the message is not logged, it may quote the request
             log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
 
 
-async def send_refusal(refusal: Refusal, send: Send) -> None:
-    """The refusal as a whole response."""
-    body = refusal.to_json()
-    headers = {"content-type": "application/json", "content-length": str(len(body)), **refusal.headers}
-    encoded = [(k.encode(), v.encode()) for k, v in headers.items()]
-    await send({"type": "http.response.start", "status": refusal.status, "headers": encoded})
-    await send({"type": "http.response.body", "body": body})
+def respond(refusal: Refusal) -> Response:
+    """The refusal as a response."""
+    return Response(refusal.body.model_dump_json(), refusal.status, refusal.headers, media_type="application/json")
 
 
 def log_refusal(refusal: Refusal, method: str) -> None:
-    """What was refused and why, without a word of the request's content."""
+    """Log the status and the reason, and nothing of the request's content."""
     log.info("refused %s: %s %s", method, refusal.status, refusal.code or refusal.kind)
 
 
 async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a JSON request. Refusal: 415, 413 past `limit` bytes as they come, 400 when it takes too long."""
+    """The body of a JSON request. Refusal: 415, 413 as soon as it exceeds `limit` bytes, 400 when it takes too long."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":  # also what makes a browser ask before a foreign page may post here
+    if kind != "application/json":  # also makes browsers send a CORS preflight, which is refused
         raise Refusal(415, "the Content-Type must be application/json", code="unsupported_media_type")
     if request.headers.get("content-encoding", "identity") != "identity":
-        raise Refusal(415, "a compressed body is not read; send it as it is", code="unsupported_media_type")
+        raise Refusal(415, "compressed bodies are not supported; send it uncompressed", code="unsupported_media_type")
     declared = request.headers.get("content-length", "")
     body = bytearray()
     try:
@@ -150,10 +147,10 @@ async def read_body(request: Request, limit: int) -> bytes:
                 if len(body) > limit:
                     raise _too_large(limit)
     except TimeoutError:
-        message = f"the body did not come within {BODY_TIMEOUT_S:g} s"
+        message = f"the body was not received within {BODY_TIMEOUT_S:g} s"
         raise Refusal(400, message, code="body_timeout", headers={"connection": "close"}) from None
     except ClientDisconnect:
-        raise Refusal(400, "the connection ended within the body", code="body_cut") from None
+        raise Refusal(400, "the connection was closed before the end of the body", code="body_cut") from None
     return bytes(body)
 
 
@@ -179,7 +176,7 @@ def parse_json(body: bytes) -> Any:
         if count > MAX_MARKS:
             raise invalid(None, f"the JSON has more than {MAX_MARKS} values", code="invalid_json")
     try:
-        return json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_int=_integer)
+        return json.loads(body.decode("utf-8"), parse_constant=_no_constant, parse_int=_integer, parse_float=_number)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         where = f" at character {error.pos}" if isinstance(error, json.JSONDecodeError) else ""
         raise invalid(None, f"the body is not valid JSON{where}", code="invalid_json") from None
@@ -193,3 +190,8 @@ def _integer(digits: str) -> int:
     if len(digits) > 20:  # past 64 bits; Python would take seconds to read the longest ones
         raise ValueError("an integer is too large")
     return int(digits)
+
+
+def _number(digits: str) -> float:
+    value = float(digits)
+    return int(value) if value.is_integer() and abs(value) < 1 << 53 else value  # JSON has one type: 1.0 is 1

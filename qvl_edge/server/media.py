@@ -1,4 +1,4 @@
-"""image_url of a request -> the bytes of an image file that is safe to decode."""
+"""The URL of an image_url part -> the bytes of an image file that is safe to decode."""
 
 import asyncio
 import base64
@@ -23,14 +23,14 @@ _DATA_URI = re.compile(r"data:(?:image/[a-z0-9.+-]{1,40})?;base64,", re.IGNORECA
 
 @dataclass(frozen=True)
 class Media:
-    """Where images may come from: always from data URIs, and from a folder or from hosts where they are named."""
+    """Where images may come from: data URIs, and files below local_root and hosts of the fetcher if they are given."""
 
     local_root: Path | None = None
     fetcher: Fetcher | None = None
     max_bytes: int = MAX_BYTES  # of one image
 
     async def load(self, url: str, param: str) -> bytes:
-        """The image file. Refusal 400 at `param`. Decoding comes later; the header has been checked in a thread."""
+        """The image file, whose header has been checked but which is not decoded. Refusal 400 at `param`."""
         found = _SCHEME.match(url)
         scheme = found[1].lower() if found else ""
         if scheme == "data":
@@ -39,15 +39,15 @@ class Media:
             if self.fetcher is None:
                 raise invalid(
                     param,
-                    "this server fetches nothing; send the image as data:image/…;base64,… "
-                    "(or start it with --allowed-media-domains)",
+                    "this server does not fetch images; send it as data:image/…;base64,… "
+                    "(or start the server with --allowed-media-domains)",
                     code="fetch_not_allowed",
                 )
             content = await self.fetcher.fetch(url, param)
         elif scheme in ("file", ""):
             content = await asyncio.to_thread(self._from_file, url, param)
         else:
-            raise invalid(param, "an image comes as a data URI, http, https or file", code="scheme_not_allowed")
+            raise invalid(param, "expected a data URI, or an http, https or file URL", code="scheme_not_allowed")
         await asyncio.to_thread(check_header, content, param)
         return content
 
@@ -65,12 +65,12 @@ class Media:
             raise invalid(param, "the data URI is not valid base64", code="bad_image") from None
 
     def _from_file(self, url: str, param: str) -> bytes:
-        """A file below `local_root`, wherever links and `..` lead; what is outside looks like what is not there."""
+        """A file that is below `local_root` once links and `..` are resolved; one outside is reported as missing."""
         if self.local_root is None:
             raise invalid(
                 param,
-                "this server reads no local files; send the image as data:image/…;base64,… "
-                "(or start it with --allowed-local-media-path)",
+                "this server does not read local files; send the image as data:image/…;base64,… "
+                "(or start the server with --allowed-local-media-path)",
                 code="local_not_allowed",
             )
         missing = invalid(param, "there is no such file below --allowed-local-media-path", code="file_not_found")
@@ -85,13 +85,13 @@ class Media:
             real = (root / path).resolve(strict=True)
             if not real.is_relative_to(root):
                 raise missing
-            # NOFOLLOW: the last step may have become a link since; NONBLOCK: a pipe would wait for a writer
+            # NOFOLLOW: it may have become a link since; NONBLOCK: opening a pipe would wait for a writer
             descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
             with open(descriptor, "rb") as file:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise missing
                 content = file.read(self.max_bytes + 1)
-        except (OSError, ValueError, RuntimeError):  # ValueError: a NUL in the path; RuntimeError: links in a circle
+        except (OSError, ValueError, RuntimeError):  # ValueError: a NUL in the path; RuntimeError: a loop of links
             raise missing from None
         if len(content) > self.max_bytes:
             raise _too_large(param, self.max_bytes)
@@ -99,14 +99,14 @@ class Media:
 
 
 def check_header(content: bytes, param: str) -> None:
-    """Refusal 400 unless `content` begins as one of FORMATS with at most MAX_PIXELS; nothing is decoded."""
+    """Refusal 400 unless `content` has the header of one of FORMATS with at most MAX_PIXELS; nothing is decoded."""
     accepted = f"accepted are {', '.join(FORMATS)}"
     try:
         with Image.open(io.BytesIO(content), formats=FORMATS) as image:
             width, height = image.size
     except Image.DecompressionBombError:
         raise invalid(param, f"the image has more than {MAX_PIXELS / 1e6:.0f} Mpixel", code="bad_image") from None
-    except Exception:  # the readers of PIL raise many kinds on damaged files
+    except Exception:  # PIL raises many types on damaged files
         raise invalid(param, f"this is not an image that can be read; {accepted}", code="bad_image") from None
     if width * height > MAX_PIXELS:
         size = f"{width} x {height} = {width * height / 1e6:.1f} Mpixel"

@@ -2,6 +2,9 @@
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
+
+from qvl_edge.answer import Answer
 
 FIRST_TOKEN_S = (0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 WHOLE_S = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
@@ -28,12 +31,24 @@ class Histogram:
 
 
 class Metrics:
-    """What the server counts about itself: no texts, no addresses."""
+    """The server's counters; they hold no text and no addresses."""
 
     def __init__(self) -> None:
-        self.requests: Counter[tuple[str, int]] = Counter()  # (route, status); status 499: the caller left
+        self.requests: Counter[tuple[str, int]] = (
+            Counter()
+        )  # by route and status; 499: the client closed the connection
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.images = self.cached_images = 0
         self.first_token_s, self.request_s = Histogram(FIRST_TOKEN_S), Histogram(WHOLE_S)
+
+    def answered(self, answers: Sequence[Answer], seconds: float) -> None:
+        """Count a request, whose answers share one prompt."""
+        usage = answers[0].usage
+        self.request_s.observe(seconds)
+        self.prompt_tokens += usage.prompt_tokens
+        self.cached_tokens += usage.cached_tokens
+        self.completion_tokens += sum(answer.usage.completion_tokens for answer in answers)
+        self.images += usage.images
+        self.cached_images += usage.cached_images
 
     def render(self, *, waiting: int, running: int) -> str:
         """The text of /metrics."""
@@ -44,13 +59,18 @@ class Metrics:
         for (route, status), count in sorted(self.requests.items()):
             lines.append(f'qvl_edge_requests_total{{route="{route}",status="{status}"}} {count}')
         for name, kind, value, what in (
-            ("requests_waiting", "gauge", waiting, "Requests that have not begun."),
+            ("requests_waiting", "gauge", waiting, "Requests that have no slot yet."),
             ("requests_running", "gauge", running, "Requests that are being answered."),
             ("prompt_tokens_total", "counter", self.prompt_tokens, "Tokens of prompts, images included."),
-            ("cached_tokens_total", "counter", self.cached_tokens, "Tokens of prompts that were not computed again."),
+            (
+                "cached_tokens_total",
+                "counter",
+                self.cached_tokens,
+                "Tokens of prompts that were in the KV cache already.",
+            ),
             ("completion_tokens_total", "counter", self.completion_tokens, "Tokens of answers."),
             ("images_total", "counter", self.images, "Images in prompts."),
-            ("cached_images_total", "counter", self.cached_images, "Images that were not encoded again."),
+            ("cached_images_total", "counter", self.cached_images, "Images whose features were cached."),
         ):
             lines += [f"# HELP qvl_edge_{name} {what}", f"# TYPE qvl_edge_{name} {kind}", f"qvl_edge_{name} {value}"]
         for name, histogram, what in (

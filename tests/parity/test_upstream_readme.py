@@ -52,7 +52,7 @@ def test_r1_nothing_of_upstreams_requirements_is_imported() -> None:
     program = f"""
 import sys
 sys.modules.update(dict.fromkeys({UPSTREAMS_PACKAGES!r}))  # None: importing it fails
-import qvl_edge.server.api
+import qvl_edge.server.app
 from qvl_edge.compat import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained("Qwen/Qwen-VL-Chat-Int4", trust_remote_code=True)
 model = AutoModelForCausalLM.from_pretrained("Qwen/Qwen-VL-Chat-Int4", device_map="cpu", trust_remote_code=True).eval()

@@ -4,11 +4,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from qvl_edge.server.engine import BatchEngine
 
 import qvl_edge.demo
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import Scene, make_scene
+from qvl_edge.engine.worker import Worker
 
 from .harness import Server, serving
 
@@ -23,7 +23,7 @@ def runtime(vit_cache: Path) -> Runtime:
 
 @pytest.fixture(scope="session")
 def server(runtime: Runtime) -> Iterator[Server]:
-    with serving(BatchEngine(runtime)) as running:
+    with serving(Worker(runtime)) as running:
         yield running
 
 

@@ -1,4 +1,4 @@
-"""A real uvicorn on loopback in a thread, requests to it, and an engine that does as a test says."""
+"""A real uvicorn on loopback in a thread, requests to it, and a worker that does as a test says."""
 
 import asyncio
 import base64
@@ -6,19 +6,21 @@ import contextlib
 import io
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Iterator
+from collections.abc import AsyncGenerator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
 import openai
 import uvicorn
 from PIL import Image
-from qvl_edge.server.engine import ChatRequest, Delta, Engine, Event, Finished
 
 from qvl_edge.answer import Answer, Timing, Usage
 from qvl_edge.commands.serve import UVICORN
-from qvl_edge.server.api import Settings, create_app
+from qvl_edge.engine.request import Piece, Request
+from qvl_edge.engine.worker import Worker
+from qvl_edge.server.app import Settings, create_app
 from qvl_edge.server.guard import Access
 from qvl_edge.text.boxes import parse_boxes
 
@@ -31,7 +33,7 @@ class Server:
     """A server that runs, and ways to talk to it."""
 
     url: str
-    engine: Engine
+    worker: "Worker | ScriptedWorker | None"
     key: str | None = None
 
     @property
@@ -46,9 +48,10 @@ class Server:
         options.setdefault("headers", {"content-type": "application/json"})
         return httpx.post(f"{self.url}/v1/chat/completions", timeout=WAIT_S, **options)
 
-    def ask(self, content: Any, **fields: Any) -> httpx.Response:
+    def ask(self, content: Any, *, headers: dict[str, str] | None = None, **fields: Any) -> httpx.Response:
         """POST one user message."""
-        return self.post({"model": MODEL, "messages": [{"role": "user", "content": content}], **fields})
+        body = {"model": MODEL, "messages": [{"role": "user", "content": content}], **fields}
+        return self.post(body, **({"headers": headers} if headers else {}))
 
     def metric(self, name: str) -> float:
         """The value of a line of /metrics."""
@@ -57,16 +60,18 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(engine: Engine, *, key: str | None = None, host: str = "127.0.0.1", **settings: Any) -> Iterator[Server]:
-    """Serve `engine` on a free port; it is closed at the end."""
+def serving(
+    worker: "Worker | ScriptedWorker", *, key: str | None = None, host: str = "127.0.0.1", **settings: Any
+) -> Iterator[Server]:
+    """Serve `worker` on a free port; it is closed at the end."""
     given = {"model": MODEL, "max_model_len": 8192, "access": Access(host, key), **settings}
-    app = create_app(engine, Settings(**given))
+    app = create_app(worker, Settings(**given))
     server = uvicorn.Server(uvicorn.Config(app, host=host, port=0, **UVICORN | {"timeout_graceful_shutdown": 1}))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
     try:
-        yield Server(f"http://{host}:{server.servers[0].sockets[0].getsockname()[1]}", engine, key)
+        yield Server(f"http://{host}:{server.servers[0].sockets[0].getsockname()[1]}", worker, key)
     finally:
         server.should_exit = True
         thread.join(WAIT_S)
@@ -100,32 +105,43 @@ def text(words: str) -> dict[str, Any]:
     return {"type": "text", "text": words}
 
 
-class ScriptedEngine:
-    """Says `pieces` for every draw and remembers what it was asked; `before(index)` runs before each piece."""
+class ScriptedWorker:
+    """Says `pieces` for every answer and remembers what it was asked; `before(index)` runs before each piece.
+
+    forgets: images that its window has no room for; tokens: the bytes of token ids.
+    """
 
     waiting = running = 0
+    healthy = True
 
-    def __init__(self, *pieces: str | Delta, before: Callable[[int], Any] | None = None, forgets: int = 0):
-        self.pieces, self.before = pieces, before
-        self.forgets = forgets  # images that its window has no room for
-        self.requests: list[ChatRequest] = []
+    def __init__(
+        self,
+        *pieces: str | Piece,
+        before: Callable[[int], Any] | None = None,
+        forgets: int = 0,
+        tokens: Mapping[int, bytes] | None = None,
+    ):
+        self.pieces = [Piece(piece) if isinstance(piece, str) else piece for piece in pieces]
+        self.before, self.forgets = before, forgets
+        decode = SimpleNamespace(decode_bytes=lambda ids: b"".join((tokens or {})[token] for token in ids))
+        self.runtime = SimpleNamespace(tokenizer=decode)
+        self.requests: list[Request] = []
         self.cancelled = threading.Event()
 
-    async def submit(self, request: ChatRequest) -> AsyncGenerator[Event, None]:
-        """See Engine.submit."""
-        self.requests.append(request)
-        turns = [request.query, *(asked for asked, _ in request.history)]
-        images = sum("image" in element for turn in turns for element in turn) - self.forgets
+    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
+        """See Worker.stream."""
+        self.requests += requests
         complete = False
         try:
-            for draw in range(request.n):
+            for number, request in enumerate(requests):
+                turns = [request.query, *(asked for asked, _ in request.history)]
+                images = sum("image" in element for turn in turns for element in turn) - self.forgets
                 said = ""
                 for index, piece in enumerate(self.pieces):
                     if self.before is not None and (waits := self.before(index)) is not None:
                         await waits
-                    delta = piece if isinstance(piece, Delta) else Delta(draw, piece)
-                    said += delta.text
-                    yield delta
+                    said += piece.text
+                    yield number, piece
                 boxes = parse_boxes(said, image_sizes=[(100, 50)] * images)
                 usage = Usage(
                     prompt_tokens=5,
@@ -136,7 +152,7 @@ class ScriptedEngine:
                     cached_images=0,
                 )
                 timing = Timing(0.0, 0.0, 0.0, 5, 0)
-                yield Finished(draw, Answer(said.strip(), boxes, [1] * len(self.pieces), "stop", usage, timing))
+                yield number, Answer(said.strip(), boxes, [1] * len(self.pieces), "stop", usage, timing)
             complete = True
         finally:
             if not complete:

@@ -9,14 +9,16 @@ import httpx
 import openai
 import pytest
 from PIL import Image
-from qvl_edge.server.engine import BatchEngine, Delta, OutOfMemory, QueueFull, TimeLimit, TokenLogprob
 
+from qvl_edge.answer import TokenLogprob
 from qvl_edge.demo.scenes import Scene
-from qvl_edge.errors import PromptError
+from qvl_edge.engine.request import SYSTEM, Piece
+from qvl_edge.engine.worker import Worker
+from qvl_edge.errors import EngineFailed, OutOfMemory, PromptError, QueueFull, TimeLimit
 from qvl_edge.runtime import Runtime
-from qvl_edge.server.chat import Limits
+from qvl_edge.server.protocol import Limits
 
-from .harness import MODEL, ScriptedEngine, Server, data_uri, for_ever, picture, serving, text, until
+from .harness import MODEL, ScriptedWorker, Server, data_uri, for_ever, picture, serving, text, until
 
 GREEDY = {"temperature": 0}
 
@@ -71,7 +73,7 @@ def test_three_images_a_system_turn_and_a_history_reach_the_model_in_order(
 
 def test_a_box_of_a_long_conversation_counts_the_images_that_were_sent(scenes: list[Scene]) -> None:
     # the engine says that one image of two fitted into its window
-    engine = ScriptedEngine("<ref>a</ref><box>(0,0),(500,500)</box>", forgets=1)
+    engine = ScriptedWorker("<ref>a</ref><box>(0,0),(500,500)</box>", forgets=1)
     image = data_uri(scenes[0].image)
     messages = [*user([picture(image)]), {"role": "assistant", "content": "x"}, *user([picture(image), text("a")])]
     with serving(engine) as server:
@@ -139,26 +141,24 @@ def test_stop_strings_and_max_tokens_end_an_answer(server: Server, scenes: list[
 
 
 def test_sampling_options_reach_the_engine_under_their_names() -> None:
-    engine = ScriptedEngine("x")
-    with serving(engine, defaults={"top_k": 9, "repetition_penalty": 1.5}) as server:
+    engine = ScriptedWorker("x")
+    with serving(engine) as server:
         options = {"temperature": 0.5, "top_p": 0.25, "extra_body": {"top_k": 3}, "seed": 4, "stop": ["."]}
         server.client.chat.completions.create(model=MODEL, messages=user("a"), max_tokens=5, **options)
         server.client.chat.completions.create(model=MODEL, messages=user("a"), temperature=0)
     assert engine.requests[0].generation == {
         "max_new_tokens": 5,
-        "do_sample": True,
         "temperature": 0.5,
         "top_p": 0.25,
         "top_k": 3,
         "seed": 4,
         "stop": ["."],
-        "repetition_penalty": 1.5,
     }
-    assert engine.requests[1].generation == {"do_sample": False, "top_k": 9, "repetition_penalty": 1.5}
+    assert engine.requests[1].generation == {"temperature": 0.0} and engine.requests[1].system == SYSTEM
 
 
 def test_messages_become_turns() -> None:
-    engine = ScriptedEngine("x")
+    engine = ScriptedWorker("x")
     messages = [
         {"role": "developer", "content": [text("a"), text("b")]},
         {"role": "user", "content": "one"},
@@ -205,7 +205,7 @@ WRONG = [
     ({"model": MODEL, "messages": [{"role": "tool", "content": "b"}]}, "messages[0].role", None),
     ({"model": MODEL, "messages": user(None)}, "messages[0].content", None),
     ({"model": MODEL, "messages": user([])}, "messages[0].content", None),
-    ({"model": MODEL, "messages": user([{"type": "input_audio"}])}, "messages[0].content[0]", None),
+    ({"model": MODEL, "messages": user([{"type": "input_audio"}])}, "messages[0].content[0].type", None),
     ({"model": MODEL, "messages": user([{"type": "image_url",
      "image_url": "x"}])}, "messages[0].content[0].image_url", None),
     ({"model": MODEL, "messages": user("\ud800")}, "messages[0].content", None),
@@ -224,7 +224,7 @@ WRONG = [
     ({"model": MODEL, "messages": ONE, "temprature": 1}, "temprature", "unknown_parameter"),
     ({"model": MODEL, "messages": ONE, "logprobs": 3}, "logprobs", None),
     ({"model": MODEL, "messages": ONE, "top_logprobs": 3}, "top_logprobs", None),
-    ({"model": MODEL, "messages": ONE, "response_format": {"type": "xml"}}, "response_format", None),
+    ({"model": MODEL, "messages": ONE, "response_format": {"type": "xml"}}, "response_format.type", None),
     ({"model": MODEL, "messages": ONE, "tools": [{}]}, "tools", "unsupported_parameter"),
     ({"model": MODEL, "messages": ONE, "presence_penalty": 1}, "presence_penalty", "unsupported_parameter"),
 ]  # fmt: skip
@@ -277,11 +277,12 @@ def raising(error: BaseException):
         (OutOfMemory("no memory"), 503, "out_of_memory", openai.InternalServerError),
         (TimeLimit("too long"), 503, "time_limit", openai.InternalServerError),
         (PromptError("bad"), 400, "bad_prompt", openai.BadRequestError),
+        (EngineFailed("secret"), 500, "internal_error", openai.InternalServerError),
         (RuntimeError("secret"), 500, "internal_error", openai.InternalServerError),
     ],
 )
 def test_the_engines_errors_have_their_status(error, status: int, code: str, kind, caplog) -> None:
-    with serving(ScriptedEngine("x", before=raising(error))) as server:
+    with serving(ScriptedWorker("x", before=raising(error))) as server:
         with pytest.raises(kind) as said:
             server.client.chat.completions.create(model=MODEL, messages=ONE)
         streamed = server.ask("a", stream=True)
@@ -295,7 +296,7 @@ def test_an_error_within_a_stream_is_its_last_event() -> None:
         if index == 1:
             raise OutOfMemory("no memory for more")
 
-    with serving(ScriptedEngine("one", "two", before=before)) as server:
+    with serving(ScriptedWorker("one", "two", before=before)) as server:
         stream = server.client.chat.completions.create(model=MODEL, messages=ONE, stream=True)
         with pytest.raises(openai.APIError, match="no memory for more"):
             list(stream)
@@ -307,7 +308,7 @@ def test_a_long_silence_in_a_stream_is_filled_with_pings() -> None:
     def before(index: int):
         return release.wait() if index == 0 else None
 
-    with serving(ScriptedEngine("late", before=before), ping_s=0.02) as server:
+    with serving(ScriptedWorker("late", before=before), ping_s=0.02) as server:
         body = {"model": MODEL, "messages": ONE, "stream": True}
         lines = []
         with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body) as response:
@@ -321,7 +322,7 @@ def test_a_long_silence_in_a_stream_is_filled_with_pings() -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 def test_a_caller_who_leaves_cancels_the_answer(stream: bool) -> None:
-    engine = ScriptedEngine("one", "two", before=lambda index: for_ever() if index else None)
+    engine = ScriptedWorker("one", "two", before=lambda index: for_ever() if index else None)
     with serving(engine) as server:
         body = json.dumps({"model": MODEL, "messages": ONE, "stream": stream}).encode()
         host, port = server.url[7:].split(":")
@@ -337,15 +338,15 @@ def test_a_caller_who_leaves_cancels_the_answer(stream: bool) -> None:
 
 
 def test_log_probabilities_and_formats_pass_through_to_the_engine_and_back() -> None:
-    token = TokenLogprob("é".encode(), -0.5, ((b"\xc3", -1.0), (b"b", -2.0)))
-    engine = ScriptedEngine(Delta(0, "é", (token,)))
+    token = TokenLogprob(7, -0.5, ((8, -1.0), (9, -2.0)))
+    engine = ScriptedWorker(Piece("é", (token,)), tokens={7: "é".encode(), 8: b"\xc3", 9: b"b"})
     shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": {}}}
     with serving(engine) as server:
         create = server.client.chat.completions.create
         options = {"logprobs": True, "top_logprobs": 2, "response_format": shape}
         said = create(model=MODEL, messages=ONE, **options).choices[0].logprobs
         streamed = [c.choices[0].logprobs for c in create(model=MODEL, messages=ONE, stream=True, **options)]
-    assert engine.requests[0].logprobs == 2 and engine.requests[0].response_format == shape
+    assert engine.requests[0].generation == {"logprobs": 2, "response_format": shape}
     assert (said.content[0].token, said.content[0].bytes, said.content[0].logprob) == ("é", [195, 169], -0.5)
     assert [(top.bytes, top.logprob) for top in said.content[0].top_logprobs] == [([195], -1.0), ([98], -2.0)]
     assert [each.model_dump() for each in streamed if each] == [said.model_dump()]
@@ -358,7 +359,7 @@ def test_more_requests_than_allowed_are_refused_before_their_body_is_read() -> N
         while not release.is_set():
             await asyncio.sleep(0.005)
 
-    engine = ScriptedEngine("x", before=lambda index: wait())
+    engine = ScriptedWorker("x", before=lambda index: wait())
     with serving(engine, max_concurrent=1) as server:
         answers: list[httpx.Response] = []
         first = threading.Thread(target=lambda: answers.append(server.ask("a")))
@@ -374,7 +375,7 @@ def test_more_requests_than_allowed_are_refused_before_their_body_is_read() -> N
 
 def test_limits_on_messages_and_images(scenes: list[Scene]) -> None:
     image = picture(data_uri(Image.new("RGB", (2, 2))))
-    with serving(ScriptedEngine("x"), limits=Limits(messages=2, images=2, n=1)) as server:
+    with serving(ScriptedWorker("x"), limits=Limits(messages=2, images=2, n=1)) as server:
         assert server.ask([image, image]).status_code == 200
         assert server.ask([image] * 3).json()["error"]["code"] == "too_many_images"
         assert server.post({"model": MODEL, "messages": ONE * 3}).json()["error"]["param"] == "messages"
@@ -382,7 +383,7 @@ def test_limits_on_messages_and_images(scenes: list[Scene]) -> None:
 
 
 def test_metrics_count_requests_tokens_and_image_cache_hits(runtime: Runtime, scenes: list[Scene]) -> None:
-    engine = BatchEngine(runtime)
+    engine = Worker(runtime)
     with serving(engine) as server:
         content = [picture(data_uri(Image.new("RGB", (30, 30), "teal"))), text("hi")]
         usages = [server.ask(content, max_tokens=2).json()["usage"] for _ in range(2)]

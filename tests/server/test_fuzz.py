@@ -15,8 +15,8 @@ import httpx
 import pytest
 from conftest import write_small_checkpoint
 from PIL import Image
-from qvl_edge.server.engine import BatchEngine
 
+from qvl_edge.engine.worker import Worker
 from qvl_edge.runtime import Runtime
 
 from .harness import MODEL, data_uri, picture, serving, text, until
@@ -100,7 +100,7 @@ def test_no_body_makes_a_500_and_the_next_request_is_answered(tmp_path: Path, vi
     runtime = Runtime.from_pretrained(path, cache_dir=vit_cache, slots=4, max_context=512)
     expected = runtime.answer("hello", do_sample=False, max_new_tokens=8).text
     rng, found = random.Random(0), Counter[int]()
-    engine = BatchEngine(runtime)
+    engine = Worker(runtime)
     made = bodies()
     with serving(engine) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         for body in made:  # they are valid as they are
@@ -121,7 +121,7 @@ def test_no_body_makes_a_500_and_the_next_request_is_answered(tmp_path: Path, vi
 
 @pytest.mark.parametrize("raw", [b"", b"null", b"[]", b'"', b"{", b"\xff\xfe", b"[" * 100_000, b'{"a":' * 50_000])
 def test_what_is_no_request_at_all_is_a_400(raw: bytes, tmp_path: Path) -> None:
-    from .harness import ScriptedEngine
+    from .harness import ScriptedWorker
 
-    with serving(ScriptedEngine("x")) as server:
+    with serving(ScriptedWorker("x")) as server:
         assert server.post(content=raw).status_code == 400

@@ -14,7 +14,7 @@ from qvl_edge.server import guard
 from qvl_edge.server.guard import Access, is_loopback, parse_json
 from qvl_edge.server.refusal import Refusal
 
-from .harness import MODEL, ScriptedEngine, Server, serving
+from .harness import MODEL, ScriptedWorker, Server, serving
 
 KEY = "sesame-ключ"
 API = ("/v1/models", "/v1/models/small", "/v1/chat/completions", "/metrics", "/openapi.json", "/nothing", "/docs")
@@ -22,13 +22,13 @@ API = ("/v1/models", "/v1/models/small", "/v1/chat/completions", "/metrics", "/o
 
 @pytest.fixture(scope="module")
 def locked():
-    with serving(ScriptedEngine("x"), key=KEY) as running:
+    with serving(ScriptedWorker("x"), key=KEY) as running:
         yield running
 
 
 @pytest.fixture
 def open_server():
-    with serving(ScriptedEngine("x")) as running:
+    with serving(ScriptedWorker("x")) as running:
         yield running
 
 
@@ -107,7 +107,7 @@ def test_every_response_has_its_security_headers(open_server: Server, path: str)
 
 
 def test_a_declared_and_an_undeclared_large_body_are_refused_while_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
-    with serving(ScriptedEngine("x"), max_body_bytes=1000) as server:
+    with serving(ScriptedWorker("x"), max_body_bytes=1000) as server:
         assert server.post(content=b"x" * 1001).status_code == 413
         assert server.post(content=iter([b"x" * 400] * 3)).status_code == 413
         assert server.ask("a" * 800).status_code == 200

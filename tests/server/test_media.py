@@ -14,13 +14,13 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from qvl_edge.server.engine import BatchEngine
 
+from qvl_edge.engine.worker import Worker
 from qvl_edge.server.fetch import Fetcher, is_public
 from qvl_edge.server.media import Media
 from qvl_edge.server.refusal import Refusal
 
-from .harness import MODEL, ScriptedEngine, Server, data_uri, picture, serving, text
+from .harness import MODEL, ScriptedWorker, Server, data_uri, picture, serving, text
 
 SECRET = "/etc/passwd"
 
@@ -33,8 +33,8 @@ def png() -> bytes:
 
 
 @pytest.fixture(scope="module")
-def scripted() -> Iterator[tuple[ScriptedEngine, Server]]:
-    engine = ScriptedEngine("x")
+def scripted() -> Iterator[tuple[ScriptedWorker, Server]]:
+    engine = ScriptedWorker("x")
     with serving(engine) as running:
         yield engine, running
 
@@ -147,7 +147,7 @@ def test_only_the_first_of_many_frames_is_taken(runtime, monkeypatch: pytest.Mon
     frames = [Image.new("RGB", (8, 8), (index, 0, 0)) for index in range(100)]
     buffer = io.BytesIO()
     frames[0].save(buffer, "GIF", save_all=True, append_images=frames[1:])
-    with serving(BatchEngine(runtime)) as server:
+    with serving(Worker(runtime)) as server:
         said = server.ask([picture(data_uri(buffer.getvalue(), "GIF")), text("a")], max_tokens=1)
     assert said.status_code == 200 and said.json()["usage"]["prompt_tokens"] < 2 * 256
 

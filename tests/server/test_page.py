@@ -15,7 +15,7 @@ from PIL import Image
 from qvl_edge.demo.scenes import Scene
 from qvl_edge.runtime import Runtime
 
-from .harness import ScriptedEngine, Server, serving
+from .harness import ScriptedWorker, Server, serving
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 if CHROMIUM is None:
@@ -154,7 +154,7 @@ def test_a_follow_up_in_chinese_sees_the_earlier_turn(page, server: Server, runt
 
 
 class Gate:
-    """Holds back the pieces of a ScriptedEngine after the first until it is opened."""
+    """Holds back the pieces of a ScriptedWorker after the first until it is opened."""
 
     def __init__(self) -> None:
         self.opened = threading.Event()
@@ -169,7 +169,7 @@ class Gate:
 
 def test_the_answer_grows_stops_and_is_made_again(page) -> None:
     gate = Gate()
-    engine = ScriptedEngine("One ", "<ref>th", "ing</ref><box>(0,0),(9,9)</box> more", before=gate)
+    engine = ScriptedWorker("One ", "<ref>th", "ing</ref><box>(0,0),(9,9)</box> more", before=gate)
     with serving(engine) as server:
         visit(page, server)
         ask(page, "go")
@@ -191,7 +191,7 @@ def test_the_answer_grows_stops_and_is_made_again(page) -> None:
 
 def test_what_the_model_and_the_user_write_is_never_html(page) -> None:
     evil = "<img src=x onerror=alert(1)><script>alert(2)</script><b>b</b><ref><i>l</i></ref> <svg onload=alert(3)>"
-    with serving(ScriptedEngine(evil)) as server:
+    with serving(ScriptedWorker(evil)) as server:
         visit(page, server)
         ask(page, evil)
         page.wait_for_selector(DONE)
@@ -201,7 +201,7 @@ def test_what_the_model_and_the_user_write_is_never_html(page) -> None:
 
 
 def test_errors_are_shown_and_the_next_question_works(page) -> None:
-    with serving(ScriptedEngine("fine")) as server:
+    with serving(ScriptedWorker("fine")) as server:
         visit(page, server)
         page.route("**/v1/chat/completions", lambda route: route.fulfill(status=200, body=ERROR_STREAM))
         ask(page, "one")
@@ -215,7 +215,7 @@ ERROR_STREAM = 'data: {"error": {"message": "no memory"}}\n\ndata: [DONE]\n\n'
 
 
 def test_a_server_with_a_key_asks_for_it_and_keeps_it_for_the_tab_only(page) -> None:
-    with serving(ScriptedEngine("hello"), key="sesame") as server:
+    with serving(ScriptedWorker("hello"), key="sesame") as server:
         page.goto(server.url)
         page.wait_for_selector("#panel[open]")
         assert page.locator("#key-note").is_visible()
@@ -231,7 +231,7 @@ def test_a_server_with_a_key_asks_for_it_and_keeps_it_for_the_tab_only(page) -> 
 
 
 def test_settings_language_and_theme_survive_a_reload(page) -> None:
-    engine = ScriptedEngine("x")
+    engine = ScriptedWorker("x")
     with serving(engine) as server:
         visit(page, server)
         page.click("#settings")
@@ -247,12 +247,12 @@ def test_settings_language_and_theme_survive_a_reload(page) -> None:
         assert page.locator("html").get_attribute("lang") == "zh-CN"
         ask(page, "问")
         page.wait_for_selector(DONE)
-    assert engine.requests[0].generation == {"do_sample": False, "seed": 7, "max_new_tokens": 9}
+    assert engine.requests[0].generation == {"temperature": 0.0, "seed": 7, "max_new_tokens": 9}
     assert engine.requests[0].system == "Be brief."
 
 
 def test_pictures_are_pasted_dropped_and_taken_away(page, files) -> None:
-    with serving(ScriptedEngine("x")) as server:
+    with serving(ScriptedWorker("x")) as server:
         visit(page, server)
         for kind, holder in (("paste", "clipboardData"), ("drop", "dataTransfer")):
             page.evaluate(
@@ -306,7 +306,7 @@ def test_it_fits_the_width_and_everything_has_a_name(page, server: Server, files
 
 
 def test_enter_sends_shift_enter_does_not_and_composing_does_not(page) -> None:
-    engine = ScriptedEngine("x")
+    engine = ScriptedWorker("x")
     with serving(engine) as server:
         visit(page, server)
         page.focus("#question")

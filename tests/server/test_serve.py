@@ -8,19 +8,20 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from PIL import Image
-from qvl_edge.server.engine import BatchEngine
 
 from qvl_edge.__main__ import main
+from qvl_edge.engine.worker import Worker
 from qvl_edge.runtime import Runtime
-from qvl_edge.server.chat import FIELDS, NEUTRAL, WITHOUT_EFFECT, Limits
 from qvl_edge.server.openapi import document
+from qvl_edge.server.protocol import Limits, request_model
 
 from .conftest import CHECKPOINT
-from .harness import MODEL, ScriptedEngine, Server, data_uri, picture, serving
+from .harness import MODEL, ScriptedWorker, Server, data_uri, picture, serving
 
 SMALL = str(CHECKPOINT)
 
@@ -93,9 +94,42 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys) -> None
     assert "take another --host or --port" in said and "loaded" not in said
 
 
+def described() -> dict[str, Any]:
+    """The properties of a chat request in the OpenAPI document."""
+    schemas = document(request_model(MODEL, Limits(messages=9, n=3)), keyed=True)["components"]["schemas"]
+    return schemas["ChatCompletionRequest"]["properties"]
+
+
 def test_the_description_names_exactly_the_fields_that_are_read() -> None:
-    request = document(MODEL, Limits(), keyed=True)["components"]["schemas"]["ChatRequest"]
-    assert request["properties"].keys() == FIELDS | WITHOUT_EFFECT | NEUTRAL.keys()
+    assert described().keys() == {
+        *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop"),
+        *("repetition_penalty", "n", "seed", "stream", "stream_options", "logprobs", "top_logprobs", "response_format"),
+        *("presence_penalty", "frequency_penalty", "min_p", "logit_bias", "tools", "tool_choice", "functions"),
+        *("parallel_tool_calls", "modalities", "user", "metadata", "store", "service_tier", "safety_identifier"),
+        "prompt_cache_key",
+    }
+
+
+def test_the_description_has_the_ranges_of_the_generation_options_and_the_servers_limits() -> None:
+    int32, int64 = (1 << 31) - 1, 1 << 63
+    found = described()
+    ranges = {
+        "max_tokens": {"type": "integer", "minimum": 1, "maximum": int32},
+        "max_completion_tokens": {"type": "integer", "minimum": 1, "maximum": int32},
+        "temperature": {"type": "number", "minimum": 0, "maximum": 2},
+        "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
+        "top_k": {"type": "integer", "minimum": 0, "maximum": int32},
+        "repetition_penalty": {"type": "number", "exclusiveMinimum": 0, "maximum": 10},
+        "seed": {"type": "integer", "minimum": -int64, "maximum": int64 - 1},
+        "top_logprobs": {"type": "integer", "minimum": 0, "maximum": 20},
+        "n": {"type": "integer", "minimum": 1, "maximum": 3},
+    }
+    for name, expected in ranges.items():
+        assert found[name]["anyOf"] == [expected, {"type": "null"}], name
+    text = {"type": "string", "minLength": 1}
+    assert found["stop"]["anyOf"] == [text, {"type": "array", "items": text, "maxItems": 4}, {"type": "null"}]
+    assert found["model"]["const"] == MODEL and found["messages"]["maxItems"] == 9
+    assert "the likeliest token" not in found["temperature"]["description"] and found["top_k"]["description"]
 
 
 @pytest.mark.slow
@@ -106,7 +140,7 @@ def test_the_description_holds_when_the_api_is_fuzzed(tmp_path: Path) -> None:
     from schemathesis.specs.openapi.checks import positive_data_acceptance
 
     set_hypothesis_home_dir(tmp_path)  # else it leaves a folder where the tests are run
-    engine = ScriptedEngine("<ref>a</ref><box>(0,0),(9,9)</box>")
+    engine = ScriptedWorker("<ref>a</ref><box>(0,0),(9,9)</box>")
     settings = hypothesis.settings(max_examples=25, deadline=None, derandomize=True, database=None)
     paths = set()
     with serving(engine, key="sesame") as server:
@@ -138,10 +172,19 @@ def test_the_curl_lines_of_the_docs_work_as_they_stand(runtime: Runtime, tmp_pat
     docs = (Path(__file__).parents[2] / "docs/server.md").read_text(encoding="utf-8")
     (block,) = re.findall(r"^```sh\n(.*?)^```$", docs, re.S | re.M)
     Image.new("RGB", (20, 20), "red").save(tmp_path / "street.jpg")
-    with serving(BatchEngine(runtime)) as server:
+    with serving(Worker(runtime)) as server:
         script = block.replace("http://127.0.0.1:8000", server.url).replace("BUNDLE", MODEL)
         said = subprocess.run(["bash", "-e", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120)
     assert said.returncode == 0, said.stderr
     assert f'"id":"{MODEL}"' in said.stdout.replace(" ", "")
     assert '"finish_reason"' in said.stdout and said.stdout.rstrip().endswith("data: [DONE]")
     assert '"error"' not in said.stdout
+
+
+@pytest.mark.parametrize("package", ["pydantic", "starlette", "uvicorn", "h11"])
+def test_without_the_extra_serve_says_what_is_missing(package: str) -> None:
+    code = (
+        f"import sys; sys.modules[{package!r}] = None\nfrom qvl_edge.__main__ import main; main(['serve', {SMALL!r}])"
+    )
+    said = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60).stderr
+    assert f"the server needs {package}" in said and "pip install 'qvl-edge[serve]'" in said
