@@ -19,6 +19,7 @@ DOWNLOAD = ["huggingface_hub>=1.0"]
 MODELSCOPE = ["modelscope-hub>=0.5"]  # the client inside the package modelscope, without the rest of it
 SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.14", "pydantic>=2.12", "llguidance>=1.0"]
 EVALUATE = ["openai>=1.60"]  # the judge's client
+PLOT = ["matplotlib>=3.9"]
 TRITON = "triton>=3.6; platform_system == 'Linux'"
 
 setup(
@@ -50,6 +51,7 @@ setup(
         # models by their name on a hub
         "download": DOWNLOAD,
         "modelscope": MODELSCOPE,
+        "plot": PLOT,  # the charts of `qvl-edge bench`
         "ray": [*SERVE, *EXPORT, "ray[serve,data]==2.60.0"],  # examples/ray, with the release that was tested
         # partners whose files we share; their pins exclude current transformers: an environment of their own
         "interop": [
@@ -70,7 +72,7 @@ setup(
             "hypothesis>=6",
             "ruff>=0.8",
             "mypy>=1.13",
-            "matplotlib>=3.9",
+            *PLOT,
             # the server's tests: raw requests, fuzzing, and a browser that is found, not downloaded
             "httpx>=0.27",
             "schemathesis>=4",

@@ -21,10 +21,19 @@ os.environ.pop("TRITON_INTERPRET", None)  # whatever the parent has: interpreted
 import torch
 import triton
 
-from benchmarks.cards import CARDS, SHARED
-from benchmarks.launches import attention_launch, meta, projection_launch
-from benchmarks.offline import Compiled, Launch, Loop, compile_launch, record_one
-from benchmarks.projections import C_ATTN, HEAD, LAYER, PROJECTIONS, Projection
+from benchmarks.kernels.offline import (
+    GPUS,
+    SHARED,
+    Compiled,
+    Launch,
+    Loop,
+    attention_launch,
+    compile_launch,
+    gemm_launch,
+    meta,
+    record_one,
+)
+from benchmarks.kernels.problem import C_ATTN, GEMMS, HEAD, LAYER, Gemm
 from kernels.gpu import rows
 from kernels.gpu.tiles import DECODE_ROWS, PREFILL_ROWS, Tile, read_table, tile_for
 from qvl_edge.machine import describe_machine
@@ -46,7 +55,7 @@ class Case:
     name: str
     launch: Launch
     kernel: str  # what the summary counts it under
-    projection: Projection | None = None
+    gemm: Gemm | None = None
     dtype: torch.dtype = torch.float16
     tile: Tile | None = None
     limit: float | None = None  # of instructions a unit
@@ -59,25 +68,23 @@ class Case:
     @property
     def is_bounded(self) -> bool:
         """Its main loop is."""
-        return self.projection is not None or self.decodes_attention
+        return self.gemm is not None or self.decodes_attention
 
 
-def projection_case(
-    projection: Projection, tile: Tile, dtype: torch.dtype = torch.float16, *, one_row: bool = False
-) -> Case:
-    """A projection with what bounds it: int4 as published is, its variants are only reported."""
-    bits, group = projection.bits, projection.group
-    published = bits == 4 and group == 128 and not projection.zeros and dtype == torch.float16
-    variant = " with zeros" if projection.zeros else ""
+def gemm_case(gemm: Gemm, tile: Tile, dtype: torch.dtype = torch.float16, *, one_row: bool = False) -> Case:
+    """A GEMM with what bounds it: int4 as published is, its variants are only reported."""
+    bits, group = gemm.bits, gemm.group
+    published = bits == 4 and group == 128 and not gemm.zeros and dtype == torch.float16
+    variant = " with zeros" if gemm.zeros else ""
     if bits == 4 and group != 128:
-        variant += " in one group" if group == projection.k else f" in groups of {group}"
+        variant += " in one group" if group == gemm.k else f" in groups of {group}"
     variant += (" in bfloat16" if dtype == torch.bfloat16 else "") + (" of one row" if one_row else "")
     shape = f"{tile.block_m} x {tile.block_n}, {tile.num_warps} warps, {tile.num_stages} stages"
     return Case(
-        f"{projection.name}{variant}, {shape}" + (", split" if tile.split_k > 1 else ""),
-        projection_launch(projection, tile, dtype, one_row=one_row),
+        f"{gemm.name}{variant}, {shape}" + (", split" if tile.split_k > 1 else ""),
+        gemm_launch(gemm, tile, dtype, one_row=one_row),
         f"int{bits}{variant}, {tile.block_m} rows",
-        projection,
+        gemm,
         dtype,
         tile,
         WEIGHT_LIMITS.get(tile.block_m) if published else None,
@@ -86,15 +93,15 @@ def projection_case(
 
 def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     """The int4 and int8 kernels with the tiles of the architecture's first card, and their variants."""
-    device = next(card for card in CARDS if card.capability == capability).key
+    device = next(card for card in GPUS if card.capability == capability).key
     for block_m in (*DECODE_ROWS, *PREFILL_ROWS):
-        for projection in LAYER:
-            yield projection_case(projection, tile_for(block_m, projection.n, projection.k, 128, device=device))
-    for projection in LAYER:
-        tile = tile_for(1, projection.n, projection.k, 128, device=device)
-        yield projection_case(projection, tile, one_row=True)
+        for gemm in LAYER:
+            yield gemm_case(gemm, tile_for(block_m, gemm.n, gemm.k, 128, device=device))
+    for gemm in LAYER:
+        tile = tile_for(1, gemm.n, gemm.k, 128, device=device)
+        yield gemm_case(gemm, tile, one_row=True)
     for block_m in DECODE_ROWS:
-        yield projection_case(HEAD, tile_for(block_m, HEAD.n, HEAD.k, HEAD.k, bits=8, device=device))
+        yield gemm_case(HEAD, tile_for(block_m, HEAD.n, HEAD.k, HEAD.k, bits=8, device=device))
     if quick and capability not in VARIANTS:
         return
     x, residual = meta(8, 4096), meta(8, 4096, dtype=torch.float32)
@@ -112,9 +119,9 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
         (replace(C_ATTN, group=C_ATTN.k), torch.float16),
     )
     for block_m in (16, 128) if quick else (8, 16, 64, 128):
-        for projection, dtype in variants:
-            tile = tile_for(block_m, projection.n, projection.k, projection.group, device=device)
-            yield projection_case(projection, tile, dtype)
+        for gemm, dtype in variants:
+            tile = tile_for(block_m, gemm.n, gemm.k, gemm.group, device=device)
+            yield gemm_case(gemm, tile, dtype)
 
 
 def attention_cases(capability: int, quick: bool) -> Iterator[Case]:
@@ -143,9 +150,9 @@ def table_cases(capability: int) -> Iterator[Case]:
     """Every entry of the architecture's tile table."""
     for card in read_table(f"sm_{capability}"):
         for (_, n, k, group, bits), tile in card.entries.items():
-            listed = Projection(f"{k} x {n}", k, n, bits=bits, group=group)
-            known = (p for p in PROJECTIONS if (p.n, p.k, p.bits, p.group) == (n, k, bits, group))
-            yield projection_case(next(known, listed), tile)
+            listed = Gemm(f"{k} x {n}", k, n, bits=bits, group=group)
+            known = (p for p in GEMMS if (p.n, p.k, p.bits, p.group) == (n, k, bits, group))
+            yield gemm_case(next(known, listed), tile)
 
 
 def units_a_turn(case: Case, compiled: Compiled) -> float:
@@ -165,7 +172,7 @@ def units_a_turn(case: Case, compiled: Compiled) -> float:
 
 def weight_bytes(case: Case, units: float) -> float:
     """Bytes of `units` weights."""
-    return units * case.projection.bits / 8 if case.projection else 0.0
+    return units * case.gemm.bits / 8 if case.gemm else 0.0
 
 
 def narrow_bytes(loop: Loop) -> int:
@@ -215,12 +222,12 @@ def collect(architectures: tuple[int, ...], quick: bool) -> list[tuple[int, Case
 def record(capability: int, case: Case, compiled: Compiled) -> dict[str, Any]:
     """Everything that is known of one compilation."""
     units = units_a_turn(case, compiled)
-    limits, projection = bounds(case, compiled, capability), case.projection
+    limits, gemm = bounds(case, compiled, capability), case.gemm
     return {
         "architecture": f"sm_{capability}",
         "kernel": case.kernel,
         "case": case.name,
-        "projection": asdict(projection) | {"dtype": str(case.dtype)} if projection else None,
+        "projection": asdict(gemm) | {"dtype": str(case.dtype)} if gemm else None,
         "tile": asdict(case.tile) if case.tile else None,
         **asdict(compiled),
         "instructions_a_unit": round(compiled.loop.length / units, 2) if units and compiled.loop else None,

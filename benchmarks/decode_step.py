@@ -1,34 +1,27 @@
-"""Whole decoding steps of a full-size decoder with random weights: python -m benchmarks.decode_step [--json FILE]
+"""Whole decode steps of a full-size decoder with random weights: python -m benchmarks.decode_step [--json FILE]
 
-The published shapes, made on the device; the runtime's own step (qvl_edge/engine/graph.py), from the last tokens to the
-next ones on the host, as a CUDA graph and eagerly. Both have to give the same tokens before either is timed.
+The published shapes, created on the device; the runtime's own step (qvl_edge/engine/graph.py), from the last tokens to
+the next ones on the host, as a CUDA graph and eagerly. Both have to give the same tokens before either is timed.
 `--device cpu --tiny` runs a small shape in Triton's interpreter, to see that it all works.
 """
 
-import argparse
-import json
-import statistics
-import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-from qvl_edge.engine.inputs import Inputs
 
-from benchmarks.timing import copy_gb_per_s
+from benchmarks import report
+from benchmarks.kernels.timing import Timing, copy_gb_per_s, use_device
 from kernels import pack_for_triton, quantize_int8
 from qvl_edge.config import Config
-from qvl_edge.engine.sampling import Sampler
+from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
-from qvl_edge.machine import describe_machine, use_device
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.options import GenerationOptions
 from qvl_edge.published import CONFIG
 
-HEADS = ("float16", "int8")
 CACHES = {"float16": torch.float16, "int8": torch.int8}
 COMPARED = 4  # steps whose tokens are compared between graph and eager, before the timing
 GREEDY = GenerationOptions(do_sample=False)
@@ -67,8 +60,8 @@ def cases(tiny: bool, cuda: bool) -> list[Case]:
     return found if cuda else [Case(c.context, c.batch, c.head, c.cache, graph=False) for c in found]
 
 
-class Bench:
-    """The decoder with either head (the blocks are shared), and what it takes to time a step."""
+class StepBench:
+    """The decoder with either head (the blocks are shared), and the timing of its steps."""
 
     def __init__(self, device: str, *, tiny: bool):
         self.device = torch.device(device)
@@ -76,7 +69,7 @@ class Bench:
         self.decoders = {"float16": FusedDecoder.random(self.config, device=device)}
 
     def decoder(self, head: str) -> FusedDecoder:
-        """With this head; an int8 one is made when it is first asked for."""
+        """With this head; an int8 one is made on first use."""
         if head not in self.decoders:
             exact = self.decoders["float16"]
             assert isinstance(exact.lm_head, torch.Tensor)
@@ -87,7 +80,7 @@ class Bench:
         return self.decoders[head]
 
     def slots(self, case: Case, steps: int, *, graph: bool) -> Slots:
-        """Running sequences, the last of whose next `steps` tokens is at position context - 1; random keys, values."""
+        """Running requests, the last of whose next `steps` tokens is at position context - 1; random keys, values."""
         slots = Slots(
             self.decoder(case.head), capacity=case.context, count=case.batch, kv_cache=CACHES[case.cache], graph=graph
         )
@@ -100,12 +93,13 @@ class Bench:
                     layer.normal_(generator=generator)
         for scales in (cache.k_scales, cache.v_scales):
             if scales is not None:
-                scales.fill_(1 / 74)  # of a level, so that the numbers are as large as in float16
-        for _ in range(case.batch):
-            ids = [0] * (case.context - steps)
-            sequence = slots.begin(Inputs(ids), Sampler(GREEDY, [], device=self.device))
-            sequence.held += ids[len(sequence.held) :]
-            slots.start(sequence, 0)
+                scales.fill_(1 / 74)  # so that the numbers are as large as in float16
+        for number in range(case.batch):
+            ids = [number] + [0] * (case.context - steps - 1)  # no two share a prefix
+            request = Request.of_ids(ids, GREEDY, device=self.device)
+            slots.begin(request)
+            request.held += request.elements[:-1]  # as if prefilled: the cache is random
+            slots.prefill(request)
         return slots
 
     def bytes_a_step(self, case: Case) -> int:
@@ -138,26 +132,21 @@ class Bench:
             raise SystemExit(f"{case}: the graph gives {tokens}, eager steps give {eager_tokens}")
         times = []
         for _ in range(rounds):
-            begin = time.perf_counter()
+            start = time.perf_counter()
             slots.step()  # ends with the tokens on the host
-            times.append(1000 * (time.perf_counter() - begin))
-        median = statistics.median(times)
-        low, _, high = statistics.quantiles(times, n=4) if rounds > 1 else (median,) * 3
-        return {
-            "median_ms": median,
-            "low_ms": low,
-            "high_ms": high,
-            "rounds": rounds,
-            "tokens_per_s": 1000 * case.batch / median,
-            "gb_per_s": self.bytes_a_step(case) / median / 1e6,
+            times.append(time.perf_counter() - start)
+        timing = Timing.of(times)
+        return asdict(timing) | {
+            "tokens_per_s": 1000 * case.batch / timing.median_ms,
+            "gb_per_s": self.bytes_a_step(case) / timing.median_ms / 1e6,
         }
 
 
 def records(
     device: str, *, tiny: bool = False, rounds: int = 50, copy_rate: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One record per case, each as soon as it is measured; what does not fit into memory says so under "skipped"."""
-    bench = Bench(device, tiny=tiny)
+    """One record per case, each as soon as it is measured; one that does not fit into memory has "skipped" in it."""
+    bench = StepBench(device, tiny=tiny)
     for case in cases(tiny, device == "cuda"):
         record: dict[str, Any] = {**vars(case)}
         needed = bench.cache_bytes(case)
@@ -181,41 +170,39 @@ def records(
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, one row a case."""
-    lines = ["| context | batch | head | cache | as | ms a step | tokens/s | GB/s | of copy |", "| --- " * 9 + "|"]
+    """Markdown, one row per case."""
+    rows = []
     for record in results:
-        head = f"| {record['context']} | {record['batch']} | {record['head']} | {record['cache']} | "
-        head += "graph | " if record["graph"] else "eager | "
+        row = [record["context"], record["batch"], record["head"], record["cache"]]
+        row.append("graph" if record["graph"] else "eager")
         if "skipped" in record:
-            lines.append(head + f"{record['skipped']} | | | |")
-            continue
-        spread = f"{record['median_ms']:.2f} ({record['low_ms']:.2f} to {record['high_ms']:.2f})"
-        share = f"{record['share_of_copy']:.2f}" if "share_of_copy" in record else ""
-        lines.append(f"{head}{spread} | {record['tokens_per_s']:.0f} | {record['gb_per_s']:.0f} | {share} |")
-    return "\n".join(lines)
+            row += [record["skipped"], "", "", ""]
+        else:
+            timing = Timing(*(record[name] for name in ("median_ms", "low_ms", "high_ms", "rounds")))
+            share = f"{record['share_of_copy']:.2f}" if "share_of_copy" in record else ""
+            row += [timing, f"{record['tokens_per_s']:.0f}", f"{record['gb_per_s']:.0f}", share]
+        rows.append(row)
+    return report.table(["context", "batch", "head", "cache", "as", "ms per step", "tokens/s", "GB/s", "of copy"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, print, save."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.decode_step", description=__doc__)
+    parser = report.command("decode_step", __doc__)
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="a small shape, to see that it runs")
     parser.add_argument("--rounds", type=int, help="steps that count (default: 50, with --tiny 2)")
-    parser.add_argument("--json", type=Path, help="save the figures, with machine, versions, commit and date")
+    report.add_save(parser)
     args = parser.parse_args(arguments)
     use_device(parser, args.device, tiny=args.tiny)
-    copy_rate = copy_gb_per_s() if args.device == "cuda" else None
+    copy_rate = copy_gb_per_s(args.device)
     results = []
     rounds = args.rounds or (2 if args.tiny else 50)
     for record in records(args.device, tiny=args.tiny, rounds=rounds, copy_rate=copy_rate):
-        print(f"context {record['context']}, batch {record['batch']}", file=sys.stderr)
+        report.say(f"context {record['context']}, batch {record['batch']}")
         results.append(record)
-    machine = describe_machine(args.device)
-    print(f"{machine['device']}, torch {torch.__version__}\n")
+    report.print_machine(args.device)
     print(table(results))
-    if args.json:
-        result = {"benchmark": "decode_step", **machine, "copy_gb_per_s": copy_rate, "records": results}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    report.save(args.json, "decode_step", args.device, copy_gb_per_s=copy_rate, records=results)
 
 
 if __name__ == "__main__":

@@ -1,36 +1,168 @@
-"""Everything that is to be known of a GPU, in one go: python3 -m benchmarks.gpu --minutes 8 --out DIR
+"""Everything there is to know of a GPU, in one go: python3 -m benchmarks.gpu --minutes 8 --out DIR
 
-From a plain checkout, with nothing installed but torch, triton and numpy. Correctness comes first, then the benchmarks,
-the most telling first, until the time is used up. Every result is written to DIR/gpu.json as it comes, so that a run
-that is cut off still tells; DIR/gpu.svg is the picture. Exit code 1 if a check does not hold or a benchmark fails.
-`--tiny --device cpu` runs all of it on small shapes in Triton's interpreter, to see that it works.
+From a plain checkout, with nothing installed but torch, triton and numpy. Every kernel is checked first, then the
+benchmarks run, the most telling first, until the time is used up. Every result is written to DIR/gpu.json as it comes,
+so that an interrupted run keeps its results; DIR/gpu.svg is its chart, where matplotlib is installed. Exit code 1 if a
+check does not hold or a benchmark fails. `--tiny --device cpu` runs small shapes in Triton's interpreter, to see that
+it works.
 """
 
-import argparse
-import json
 import sys
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from benchmarks.plot import picture
-from benchmarks.timing import copy_gb_per_s
-from qvl_edge.machine import describe_machine, use_device
+from benchmarks import decode_step, int4_gemm, plot, rotary_attention
+from benchmarks.kernels.problem import (
+    HEAD,
+    LAYER,
+    Gemm,
+    Problem,
+    attention_error,
+    random_attention,
+    relative_error,
+    rotate_exactly,
+)
+from benchmarks.kernels.timing import copy_gb_per_s, use_device
+from benchmarks.report import command, say
+from kernels import dequantize_rows
+from kernels import rotary_attention as attend
+from kernels.gpu.tiles import Tile
+from qvl_edge.files import write_json
+from qvl_edge.machine import describe_machine
+from qvl_edge.model.cache import KVCache
+from qvl_edge.model.fused import FusedDecoder
+from qvl_edge.plot import optional
 
-Task = tuple[str, Callable[[], Iterator[dict[str, Any]]]]  # the list that its records go to, and how they are made
+Record = dict[str, Any]
+Task = tuple[str, Callable[[], Iterator[Record]]]  # the list that its records go to, and what yields them
+# odd sizes: the last tile and the last chunk are not full; fused forms need multiples of 32
+ODD = (
+    Gemm("odd, bias and norm", 416, 200, norm=True, bias=True),
+    Gemm("odd, zeros in groups of 32", 384, 136, zeros=True, group=32),
+    Gemm("odd, zeros in groups of 64", 256, 72, zeros=True, group=64),
+    Gemm("odd, one group", 384, 136, group=384),
+    Gemm("odd, SwiGLU", 256, 192, epilogue="swiglu", norm=True),
+    Gemm("odd, residual", 416, 160, epilogue="residual", bias=True),
+)
+ODD_HEAD = Gemm("odd int8", 416, 200, bits=8, group=416)
+# relative norm error against float64: q and k are rotated into float16, p is float16 in a prefill
+ATTENTION_TOLERANCE = 2e-3
+# of a row's largest number: float16's rounding; half a level of 127, and a scale that is rounded to float16
+STORED_TOLERANCE = {False: 1e-3, True: 0.6 / 127}
+# against the same decoder by definition: 2 blocks whose rows are rounded to 16 bits in other places
+DECODER_TOLERANCE = 1e-2
+
+
+def check_gemm(device: str, tiny: bool) -> Iterator[Record]:
+    """Every form and both kernels, with the tiles of the tables and with splits; on a GPU the full shapes too."""
+    half = torch.float16
+    for gemm in ODD:
+        for count in (1, 12, 17) if tiny else (1, 16, 17, 300):
+            yield _problem(gemm, count, half, device)
+    for gemm in (ODD[0], *ODD[-2:]):
+        yield _problem(gemm, 5, half, device, Tile(8, 64, 3, 2, 3))
+    for count in (1, 12):
+        yield _problem(ODD_HEAD, count, half, device)
+    if device == "cuda":  # the interpreter knows no bfloat16
+        for gemm in ODD[:3]:
+            for count in (3, 12, 70):
+                yield _problem(gemm, count, torch.bfloat16, device)
+    if not tiny:
+        for gemm in LAYER:
+            for count in (1, 16, 300):
+                yield _problem(gemm, count, half, device)
+        for count in (1, 16):
+            yield _problem(HEAD, count, half, device)
+
+
+def _problem(gemm: Gemm, count: int, dtype: torch.dtype, device: str, tile: Tile | None = None) -> Record:
+    """Against float64; equal calls give equal bits, and the locks are zero again."""
+    name = f"{gemm.name}, {count} rows, {str(dtype).removeprefix('torch.')}" + (", split" if tile else "")
+    problem = Problem.random(gemm, count, dtype=dtype, device=device)
+    allowed = problem.tolerance
+    if dtype == torch.bfloat16 and count > 16:
+        allowed *= 1.5  # the weight is rounded to bfloat16 twice: scaled, and its scale
+    try:
+        error = problem.error(tile)
+        repeats = problem.residual is not None or torch.equal(problem.run(tile).x, problem.run(tile).x)
+    except Exception as raised:  # one form that does not compile should not hide the others
+        return {"check": name, "error": None, "allowed": allowed, "holds": False, "raised": str(raised)[:500]}
+    record = _record(name, error, allowed)
+    return record | {"holds": record["holds"] and repeats and not bool(problem.weight.locks.any())}
+
+
+def _record(name: str, error: float, allowed: float) -> Record:
+    return {"check": name, "error": error, "allowed": allowed, "holds": error < allowed}
+
+
+def check_attention(device: str, tiny: bool) -> Iterator[Record]:
+    """Decode and prefill on top of a cache, sequences at unequal positions, float16 and int8 caches."""
+    heads, dim, capacity = (2, 32, 64) if tiny else (4, 128, 700)
+    starts = (0, 5, 41) if tiny else (0, 333, 640)
+    for int8 in (False, True):
+        for length in (1, 7) if tiny else (1, 16, 50):
+            args = random_attention(heads, dim, capacity, starts, length, device=device, int8=int8, seed=2)
+            args = replace(args, q_scale=1 + torch.randn(len(starts), length, device=device).abs() / 4)
+            out = attend(args, backend="triton")
+            # over the cache as the kernel left it; that what it appended is right is checked separately
+            error = max(attention_error(out, args, sequence) for sequence in range(len(starts)))
+            name = f"attention, {length} tokens on top of {starts}, {'int8' if int8 else 'float16'} cache"
+            yield _record(name, error, ATTENTION_TOLERANCE)
+            stored = 0.0
+            for row, start in enumerate(starts):
+                new = slice(start, start + length)
+                key = rotate_exactly(args.k[row], args.cos[row], args.sin[row])
+                for cache, scales, expected in (
+                    (args.k_cache, args.k_scales, key),
+                    (args.v_cache, args.v_scales, args.v[row].double()),
+                ):
+                    found = (
+                        cache[row, :, new]
+                        if scales is None
+                        else dequantize_rows(cache[row, :, new], scales[row, :, new])
+                    )
+                    off = (found.transpose(0, 1) - expected).abs().amax(-1) / expected.abs().amax(-1)
+                    stored = max(stored, float(off.max()))
+            yield _record(f"{name}: what is appended", stored, STORED_TOLERANCE[int8])
+
+
+@torch.inference_mode()
+def check_decoder(device: str, tiny: bool) -> Iterator[Record]:
+    """A small decoder's logits, prompt and two steps, by the kernels and by their definitions on the same device."""
+    del tiny
+    config = decode_step.decoder_config(tiny=True)
+    for head in ("float16", "int8"):
+        ours = FusedDecoder.random(config, device=device, head=head)
+        logits: dict[str, list[Tensor]] = {}
+        for backend in ("triton", "torch"):
+            ours.backend = backend
+            cache = KVCache(config, 2, 48, dtype=torch.float16, device=device)
+            ids = torch.arange(2 * 19, device=device).view(2, 19) % config.vocab_size
+            logits[backend] = [ours(ours.embed(ids), cache)]
+            for _ in range(2):
+                logits[backend].append(ours(ours.embed(ids[:, :1] + 7), cache))
+        pairs = zip(logits["triton"], logits["torch"], strict=True)
+        error = max(relative_error(one, other) for one, other in pairs)
+        yield _record(f"decoder, {head} head", error, DECODER_TOLERANCE)
+
+
+CHECKS: tuple[Callable[[str, bool], Iterator[Record]], ...] = (check_gemm, check_attention, check_decoder)
 
 
 class Report:
     """The result, on disk whenever it has grown."""
 
-    def __init__(self, path: Path, machine: dict[str, Any], minutes: float):
+    def __init__(self, path: Path, machine: Record, minutes: float):
         self.path, self.begin, self.seconds = path, time.monotonic(), 60 * minutes
-        self.result: dict[str, Any] = {"benchmark": "gpu", **machine, "minutes": minutes, "finished": False}
+        self.result: Record = {"benchmark": "gpu", **machine, "minutes": minutes, "finished": False}
         self.result |= {"checks": [], "failed": [], "left_out": []}
         self.save()
 
@@ -41,18 +173,16 @@ class Report:
 
     def save(self) -> None:
         """At once or not at all."""
-        beside = self.path.with_suffix(".partial")
-        beside.write_text(json.dumps(self.result, indent=1) + "\n")
-        beside.replace(self.path)
+        write_json(self.path, self.result)
 
-    def add(self, name: str, record: dict[str, Any]) -> None:
+    def add(self, name: str, record: Record) -> None:
         """One record to the list `name`, with the second it came at."""
         at = round(time.monotonic() - self.begin, 1)
         self.result.setdefault(name, []).append(record | {"at_s": at})
         self.save()
-        print(f"{at:6.1f} s  {name}: {_line(record)}", file=sys.stderr, flush=True)
+        say(f"{at:6.1f} s  {name}: {_line(record)}")
 
-    def run(self, name: str, make: Callable[[], Iterator[dict[str, Any]]]) -> None:
+    def run(self, name: str, make: Callable[[], Iterator[Record]]) -> None:
         """All records of a task, as far as there is time. What it raises is a result too."""
         try:
             for record in make():
@@ -63,43 +193,39 @@ class Report:
         except (Exception, SystemExit) as error:  # the next task may still tell something
             where = traceback.format_exc().strip().splitlines()[-3:]
             self.result["failed"].append({"task": name, "error": f"{type(error).__name__}: {error}", "where": where})
-            print(f"{name} failed: {error}", file=sys.stderr, flush=True)
+            say(f"{name} failed: {error}")
         if torch.cuda.is_initialized():
             torch.cuda.empty_cache()
         self.save()
 
 
-def _line(record: dict[str, Any]) -> str:
+def _line(record: Record) -> str:
     small = {key: value for key, value in record.items() if not isinstance(value, dict | list)}
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in small.items())
 
 
 def tasks(device: str, tiny: bool, copy_rate: float | None) -> list[Task]:
     """What is measured after the checks, the most telling first."""
-    # here and not above: with `--device cpu` the kernels must be loaded after TRITON_INTERPRET is set
-    from benchmarks import decode_step, int4_gemm, rotary_attention
-    from benchmarks.projections import Projection
-
     rounds = 2 if tiny else 50
     if tiny:
         shapes, rows = [(256, 128)], [[1, 20]]
-        layer: tuple[Projection, ...] = (
-            Projection("c_attn", 128, 384, norm=True, bias=True),
-            Projection("w1 and w2", 128, 512, epilogue="swiglu", norm=True),
-            Projection("mlp.c_proj", 256, 128, epilogue="residual"),
+        layer: tuple[Gemm, ...] = (
+            Gemm("c_attn", 128, 384, norm=True, bias=True),
+            Gemm("w1 and w2", 128, 512, epilogue="swiglu", norm=True),
+            Gemm("mlp.c_proj", 256, 128, epilogue="residual"),
         )
     else:
         shapes, rows = int4_gemm.CUDA_SHAPES, [[1, 16, 256], [4, 512, 1024, 8], [2, 32, 64, 128, 2048]]
         layer = int4_gemm.LAYER
     peers_on = "interpreter" if device == "cpu" else device
 
-    def layers() -> Iterator[dict[str, Any]]:
+    def layers() -> Iterator[Record]:
         for count in (1, 16, 4, 8) if not tiny else (1, 12):
             yield int4_gemm.bench_layer(
                 count, rounds=rounds, seconds=1.0, copy_rate=copy_rate, device=device, projections=layer
             )
 
-    def peers(count: list[int]) -> Iterator[dict[str, Any]]:
+    def peers(count: list[int]) -> Iterator[Record]:
         for shape in shapes:
             yield from int4_gemm.bench_shape(
                 shape, count, device=peers_on, rounds=rounds, seconds=1.0, copy_rate=copy_rate
@@ -115,24 +241,21 @@ def tasks(device: str, tiny: bool, copy_rate: float | None) -> list[Task]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, check, measure, draw; 1 if something does not hold."""
-    parser = argparse.ArgumentParser(prog="python3 -m benchmarks.gpu", description=__doc__)
+    """Parse, check, measure, draw; 1 if a check does not hold or a benchmark failed."""
+    parser = command("gpu", __doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="when to stop (default: 8)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.svg")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
     args = parser.parse_args(arguments)
     use_device(parser, args.device, tiny=args.tiny)
-    from benchmarks.checks import CHECKS
-
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out / "gpu.json", describe_machine(args.device), args.minutes)
-    copy_rate = None
     with torch.inference_mode():
         for check in CHECKS:
             report.run("checks", partial(check, args.device, args.tiny))
-    if args.device == "cuda":
-        copy_rate = report.result["copy_gb_per_s"] = copy_gb_per_s()
+    if (copy_rate := copy_gb_per_s(args.device)) is not None:
+        report.result["copy_gb_per_s"] = copy_rate
     for name, make in tasks(args.device, args.tiny, copy_rate):
         if report.left < 0:
             report.result["left_out"].append(name)
@@ -141,16 +264,15 @@ def main(arguments: list[str] | None = None) -> int:
                 report.run(name, make)
     report.result["finished"] = not report.result["left_out"]
     report.save()
-    drawing = picture(report.result)
-    if drawing:
-        (args.out / "gpu.svg").write_text(drawing, encoding="utf-8")
+    with optional():
+        plot.draw(report.result, args.out / "gpu.svg")
     broken = [entry for entry in report.result["checks"] if not entry["holds"]]
     for entry in broken:
         print(f"does not hold: {entry['check']}: {entry['error']}, allowed is {entry['allowed']:.2e}")
     for failure in report.result["failed"]:
         print(f"failed: {failure['task']}: {failure['error']}")
     if report.result["left_out"]:
-        print(f"left out for want of time: {', '.join(report.result['left_out'])}")
+        print(f"skipped (time limit): {', '.join(report.result['left_out'])}")
     print(f"{len(report.result['checks']) - len(broken)} of {len(report.result['checks'])} checks hold; see {args.out}")
     return 1 if broken or report.result["failed"] else 0
 

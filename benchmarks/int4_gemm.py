@@ -5,24 +5,21 @@ the caches, and used in turn: in a model the weights of a layer come from memory
 round are one graph, as in the runtime, and the four projections of a layer are timed in their fused forms too.
 """
 
-import argparse
 import importlib.util
-import json
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.projections import LAYER, Problem, Projection
-from benchmarks.timing import Timing, copy_gb_per_s, in_one_graph, measure, measure_on_device
+from benchmarks import report
+from benchmarks.kernels.problem import LAYER, Gemm, Problem, expect_below, relative_error
+from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, copy_gb_per_s, measure, one_after_another
 from kernels import (
     MAX_DECODE_ROWS,
     Int4Weight,
@@ -31,10 +28,7 @@ from kernels import (
     int4_gemm,
     pack_for_cpu,
     pack_for_triton,
-    pack_levels,
-    pack_zeros,
 )
-from qvl_edge.machine import describe_machine
 
 # K, N of Qwen-7B's projections: c_attn first, then attn.c_proj, w1 and w2, mlp.c_proj
 SHAPES = [(4096, 12288), (4096, 4096), (4096, 11008), (11008, 4096)]
@@ -42,13 +36,13 @@ CUDA_SHAPES = [(4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)]  # w1 
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 CUDA_ROWS = [*ROWS, 1024, 2048]
 GROUP_SIZE = 128
-# bytes of weights in turn; desktop and server caches end at 32 to 100 MiB, a GPU's (RTX PRO 6000) at 128
-OUTGROWS_CACHES = {"cpu": 192 * 2**20, "cuda": 512 * 2**20, "interpreter": 1}
+# bytes of weights in turn; the caches of desktop and server CPUs end at 32 to 100 MiB
+COPIED = {"cpu": 192 * 2**20, "cuda": OUTGROWS_CACHES, "interpreter": 1}
 CHECKED_ROWS = 4
 # relative norm error against float64: float32 sums over 11,008 channels; 16-bit weights and outputs, of which some
 # libraries add up parts in 16 bits
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 6e-3}
-OURS = "int4"
+OURS, TORCHS = "int4", "torch's int4 op, bfloat16"
 # what speeds are relative to: the same product without int4. "interpreter": what CUDA has, as far as it runs on a CPU
 BASELINE = {"cpu": "float32", "cuda": "float16", "interpreter": "float16"}
 
@@ -70,19 +64,17 @@ def random_weight(in_features: int, out_features: int, device: str = "cpu") -> I
     levels = torch.randint(0, 16, (in_features, out_features), dtype=torch.uint8, generator=generator, device=device)
     shape = (in_features // GROUP_SIZE, out_features)
     scales = (0.005 + 0.01 * torch.rand(shape, generator=generator, device=device)).half()
-    g_idx = torch.arange(in_features, dtype=torch.int32, device=device) // GROUP_SIZE
-    zeros = pack_zeros(torch.full(shape, 8, device=device))
-    return Int4Weight.from_gptq(pack_levels(levels), zeros, scales, g_idx, group_size=GROUP_SIZE)
+    zeros = torch.full(shape, 8, dtype=torch.int16, device=device)
+    return Int4Weight.from_grouped(levels, scales, zeros, None)
 
 
 def copies(make: Callable[[], Any], size: int, device: str = "cpu") -> list[Any]:
     """As many separate copies of a weight of `size` bytes as outgrow the caches."""
-    return [make() for _ in range(-(-OUTGROWS_CACHES[device] // size))]
+    return [make() for _ in range(-(-COPIED[device] // size))]
 
 
-def cpu_peers(weight: Int4Weight, device: str = "cpu") -> dict[str, Peer]:
+def cpu_peers(weight: Int4Weight) -> dict[str, Peer]:
     """Everything that computes this product on a CPU."""
-    del device
     dense = weight.dequantize()
     half = dense.bfloat16()
     levels = weight.levels().T.to(torch.int32).contiguous()
@@ -104,7 +96,7 @@ def cpu_peers(weight: Int4Weight, device: str = "cpu") -> dict[str, Peer]:
     }
 
 
-def cuda_peers(weight: Int4Weight, device: str = "cuda") -> dict[str, Peer]:
+def cuda_peers(weight: Int4Weight, device: str) -> dict[str, Peer]:
     """Everything that computes this product on a CUDA device; libraries that are not installed are left out."""
     half = weight.dequantize().half()
     ours = pack_for_triton(weight)
@@ -112,18 +104,15 @@ def cuda_peers(weight: Int4Weight, device: str = "cuda") -> dict[str, Peer]:
     levels = weight.levels().T.contiguous()  # (N, K)
     scales = weight.scales.T.contiguous()  # (N, G)
 
-    def cuda_copies(make: Callable[[], Any], size: int) -> list[Any]:
-        return copies(make, size, device)
-
     def another() -> TritonWeight:
         return replace(ours, words=ours.words.clone(), scales=ours.scales.clone(), locks=ours.locks.clone())
 
     peers = {
-        BASELINE["cuda"]: Peer(F.linear, cuda_copies(half.clone, half.nbytes), half.nbytes, torch.float16),
+        BASELINE["cuda"]: Peer(F.linear, copies(half.clone, half.nbytes, device), half.nbytes, torch.float16),
         # sums come with the rows in the runtime, whose kernels make both at once
         OURS: Peer(
             partial(int4_gemm, backend="triton"),
-            cuda_copies(another, int4_bytes),
+            copies(another, int4_bytes, device),
             int4_bytes,
             torch.float16,
             prepare=_with_sums,
@@ -138,7 +127,7 @@ def cuda_peers(weight: Int4Weight, device: str = "cuda") -> dict[str, Peer]:
             result: Tensor = torch.ops.aten._weight_int4pack_mm(x, copy, GROUP_SIZE, parts)
             return result
 
-        peers[TORCHS] = Peer(operator, cuda_copies(packed.clone, packed.nbytes), int4_bytes, torch.bfloat16)
+        peers[TORCHS] = Peer(operator, copies(packed.clone, packed.nbytes, device), int4_bytes, torch.bfloat16)
     if importlib.util.find_spec("gemlite"):
         try:
             peers["gemlite"] = _gemlite_peer(levels, scales, int4_bytes)
@@ -148,7 +137,7 @@ def cuda_peers(weight: Int4Weight, device: str = "cuda") -> dict[str, Peer]:
 
 
 def _unable(reason: str) -> Peer:
-    """Stands for a peer that could not be set up: its first call, which is not timed, says why."""
+    """A peer that could not be set up: its first call, which is not timed, raises the reason."""
 
     def call(x: Tensor, weight: None) -> Tensor:
         raise RuntimeError(reason)
@@ -181,17 +170,11 @@ def _gemlite_peer(levels: Tensor, scales: Tensor, int4_bytes: int) -> Peer:
     return Peer(lambda x, layer: layer(x), weights, int4_bytes, torch.float16)
 
 
-TORCHS = "torch's int4 op, bfloat16"
-PEERS = {"cpu": cpu_peers, "cuda": cuda_peers, "interpreter": cuda_peers}
-
-
 def check(name: str, peer: Peer, x: Tensor, expected: Tensor) -> float:
     """Relative norm error of the first rows against float64; SystemExit if it is too large to be worth timing."""
     y = peer.call(peer.prepare(x.to(peer.dtype)), peer.weights[0])[:CHECKED_ROWS]
-    error = float((y.double() - expected[: len(y)]).norm() / expected[: len(y)].norm())
-    if not error < TOLERANCE[peer.dtype]:
-        raise SystemExit(f"{name} at {len(x)} rows is off by {error:.1e}, allowed is {TOLERANCE[peer.dtype]:.1e}")
-    return error
+    error = relative_error(y, expected[: len(y)])
+    return expect_below(error, TOLERANCE[peer.dtype], f"{name}, {len(x)} rows")
 
 
 def bench_shape(
@@ -210,7 +193,7 @@ def bench_shape(
     """
     where = "cuda" if device == "cuda" else "cpu"
     weight = random_weight(*shape, where)
-    peers = PEERS[device](weight, device)
+    peers = cpu_peers(weight) if device == "cpu" else cuda_peers(weight, device)
     generator = torch.Generator().manual_seed(1)
     inputs = torch.randn(max(rows), shape[0], generator=generator)
     # exact in bfloat16 too, so that one reference serves every dtype
@@ -249,14 +232,13 @@ def bench_shape(
 
 
 def _time(peers: dict[str, Peer], x: Tensor, *, device: str, rounds: int, seconds: float) -> dict[str, Timing]:
-    if device != "cuda":
-        return measure({name: _call(peer, x) for name, peer in peers.items()}, rounds=rounds, seconds=seconds)
-    replays, calls = {}, {}
+    todo, calls = {}, {}
     for name, peer in peers.items():
-        # with many rows a call is long, and does not profit from a cache
-        calls[name] = max(len(peer.weights), 16) if len(x) <= 64 else min(len(peer.weights), 4)
-        replays[name] = in_one_graph([_call(peer, x)] * calls[name])
-    timings = measure_on_device(replays, rounds=rounds, seconds=seconds)
+        calls[name] = 1
+        if device == "cuda":  # with many rows a call is long, and does not profit from a cache
+            calls[name] = max(len(peer.weights), 16) if len(x) <= 64 else min(len(peer.weights), 4)
+        todo[name] = one_after_another([_call(peer, x)] * calls[name], device)
+    timings = measure(todo, device=device, rounds=rounds, seconds=seconds)
     return {name: timing.of_one(calls[name]) for name, timing in timings.items()}
 
 
@@ -272,7 +254,7 @@ def bench_layer(
     seconds: float,
     copy_rate: float | None,
     device: str = "cuda",
-    projections: Sequence[Projection] = LAYER,
+    projections: Sequence[Gemm] = LAYER,
 ) -> dict[str, Any]:
     """The four projections of a layer as the runtime launches them, norm, bias, SwiGLU and residual included.
 
@@ -280,24 +262,15 @@ def bench_layer(
     """
     calls: dict[str, Callable[[], object]] = {}
     parts: dict[str, dict[str, Any]] = {}
-    for projection in projections:
-        problem = Problem.random(projection, count, device=device)
-        error = problem.error()
-        if not error < problem.tolerance:
-            raise SystemExit(
-                f"{projection.name} at {count} rows is off by {error:.1e}, allowed is {problem.tolerance:.1e}"
-            )
-        number = 1
-        if device == "cuda":
-            number = -(-OUTGROWS_CACHES["cuda"] // problem.bytes_read) if count <= 64 else 4
-        problems = [problem, *(problem.another_weight(seed) for seed in range(1, number))]
-        parts[projection.name] = {"error": error, "calls": number, "bytes": problem.bytes_read}
-        runs = [problem.run for problem in problems]
-        calls[projection.name] = in_one_graph(runs) if device == "cuda" else runs[0]
-    timer = measure_on_device if device == "cuda" else measure
-    for name, timing in timer(calls, rounds=rounds, seconds=seconds).items():
-        part, one = parts[name], timing.of_one(parts[name]["calls"])
-        part |= {"us": 1000 * one.median_ms, "low_us": 1000 * one.low_ms, "high_us": 1000 * one.high_ms}
+    for gemm in projections:
+        problem = Problem.random(gemm, count, device=device)
+        error = problem.checked()
+        copies = problem.copies(1 if device != "cuda" else None if count <= 64 else 4)
+        parts[gemm.name] = {"error": error, "calls": len(copies), "bytes": problem.bytes_read}
+        calls[gemm.name] = one_after_another([one.run for one in copies], device)
+    for name, timing in measure(calls, device=device, rounds=rounds, seconds=seconds).items():
+        part = parts[name]
+        part |= timing.of_one(part["calls"]).us()
         part["gb_per_s"] = part["bytes"] / part["us"] / 1e3
         if copy_rate is not None:
             part["share_of_copy"] = part["gb_per_s"] / copy_rate
@@ -308,61 +281,51 @@ def table(records: list[dict[str, Any]]) -> str:
     """Markdown: per shape and rows, each peer's median and quartiles in ms, and speed relative to the baseline."""
     names = list(records[0]["peers"])
     shares = "share_of_copy" in records[0]["peers"][OURS]
-    last = " | int4 GB/s | of copy | int4 speed |" if shares else " | int4 GB/s | int4 speed |"
-    lines = ["| K x N | rows | " + " | ".join(f"{name}, ms" for name in names) + last]
-    lines.append("| --- " * (len(names) + (5 if shares else 4)) + "|")
+    head = ["K x N", "rows", *(f"{name}, ms" for name in names), "int4 GB/s", *["of copy"] * shares, "int4 speed"]
+    rows = []
     for record in records:
-        peers = record["peers"]
-        cells = [
+        peers, ours = record["peers"], record["peers"][OURS]
+        share = [f"{ours['share_of_copy']:.2f}"] if shares else []
+        times = [
             str(Timing(*(peers[n][f] for f in ("median_ms", "low_ms", "high_ms", "rounds")))) if n in peers else ""
             for n in names
         ]
-        ours = peers[OURS]
-        share = f" | {ours['share_of_copy']:.2f}" if shares else ""
-        head = f"| {record['in_features']} x {record['out_features']} | {record['rows']} | "
-        lines.append(head + " | ".join(cells) + f" | {ours['gb_per_s']:.1f}{share} | {ours['speed']:.2f} |")
-    return "\n".join(lines)
+        rates = [f"{ours['gb_per_s']:.1f}", *share, f"{ours['speed']:.2f}"]
+        rows.append([f"{record['in_features']} x {record['out_features']}", record["rows"], *times, *rates])
+    return report.table(head, rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, print, save."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.int4_gemm", description=__doc__)
+    parser = report.command("int4_gemm", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--all", action="store_true", help="the model's other three shapes too")
     parser.add_argument("--rows", type=int, nargs="+", help="rows of x (default: 1 to 512, on CUDA to 2,048)")
     parser.add_argument("--rounds", type=int, help="calls of each candidate that count (default: 15, on CUDA 50)")
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, per candidate and rows (default: 3)")
-    parser.add_argument("--json", type=Path, help="save the figures, with machine, versions, commit and date")
+    report.add_save(parser)
     args = parser.parse_args(arguments)
     on_cuda = args.device == "cuda"
     if on_cuda and not torch.cuda.is_available():
-        parser.error("no CUDA device is here; use --device cpu")
+        parser.error("torch sees no CUDA device; use --device cpu")
     rows, shapes = args.rows or (CUDA_ROWS if on_cuda else ROWS), CUDA_SHAPES if on_cuda else SHAPES
     rounds, baseline = args.rounds or (50 if on_cuda else 15), BASELINE[args.device]
-    copy_rate = copy_gb_per_s() if on_cuda else None
-    machine = describe_machine(args.device)
-    records, layers = [], []
+    copy_rate = copy_gb_per_s(args.device)
+    options: dict[str, Any] = {"device": args.device, "rounds": rounds, "seconds": args.seconds, "copy_rate": copy_rate}
+    records = []
     with torch.inference_mode():
         for shape in shapes if args.all else shapes[:1]:
-            bench = bench_shape(
-                shape, rows, device=args.device, rounds=rounds, seconds=args.seconds, copy_rate=copy_rate
-            )
-            for record in bench:
+            for record in bench_shape(shape, rows, **options):
                 speed = record["peers"][OURS]["speed"]
-                print(f"{shape[0]} x {shape[1]}, {record['rows']} rows: {speed:.2f} of {baseline}", file=sys.stderr)
+                report.say(f"{shape[0]} x {shape[1]}, {record['rows']} rows: {speed:.2f} of {baseline}")
                 records.append(record)
-        for count in (1, 16) if copy_rate is not None else ():
-            layers.append(bench_layer(count, rounds=rounds, seconds=args.seconds, copy_rate=copy_rate))
-    print(f"{machine['device']}, {machine['threads']} of {machine['cores']} cores, torch {torch.__version__}\n")
-    print(f"Median (quartiles); speed is relative to {baseline} in the same run.\n")
-    print(table(records))
+        layers = [bench_layer(count, **options) for count in (1, 16)] if on_cuda else []
+    report.print_machine(args.device)
+    print(f"Median (quartiles); speed is relative to {baseline} in the same run.\n\n{table(records)}")
     for layer in layers:
         print(f"\nA layer's four projections, {layer['rows']} rows: {layer['layer_us']:.1f} us")
-    if args.json:
-        result = {"benchmark": "int4_gemm", "group_size": GROUP_SIZE, **machine, "records": records}
-        if on_cuda:
-            result |= {"copy_gb_per_s": copy_rate, "layers": layers}
-        args.json.write_text(json.dumps(result, indent=1) + "\n")
+    measured = {"copy_gb_per_s": copy_rate, "layers": layers} if on_cuda else {}
+    report.save(args.json, "int4_gemm", args.device, group_size=GROUP_SIZE, records=records, **measured)
 
 
 if __name__ == "__main__":

@@ -1,12 +1,11 @@
-"""Where quantizing a decoder costs what: python -m benchmarks.layers CHECKPOINT BUNDLE DATA
+"""Quantization error by layer: python -m benchmarks.layers CHECKPOINT BUNDLE DATA
 
-For every block of the float CHECKPOINT and of BUNDLE (or of an int4 checkpoint), on the samples of DATA (a file as
-quantize.gptq calibrates on): the relative squared error |found - exact|² / |exact|² of each projection's output and of
-the block's, both given what enters the float model's block, and of the residual stream after the block, where each
-model goes on with its own. Both are computed in float32, and one block of each is in memory.
+For every block of the float CHECKPOINT and of BUNDLE (or of an int4 checkpoint), on the samples of DATA (a calibration
+file as quantize.gptq takes it): the relative squared error |found - exact|² / |exact|² of each projection's output and
+of the block's, both given the float model's input of that block, and of the residual stream after the block, where each
+model continues with its own. Both are computed in float32, with one block of each in memory.
 """
 
-import argparse
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,14 +14,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from benchmarks.report import add_save, command, exits_with_its_message, save
 from quantize.blocks import Tick, block_name, load_block, projection, run_block
 from quantize.calibration import Activations, embed_samples, writing
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import ConfigError
-from qvl_edge.files import write_json
 from qvl_edge.lora import open_checkpoint
-from qvl_edge.machine import describe_machine, ends_with_its_message
 from qvl_edge.model.decoder import QWenBlock
 from qvl_edge.model.loading import QUANTIZED, check_tensors, read_projection
 from qvl_edge.text.conversations import Sample, read_samples
@@ -140,14 +138,10 @@ def _watch(exact: nn.Linear, found: nn.Linear, ratio: _Ratio) -> None:
     exact.register_forward_hook(look)
 
 
-@ends_with_its_message("benchmarks.layers")
+@exits_with_its_message("benchmarks.layers")
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.layers",
-        description=(__doc__ or "").split("\n", 1)[1],
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = command("layers", __doc__)
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     parser.add_argument("data", type=Path, metavar="DATA", help="conversations (.json, .jsonl) or texts (.jsonl, .txt)")
@@ -156,22 +150,21 @@ def main() -> None:
     parser.add_argument("--seqlen", type=int, default=2048, help="at most this many tokens each (default: 2048)")
     parser.add_argument("--seed", type=int, default=0, help="chooses the entries of a longer file (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--json", type=Path, help="also write the figures, with machine and versions")
+    add_save(parser)
     args = parser.parse_args()
     exact = open_checkpoint(args.checkpoint, args.lora)
     quantized = Checkpoint(args.bundle)
     tokenizer = Tokenizer.from_file(exact.path / VOCAB_FILE)
     samples = read_samples(args.data, tokenizer, samples=args.samples, seqlen=args.seqlen, seed=args.seed)
     print("".join(f"{name:>12}" for name in ("block", *QUANTIZED, "output", "stream")))
-    rows = []
+    blocks = []
     with tempfile.TemporaryDirectory() as folder:
         for row in compare_layers(exact, quantized, samples, Path(folder), device=args.device):
             errors = [*row.projections.values(), row.output, row.stream]
             print(f"{row.block:>12}" + "".join(f"{error:>12.2e}" for error in errors), flush=True)
-            rows.append(asdict(row))
-    if args.json:
-        settings = {"samples": len(samples), "tokens": sum(len(sample.ids) for sample in samples)}
-        write_json(args.json, {"benchmark": "layers", **settings, **describe_machine(args.device), "blocks": rows})
+            blocks.append(asdict(row))
+    tokens = sum(len(sample.ids) for sample in samples)
+    save(args.json, "layers", args.device, samples=len(samples), tokens=tokens, blocks=blocks)
 
 
 if __name__ == "__main__":

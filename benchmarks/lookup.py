@@ -1,43 +1,36 @@
-"""What guessing from earlier text brings: the same greedy answers with and without prompt lookup.
+"""What prompt-lookup decoding gains: the same greedy answers with and without it.
 
     python -m benchmarks.lookup PATH [--lookup 7] [--scenes 20] [--json FILE]
 
-Descriptions and repeated questions about synthetic scenes; each answer is made both ways, in turn, and has to have the
-same tokens. What it brings depends on how much answers repeat, and on what a step of several tokens costs there.
+Descriptions of synthetic scenes and repeated questions about them; each answer is generated both ways, in turn, and has
+to have the same tokens. The gain depends on how much answers repeat, and on what a step of several tokens costs.
 """
 
-import argparse
-import json
 import statistics
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from benchmarks.report import exits_with_its_message, model_command, save
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
-from qvl_edge.machine import describe_machine, ends_with_its_message
+from qvl_edge.options import LoadOptions
 
 
-def measure(path: str, device: str, lookup: int, scenes: int, rounds: int) -> dict[str, Any]:
-    """Seconds and tokens of both ways; SystemExit if a token differs."""
-    ways = {"plain": 0, "lookup": lookup}
-    runtimes = {
-        name: Runtime.from_pretrained(path, device=device, max_context=2048, lookup=count)
-        for name, count in ways.items()
-    }
-    seconds: dict[str, list[float]] = {name: [] for name in ways}
+def measure(runtimes: dict[str, Runtime], scenes: int, rounds: int) -> dict[str, Any]:
+    """Tokens per second and per step of "plain" and "lookup"; SystemExit if a token differs."""
+    seconds: dict[str, list[float]] = {name: [] for name in runtimes}
     tokens, steps = 0, 0
-    real = runtimes["lookup"].slots.advance
+    real = runtimes["lookup"].engine.slots.advance
 
     def counted() -> Any:
         nonlocal steps
         steps += 1
         return real()
 
-    runtimes["lookup"].slots.advance = counted  # type: ignore[method-assign]
-    for turn in range(rounds + 1):  # the first does not count
-        total = dict.fromkeys(ways, 0.0)
+    runtimes["lookup"].engine.slots.advance = counted  # type: ignore[method-assign]
+    for turn in range(rounds + 1):  # the first is a warm-up
+        total = dict.fromkeys(runtimes, 0.0)
         tokens = steps = 0
         for index in range(scenes):
             scene, rng = make_scene(UNSEEN + index), np.random.default_rng(index)
@@ -58,11 +51,10 @@ def measure(path: str, device: str, lookup: int, scenes: int, rounds: int) -> di
                 tokens += found["plain"].timing.decoded_tokens
                 history.append((query, found["plain"].text))
         if turn:
-            for name in ways:
+            for name in runtimes:
                 seconds[name].append(total[name])
     rates = {name: [tokens / one for one in values] for name, values in seconds.items()}
     return {
-        "lookup": lookup,
         "rounds": rounds,
         "tokens": tokens,
         "tokens_a_step": tokens / steps,
@@ -70,29 +62,22 @@ def measure(path: str, device: str, lookup: int, scenes: int, rounds: int) -> di
     }
 
 
-@ends_with_its_message("benchmarks.lookup")
+@exits_with_its_message("benchmarks.lookup")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, measure, print, save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.lookup", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", help="a bundle or checkpoint of the small model")
-    parser.add_argument("--lookup", type=int, default=7)
+    parser = model_command("lookup", __doc__, device="cpu", max_context=2048, lookup=7)
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="save the figures, with machine, versions, commit and date")
     args = parser.parse_args(arguments)
-    found = measure(args.path, args.device, args.lookup, args.scenes, args.rounds)
+    options = LoadOptions.given(args)
+    drafts = {"plain": 0, "lookup": options["lookup"]}
+    runtimes = {name: Runtime.from_pretrained(args.path, **options | {"lookup": n}) for name, n in drafts.items()}
+    found = measure(runtimes, args.scenes, args.rounds)
     for name, rate in found["tokens_per_s"].items():
         print(f"{name:>6}: {rate['median']:.0f} tokens/s ({rate['low']:.0f} to {rate['high']:.0f})")
-    print(f"{found['tokens']} tokens, {found['tokens_a_step']:.2f} a step with lookup; all answers the same")
-    if args.json:
-        device = "cuda" if args.device.startswith("cuda") else "cpu"
-        args.json.write_text(
-            json.dumps({"benchmark": "lookup", "model": args.path, **describe_machine(device), **found}, indent=1)
-            + "\n"
-        )
+    print(f"{found['tokens']} tokens, {found['tokens_a_step']:.2f} per step with lookup; all answers the same")
+    device = runtimes["plain"].plan.device
+    save(args.json, "lookup", device, model=args.path, lookup=options["lookup"], **found)
 
 
 if __name__ == "__main__":

@@ -1,226 +1,184 @@
-"""The picture of a benchmarks.gpu result, as SVG: python -m benchmarks.plot DIR/gpu.json OUT.svg
+"""The charts of saved results, drawn from their JSON: python -m benchmarks.plot RESULT.json [OUT.svg]
 
-Four panels: the share of the memory's bandwidth that each product of a layer reaches, int4_gemm's speed beside its
-peers over the rows of x, where that stands under the roof of memory and tensor cores, and whole decoding steps. Written
-by hand, so that drawing needs nothing to be installed.
+Results of benchmarks.latency, gpu and compression, and the log.jsonl of benchmarks.small_model.train. The commands
+themselves draw with these functions, so that a chart can be drawn again without measuring again.
 """
 
 import argparse
-import json
-import math
-from collections.abc import Sequence
-from html import escape
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-WIDTH, HEIGHT, MARGIN = 420, 300, 60
-COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#7d5ba6", "#8d99ae")
+from benchmarks.report import exits_with_its_message
+from qvl_edge import plot
+from qvl_edge.commands import bench
+from qvl_edge.errors import QvlError
+from qvl_edge.files import read_json, read_jsonl
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
-def text(x: float, y: float, said: str, *, size: int = 11, anchor: str = "middle", turn: int = 0) -> str:
-    """One label."""
-    turned = f' transform="rotate({turn} {x:.1f} {y:.1f})"' if turn else ""
-    return f'<text x="{x:.1f}" y="{y:.1f}" font-size="{size}" text-anchor="{anchor}"{turned}>{escape(said)}</text>'
-
-
-def figure(value: float) -> str:
-    """Three digits that fit beside an axis: 0.25, 683, 14.5k."""
-    return f"{value / 1000:.3g}k" if value >= 10_000 else f"{value:.3g}" if value < 1000 else f"{value:.0f}"
+Result = Mapping[str, Any]
 
 
-class Panel:
-    """A framed area of the picture with a title and a vertical axis from 0 to `top`, with marks unless told not to."""
+def gpu(result: Result) -> "Figure | None":
+    """Up to four panels, as far as `result` holds what they show; None if it holds nothing of them.
 
-    def __init__(self, index: int, title: str, unit: str, top: float, *, ticks: bool = True):
-        step = 10.0 ** math.floor(math.log10(top / 5))
-        top = (
-            5
-            * step
-            * next(round_ for round_ in (1, 1.5, 2, 2.5, 3, 4, 5, 6, 8, 10) if 5 * step * round_ >= top * 0.999)
-        )
-        self.left, self.top = MARGIN + index * (WIDTH + MARGIN), top
-        self.parts = [
-            text(self.left + WIDTH / 2, 24, title, size=14),
-            f'<rect x="{self.left}" y="40" width="{WIDTH}" height="{HEIGHT}" fill="none" stroke="#999"/>',
-            text(self.left - 44, 40 + HEIGHT / 2, unit, turn=-90),
-        ]
-        for fifth in range(6 if ticks else 0):
-            y = self.y(top * fifth / 5)
-            self.parts.append(f'<path d="M{self.left} {y:.1f}h{WIDTH}" stroke="#eee"/>')
-            self.parts.append(text(self.left - 6, y + 4, figure(top * fifth / 5), anchor="end"))
-
-    def y(self, value: float) -> float:
-        """Where a value stands."""
-        return 40 + HEIGHT * (1 - min(value, self.top) / self.top)
-
-    def bars(self, groups: Sequence[str], series: dict[str, list[float | None]]) -> None:
-        """One bar a group and series, with its value on top; None is left empty."""
-        wide = WIDTH / max(1, len(groups))
-        each = wide * 0.8 / max(1, len(series))
-        for g, group in enumerate(groups):
-            self.parts.append(text(self.left + (g + 0.5) * wide, 40 + HEIGHT + 16, group))
-            for s, values in enumerate(series.values()):
-                value = values[g]
-                if value is None:
-                    continue
-                x, y = self.left + g * wide + wide * 0.1 + s * each, self.y(value)
-                box = f'x="{x:.1f}" y="{y:.1f}" width="{each * 0.92:.1f}" height="{40 + HEIGHT - y:.1f}"'
-                self.parts.append(f'<rect {box} fill="{COLOURS[s % len(COLOURS)]}"/>')
-                if len(groups) * len(series) <= 24:
-                    self.parts.append(text(x + each / 2, y - 3, figure(value), size=9))
-        self.legend(list(series))
-
-    def legend(self, names: list[str]) -> None:
-        """Which colour is what."""
-        for s, name in enumerate(names):
-            x, y = self.left + (s % 2) * WIDTH / 2, 40 + HEIGHT + 34 + 16 * (s // 2)
-            self.parts.append(f'<rect x="{x:.1f}" y="{y - 9}" width="10" height="10" fill="{COLOURS[s % 6]}"/>')
-            self.parts.append(text(x + 14, y, name, anchor="start"))
-
-
-def layer_panel(index: int, result: dict[str, Any]) -> Panel | None:
-    """Share of the copy's bandwidth (of GB/s where none was measured) of each projection."""
-    layers = result.get("layer", [])
-    if not layers:
+    The share of memory bandwidth that each product of a layer reaches, int4_gemm's speed beside its peers by rows of x,
+    the same under the roofline of memory and tensor cores, and whole decode steps.
+    """
+    records = result.get("int4_gemm", [])
+    shapes = [(record["in_features"], record["out_features"]) for record in records]
+    first = sorted(
+        (record for record, shape in zip(records, shapes, strict=True) if shape == shapes[0]), key=lambda r: r["rows"]
+    )
+    steps = [record for record in result.get("decode_step", []) if "tokens_per_s" in record and record["batch"] == 1]
+    every = [
+        (_layer, (result.get("layer"),)),
+        (_peers, (first,)),
+        (_roofline, (first, records, result.get("copy_gb_per_s"))),
+        (_steps, (steps,)),
+    ]
+    drawn = [(draw, data) for draw, data in every if all(data)]
+    if not drawn:
         return None
-    key = "share_of_copy" if "share_of_copy" in next(iter(layers[0]["projections"].values())) else "gb_per_s"
+    figure, axes = plot.panels(len(drawn), width=6)
+    for (draw, data), panel in zip(drawn, axes, strict=True):
+        draw(panel, *data)
+    return figure
+
+
+def _layer(axes: "Axes", layers: Sequence[Result]) -> None:
     names = list(layers[0]["projections"])
+    share = "share_of_copy" in layers[0]["projections"][names[0]]
+    key = "share_of_copy" if share else "gb_per_s"
     series = {
-        f"{layer['rows']} rows: {layer['layer_us']:.1f} us a layer": [layer["projections"][n][key] for n in names]
+        f"{layer['rows']} rows: {layer['layer_us']:.1f} us per layer": [layer["projections"][n][key] for n in names]
         for layer in layers
     }
-    top = 1.0 if key == "share_of_copy" else max(max(values) for values in series.values()) * 1.1
-    panel = Panel(index, "Products of a layer, as launched", "of the copy's bandwidth" if top == 1 else "GB/s", top)
-    panel.bars(names, dict(series))
-    return panel
+    axes.set(title="Products of a layer, as launched", ylabel="share of a copy's bandwidth" if share else "GB/s")
+    plot.bars(axes, names, series)
+    if share:
+        axes.set_ylim(0, 1)
 
 
-def peers_panel(index: int, result: dict[str, Any]) -> Panel | None:
-    """Speed relative to the same product without int4, over the rows, at the first shape."""
-    records = result.get("int4_gemm", [])
-    if not records:
-        return None
-    shape = (records[0]["in_features"], records[0]["out_features"])
-    mine = sorted((r for r in records if (r["in_features"], r["out_features"]) == shape), key=lambda r: int(r["rows"]))
-    names = list(dict.fromkeys(name for record in mine for name in record["peers"]))
-    series: dict[str, list[float | None]] = {
-        name: [record["peers"][name]["speed"] if name in record["peers"] else None for record in mine] for name in names
-    }
-    top = max(value for values in series.values() for value in values if value is not None) * 1.1
-    panel = Panel(index, f"{shape[0]} x {shape[1]}, by rows of x", f"times as fast as {names[0]}", top)
-    panel.bars([str(record["rows"]) for record in mine], series)
-    return panel
+def _names(records: Sequence[Result]) -> list[str]:
+    return list(dict.fromkeys(name for record in records for name in record["peers"]))
 
 
-def roofline_panel(index: int, result: dict[str, Any]) -> Panel | None:
-    """TFLOP/s over operations a byte of weight and rows, both in powers of ten, at the first shape.
+def _peers(axes: "Axes", records: Sequence[Result]) -> None:
+    names, peers = _names(records), [record["peers"] for record in records]
+    series = {name: [one[name]["speed"] if name in one else None for one in peers] for name in names}
+    shape = f"{records[0]['in_features']} x {records[0]['out_features']}"
+    axes.set(title=f"{shape}, by rows of x", ylabel=f"speed relative to {names[0]}")
+    plot.bars(axes, [str(record["rows"]) for record in records], series)
 
-    The roof is what was measured on the device: a copy's bandwidth, and the fastest product of all peers.
-    """
-    records, rate = result.get("int4_gemm", []), result.get("copy_gb_per_s")
-    if not records or not rate:
-        return None
+
+def _roofline(axes: "Axes", records: Sequence[Result], every: Sequence[Result], copy_gb_per_s: float) -> None:
+    """TFLOP/s over operations per byte of weight and rows; the roof is what was measured on the device: the bandwidth
+    of a copy, and the fastest product of all peers."""
     k, n = records[0]["in_features"], records[0]["out_features"]
-    mine = sorted((r for r in records if (r["in_features"], r["out_features"]) == (k, n)), key=lambda r: int(r["rows"]))
-    peak = max(peer["tflop_per_s"] for record in records for peer in record["peers"].values())
-    names = list(dict.fromkeys(name for record in mine for name in record["peers"]))
-    points: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
-    for record in mine:
-        for name, peer in record["peers"].items():
-            read = peer["gb_per_s"] * peer["median_ms"] * 1e6 + 2 * record["rows"] * (k + n)
-            points[name].append((2 * record["rows"] * k * n / read, peer["tflop_per_s"]))
-    every = [point for line in points.values() for point in line]
-    left, right = (edge(math.log10(x)) for edge, x in ((math.floor, min(every)[0]), (math.ceil, max(every)[0])))
-    low = math.floor(math.log10(min(y for _, y in every)))
-    high = math.ceil(math.log10(peak * 1.05))
-    panel = Panel(index, f"{k} x {n} under the roof", "TFLOP/s", 1.0, ticks=False)
-
-    def place(x: float, y: float) -> tuple[float, float]:
-        across = (math.log10(x) - left) / (right - left)
-        return panel.left + WIDTH * across, panel.y(max(0.0, (math.log10(y) - low) / (high - low)))
-
-    for power in range(low, high + 1):
-        x, y = place(10**left, 10**power)
-        panel.parts.append(text(x - 6, y + 4, f"{10.0**power:g}", anchor="end"))
-    for power in range(left, right + 1):
-        x, y = place(10**power, 10**low)
-        panel.parts.append(text(x, y + 16, f"{10.0**power:g} FLOP/B"))
-    ridge = min(max(peak * 1e3 / rate, 10**left), 10**right)
-    roof = [place(10**left, 10**left * rate / 1e3), place(ridge, min(peak, ridge * rate / 1e3)), place(10**right, peak)]
-    panel.parts.append(_line(roof, "#555", 'stroke-dasharray="5 3"'))
-    for s, line in enumerate(points.values()):
-        panel.parts.append(_line([place(*point) for point in line], COLOURS[s % len(COLOURS)]))
-    panel.legend(names)
-    return panel
-
-
-def _line(points: list[tuple[float, float]], colour: str, style: str = "") -> str:
-    path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in points)
-    return f'<path d="{path}" fill="none" stroke="{colour}" stroke-width="2" {style}/>'
-
-
-def steps_panel(index: int, result: dict[str, Any]) -> Panel | None:
-    """Tokens a second of whole steps at batch 1."""
-    records = [r for r in result.get("decode_step", []) if "tokens_per_s" in r and r["batch"] == 1]
-    if not records:
-        return None
-    contexts = sorted({record["context"] for record in records})
-    kinds = list(dict.fromkeys(_kind(record) for record in records))
-    series: dict[str, list[float | None]] = {
-        kind: [
-            next((r["tokens_per_s"] for r in records if (_kind(r), r["context"]) == (kind, context)), None)
-            for context in contexts
-        ]
-        for kind in kinds
-    }
-    top = max(value for values in series.values() for value in values if value is not None) * 1.1
-    panel = Panel(index, "Whole decoding steps, one sequence", "tokens a second", top)
-    panel.bars([f"context {context}" for context in contexts], series)
-    return panel
-
-
-def _kind(record: dict[str, Any]) -> str:
-    return f"{record['head']} head, {record['cache']} cache, {'graph' if record['graph'] else 'eager'}"
-
-
-def picture(result: dict[str, Any]) -> str | None:
-    """SVG of what the result holds; None if there is nothing to draw."""
-    panels: list[Panel] = []
-    for make in (layer_panel, peers_panel, roofline_panel, steps_panel):
-        panel = make(len(panels), result)
-        if panel:
-            panels.append(panel)
-    if not panels:
-        return None
-    copy = f"a copy reaches {result['copy_gb_per_s']:.0f} GB/s" if "copy_gb_per_s" in result else ""
-    return framed(panels, result, copy)
-
-
-def framed(panels: Sequence[Panel], result: dict[str, Any], note: str = "") -> str:
-    """The SVG of panels side by side, with a line below that says what a result was measured on."""
-    width, height = MARGIN + len(panels) * (WIDTH + MARGIN), HEIGHT + 160
-    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
-    about = f"{result['device']}, {versions}, {result['date']}, commit {result['commit']}{'; ' if note else ''}{note}"
-    parts = [part for panel in panels for part in panel.parts]
-    parts.append(text(MARGIN, height - 12, about, size=10, anchor="start"))
-    return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width}" height="{height}" '
-        f'font-family="sans-serif">\n<rect width="100%" height="100%" fill="white"/>\n'
-        + "\n".join(parts)
-        + "\n</svg>\n"
+    peak = max(peer["tflop_per_s"] for record in every for peer in record["peers"].values())
+    intensities = []
+    for name in _names(records):
+        points = []
+        for record in records:
+            if peer := record["peers"].get(name):
+                read = peer["gb_per_s"] * peer["median_ms"] * 1e6 + 2 * record["rows"] * (k + n)
+                points.append((2 * record["rows"] * k * n / read, peer["tflop_per_s"]))
+        axes.plot(*zip(*points, strict=True), marker=".", label=name)
+        intensities += [intensity for intensity, _ in points]
+    ridge = peak * 1e3 / copy_gb_per_s
+    edges = sorted({min(intensities), max(intensities), ridge})
+    roof = [min(peak, x * copy_gb_per_s / 1e3) for x in edges]
+    axes.plot(edges, roof, color="#555", linestyle="--", label="roof, as measured")
+    axes.set(
+        title=f"{k} x {n} under the roofline", xlabel="FLOP per byte", ylabel="TFLOP/s", xscale="log", yscale="log"
     )
+    axes.legend(frameon=False, fontsize=9)
 
 
+def _steps(axes: "Axes", records: Sequence[Result]) -> None:
+    def kind(record: Result) -> str:
+        return f"{record['head']} head, {record['cache']} cache, {'graph' if record['graph'] else 'eager'}"
+
+    contexts = sorted({record["context"] for record in records})
+    rates = {(kind(record), record["context"]): record["tokens_per_s"] for record in records}
+    series = {name: [rates.get((name, context)) for context in contexts] for name, _ in rates}
+    axes.set(title="Whole decode steps, one sequence", ylabel="tokens per second")
+    plot.bars(axes, [f"context {context}" for context in contexts], series)
+
+
+def compression(result: Result) -> "Figure":
+    """For every variant the difference of right answers and the divergence, each with its 95 % interval."""
+    rows = [row for row in result["variants"] if row["variant"] != "float32"][::-1]  # the first one on top
+    rights = [
+        next(row for row in entry["rows"] if (row["metric"], row["group"]) == ("right", None))["difference"]["mean"]
+        for entry in rows
+    ]
+    figure, (left, right) = plot.panels(2, width=5.5, height=1.2 + 0.28 * len(rows))
+    for axes, estimates in ((left, rights), (right, [entry["kl"] for entry in rows])):
+        values = [estimate["value"] for estimate in estimates]
+        errors = [[e["value"] - e["low"] for e in estimates], [e["high"] - e["value"] for e in estimates]]
+        axes.errorbar(values, range(len(rows)), xerr=errors, fmt="o")
+        axes.set_yticks(range(len(rows)), [entry["variant"] for entry in rows])
+    left.axvline(0, color="#888", linewidth=1)
+    left.set_title("Right answers, difference from float32 in points", fontsize=11)
+    right.set_title("Divergence from float32, nats per token", fontsize=11)
+    right.set_xscale("log")
+    right.set_xlim(left=min(entry["kl"]["value"] for entry in rows) / 3)
+    right.tick_params(labelleft=False)
+    return figure
+
+
+def loss(log: Path) -> "Figure":
+    """The losses of both stages of a training log."""
+    rows = [row for _, row in read_jsonl(log)]
+    figure, panels = plot.panels(2, width=5, height=4)
+    for axes, stage, names in zip(panels, ("vision", "joint"), (("cells",), ("answers", "two", "cells")), strict=True):
+        for name in names:
+            points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
+            if points:
+                axes.plot(*zip(*points, strict=True), label=name)
+                axes.legend(frameon=False)
+        axes.set(title=f"stage: {stage}", xlabel="step", ylabel="loss", yscale="log")
+    return figure
+
+
+def draw(result: Result, path: Path) -> bool:
+    """Draw a result into `path`; False if it holds nothing to draw. QvlError for another benchmark's."""
+    footnote = plot.measured_on(result)
+    match result["benchmark"]:
+        case "latency":
+            figure: Figure | None = bench.chart(result["records"])
+        case "gpu":
+            figure = gpu(result)
+            footnote += f"; a copy reaches {result['copy_gb_per_s']:.0f} GB/s" if "copy_gb_per_s" in result else ""
+        case "compression":
+            figure = compression(result)
+            counted = f"{result['scenes']} scenes, {result['questions']} questions"
+            footnote = f"{counted}; {footnote}. Bars are 95 % intervals."
+        case other:
+            raise QvlError(f"results of {other} have no chart")
+    if figure is not None:
+        plot.save(figure, path, footnote)
+    return figure is not None
+
+
+@exits_with_its_message("benchmarks.plot")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, draw, write."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument("result", type=Path)
-    parser.add_argument("out", type=Path)
+    parser.add_argument(
+        "result", type=Path, metavar="RESULT", help="a saved result (.json), or a training log (.jsonl)"
+    )
+    parser.add_argument("out", type=Path, nargs="?", help=".svg or .png (default: beside RESULT)")
     args = parser.parse_args(arguments)
-    drawing = picture(json.loads(args.result.read_text()))
-    if drawing is None:
+    if args.result.suffix == ".jsonl":
+        plot.save(loss(args.result), args.out or args.result.with_suffix(".png"))
+    elif not draw(read_json(args.result), args.out or args.result.with_suffix(".svg")):
         raise SystemExit(f"{args.result} holds nothing to draw")
-    args.out.write_text(drawing, encoding="utf-8")
 
 
 if __name__ == "__main__":

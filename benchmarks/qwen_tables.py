@@ -1,22 +1,21 @@
 """Qwen-VL's two tables of speed and memory, on this machine: python -m benchmarks.qwen_tables BUNDLE [--tokens 256]
 
 As its README measures them. Speed: 1,792 and 7,934 tokens generated after one image of 258 tokens, here over the whole
-call, encoding the image and the prompt included. Memory: the peak of a prompt of 1,792 tokens with one image and one
+call, including encoding the image and the prompt. Memory: the peak of a prompt of 1,792 tokens with one image and one
 new token, and of the longer generation. `--tokens` makes all of it shorter; the table then says what was measured,
-which is never the same figure: a shorter context is faster and takes less. GB are 10^9 bytes.
+which is not comparable: a shorter context is faster and needs less memory. GB are 10^9 bytes.
 """
 
-import argparse
-import sys
 import time
-from pathlib import Path
-from typing import Any
 
-from benchmarks.latency import Bench, Row, add_model_arguments, describe, model_options, parameters_text
+from benchmarks.report import exits_with_its_message, model_command, say, table
+from qvl_edge.bench import Bench, Row
+from qvl_edge.commands.bench import parameters_text
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import ConfigError
 from qvl_edge.files import write_json
-from qvl_edge.machine import ends_with_its_message
+from qvl_edge.machine import describe_machine
+from qvl_edge.options import LoadOptions
 
 IMAGE = IMAGE_TOKENS + 2  # with <img> and </img>
 ENCODED = 1792  # tokens of the prompt whose memory is measured (README: "2048-258")
@@ -28,11 +27,12 @@ PUBLISHED = {
     "BF16, published": (28.87, 24.32, 22.60, 28.01),
     "Int4, published": (37.79, 34.34, 11.82, 17.23),
 }
-PUBLISHED_ON = "9.66 B | A100-SXM4-80G"
+PUBLISHED_PARAMETERS, PUBLISHED_ON = "9.66 B", "A100-SXM4-80G"
+COUNTED = "host: this process; torch: what torch has allocated; card: what the driver reports as used, by any program."
 
 
 def measure(bench: Bench, *, tokens: int | None = None) -> dict[str, Row]:
-    """One run of each, after a short one: column -> what was asked for, what was measured, and the figures."""
+    """One run of each, after a warm-up: column -> tokens asked for, tokens measured, and the figures."""
     room = bench.runtime.max_context
     if room <= IMAGE:
         raise ConfigError(f"max_context is {room}, an image and one token take {IMAGE + 1}; raise --max-context")
@@ -48,30 +48,39 @@ def measure(bench: Bench, *, tokens: int | None = None) -> dict[str, Row]:
 
 
 def _run(bench: Bench, length: int, count: int) -> Row:
-    """A new picture, text up to `length` tokens, `count` tokens after it."""
-    print(f"{length} tokens in, {count} out", file=sys.stderr, flush=True)
+    """A new image, text up to `length` tokens, `count` tokens after it."""
+    say(f"{length} tokens in, {count} out")
     bench.runtime.forget()
     bench.reset_peaks()
-    ids, starts, pictures = bench.turn(1, length - IMAGE)
-    began = time.perf_counter()
-    bench.generate(ids, count, starts, pictures)
-    return {"tokens_per_s": count / (time.perf_counter() - began), "peak_bytes": bench.peaks()}
+    ids, starts, images = bench.turn(1, length - IMAGE)
+    start = time.perf_counter()
+    bench.generate(ids, count, starts, images)
+    return {"tokens_per_s": count / (time.perf_counter() - start), "peak_bytes": bench.peaks()}
 
 
 def tables(found: dict[str, Row], about: Row, device: str) -> str:
-    """Both tables as markdown, the published figures above ours, and what was cut short."""
-    name, on = about["model"], f"{parameters_text(about['params'])} | {device}"
-    ours = [f"{found[column]['tokens_per_s']:.2f}" + _cut(found[column]) for column in SPEEDS]
-    speed = _table(SPEEDS, {row: values[:2] for row, values in PUBLISHED.items()}, {name: ours}, on)
-    kinds = list(found[MEMORIES[0]]["peak_bytes"])
-    rows = {
-        f"{name}, {kind.removeprefix('peak ')}": [
+    """Both tables as markdown, ours below the published figures, and what was cut short."""
+
+    def markdown(columns: tuple[str, ...], published: slice, unit: str, ours: dict[str, list[str]]) -> str:
+        rows = [
+            [name, PUBLISHED_PARAMETERS, PUBLISHED_ON, *(f"{value:.2f}{unit}" for value in values[published])]
+            for name, values in PUBLISHED.items()
+        ]
+        rows += [[name, parameters_text(about["params"]), device, *cells] for name, cells in ours.items()]
+        return table(["", "parameters", "on", *columns], rows)
+
+    speeds = [f"{found[column]['tokens_per_s']:.2f}" + _cut(found[column]) for column in SPEEDS]
+    peaks = {
+        f"{about['model']}, {kind.removeprefix('peak ')}": [
             f"{found[column]['peak_bytes'][kind] / 1e9:.2f} GB" + _cut(found[column]) for column in MEMORIES
         ]
-        for kind in kinds
+        for kind in found[MEMORIES[0]]["peak_bytes"]
     }
-    memory = _table(MEMORIES, {row: values[2:] for row, values in PUBLISHED.items()}, rows, on, unit=" GB")
-    counted = "host: all of this process; torch: what torch has allocated; card: what the driver counts, any program's"
+    speed = markdown(SPEEDS, slice(2), "", {about["model"]: speeds})
+    memory = markdown(MEMORIES, slice(2, 4), " GB", peaks)
+    counted = (
+        "host: this process; torch: what torch has allocated; card: what the driver reports as used, by any program"
+    )
     return f"{speed}\n\n{memory}\n\n{counted}."
 
 
@@ -79,43 +88,21 @@ def _cut(run: Row) -> str:
     return "" if run["measured"] == run["asked"] else f" (only {run['measured']} of {run['asked']} tokens)"
 
 
-def _table(
-    columns: tuple[str, ...],
-    published: dict[str, tuple[float, ...]],
-    ours: dict[str, list[str]],
-    on: str,
-    unit: str = "",
-) -> str:
-    lines = [f"| | parameters | on | {' | '.join(columns)} |", "| --- | ---: | --- |" + " ---: |" * len(columns)]
-    for row, values in published.items():
-        cells = [f"{value:.2f}{unit}" for value in values]
-        lines.append(f"| {row} | {PUBLISHED_ON} | {' | '.join(cells)} |")
-    lines += [f"| {row} | {on} | {' | '.join(cells)} |" for row, cells in ours.items()]
-    return "\n".join(lines)
-
-
-@ends_with_its_message("benchmarks.qwen_tables")
+@exits_with_its_message("benchmarks.qwen_tables")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, load, measure, print, save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.qwen_tables",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    parser.add_argument("path", metavar="PATH", help="a bundle or a checkpoint")
+    parser = model_command("qwen_tables", __doc__, save="--output")
     parser.add_argument("--tokens", type=int, metavar="N", help="generate N tokens at most, and say so")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="save it, with machine, versions and commit")
-    add_model_arguments(parser)
     args = parser.parse_args(arguments)
     if args.tokens is not None and args.tokens < 2:
         parser.error("--tokens has to be 2 or more")
-    options: dict[str, Any] = model_options(args)
+    options = LoadOptions.given(args)
     bench = Bench(args.path, options)
     found = measure(bench, tokens=args.tokens)
-    about, machine = bench.about(), describe(bench.device.type)
+    about, machine = bench.about(), describe_machine(str(bench.device))
     print(tables(found, about, machine["device"]))
     if args.output:
-        write_json(args.output, {"benchmark": "qwen_tables", **machine, **about, **options, "runs": found})
+        write_json(args.output, {"benchmark": "qwen_tables", **machine, **about, "options": options, "runs": found})
 
 
 if __name__ == "__main__":

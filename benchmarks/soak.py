@@ -1,39 +1,37 @@
-"""A thousand turns about a hundred pictures: does memory stay flat, and is every answer that of a fresh run?
+"""Long conversations: does memory stay flat over a thousand turns, and is every answer that of a fresh run?
 
     python -m benchmarks.soak PATH [--turns 1000] [--images 100] [--json FILE]
 
-Conversations of one to six turns over the synthetic scenes, with a follow-up question, another picture, or a new start.
-The features of 32 pictures are kept, and the keys and values of one conversation: both caches turn over all the
-time. Memory is read after every turn, once glibc has let go of what was freed: what it keeps comes and goes by 50 MB.
-The slope is a least-squares line through the second half, when everything has
-been allocated. Every --compare-th answer is given again by a runtime that forgets everything first.
+Conversations of one to six turns over the synthetic scenes, each turn a follow-up question or a question about another
+image. The features of 32 images and the keys and values of one conversation are cached, so that both caches turn over
+all the time. Memory is read after every turn, once glibc has returned what was freed, which otherwise varies by 50 MB;
+the slope is a least-squares line through the second half, when everything has been allocated. Every --compare-th
+answer is generated again by a runtime that forgets everything first.
 """
 
-import argparse
-import json
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
+from benchmarks.report import exits_with_its_message, model_command, save, say
 from qvl_edge import Runtime
 from qvl_edge.demo.scenes import UNSEEN, ask, make_scene
-from qvl_edge.machine import describe_machine, ends_with_its_message
 from qvl_edge.memory import resident_bytes, trim_heap
+from qvl_edge.options import LoadOptions
 
 KINDS = ("find", "count", "read", "describe", "at")
-LONGEST = 6  # turns of a conversation
+MAX_TURNS = 6  # of a conversation
 
 
-def turns(count: int, images: int, seed: int = 0) -> Any:
+def turns(count: int, images: int, seed: int = 0) -> Iterator[tuple[list[dict[str, Any]], bool]]:
     """(query, whether it starts a new conversation) of every turn."""
     rng = np.random.default_rng(seed)
     scenes: dict[int, Any] = {}
     left = 0
     for _ in range(count):
         new = left == 0
-        left = int(rng.integers(1, LONGEST + 1)) - 1 if new else left - 1
+        left = int(rng.integers(1, MAX_TURNS + 1)) - 1 if new else left - 1
         query: list[dict[str, Any]] = []
         if new or rng.random() < 0.3:
             number = int(rng.integers(images))
@@ -63,7 +61,7 @@ def soak(runtime: Runtime, fresh: Runtime, count: int, images: int, compare: int
         trim_heap()
         memory.append(resident_bytes())
         if (index + 1) % 100 == 0:
-            print(f"{index + 1} turns, {memory[-1] / 1e6:.1f} MB", file=sys.stderr, flush=True)
+            say(f"{index + 1} turns, {memory[-1] / 1e6:.1f} MB")
     half = memory[len(memory) // 2 :]
     slope = float(np.polyfit(np.arange(len(half)), half, 1)[0]) if len(half) > 1 else 0.0
     return {
@@ -80,30 +78,24 @@ def soak(runtime: Runtime, fresh: Runtime, count: int, images: int, compare: int
     }
 
 
-@ends_with_its_message("benchmarks.soak")
+@exits_with_its_message("benchmarks.soak")
 def main(arguments: list[str] | None = None) -> None:
     """Parse, run, print, save."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.soak", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("path", help="a bundle or checkpoint of the small model")
+    parser = model_command("soak", __doc__, device="cpu", max_context=4096)
     parser.add_argument("--turns", type=int, default=1000)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--compare", type=int, default=1, metavar="N", help="every N-th answer with a fresh run (1)")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--json", type=Path, help="save the figures, with machine, versions, commit and date")
+    parser.add_argument("--compare", type=int, default=1, metavar="N", help="every N-th answer with a fresh run's (1)")
     args = parser.parse_args(arguments)
-    runtimes = [Runtime.from_pretrained(args.path, device=args.device, max_context=4096) for _ in range(2)]
-    found = soak(*runtimes, args.turns, args.images, args.compare)
+    runtime, fresh = (Runtime.from_pretrained(args.path, **LoadOptions.given(args)) for _ in range(2))
+    found = soak(runtime, fresh, args.turns, args.images, args.compare)
     print(
-        f"{found['turns']} turns, {found['images']} pictures, {found['compared']} answers equal those of a fresh run\n"
-        f"prompt tokens that were reused: {found['reused_share']:.0%}\n"
-        f"memory: {found['start_bytes'] / 1e6:.1f} MB after the first turn, {found['half_bytes'] / 1e6:.1f} half way, "
+        f"{found['turns']} turns, {found['images']} images, {found['compared']} answers equal those of a fresh run\n"
+        f"prompt tokens reused: {found['reused_share']:.0%}\n"
+        f"memory: {found['start_bytes'] / 1e6:.1f} MB after the first turn, {found['half_bytes'] / 1e6:.1f} half-way, "
         f"{found['end_bytes'] / 1e6:.1f} at the end; slope of the second half "
-        f"{found['slope_bytes_a_turn'] / 1e3:+.2f} kB a turn"
+        f"{found['slope_bytes_a_turn'] / 1e3:+.2f} kB per turn"
     )
-    if args.json:
-        args.json.write_text(json.dumps({"benchmark": "soak", **describe_machine(), **found}, indent=1) + "\n")
+    save(args.json, "soak", runtime.plan.device, **found)
 
 
 if __name__ == "__main__":

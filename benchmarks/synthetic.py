@@ -1,18 +1,16 @@
-"""A checkpoint at the published sizes with random weights, for whoever measures without the published weights.
+"""Write a checkpoint of the published sizes with random weights, to measure without the published weights.
 
     python -m benchmarks.synthetic OUT [--int4] [--layers N] [--visual-layers N] [--seed S] [--tokenizer qwen.tiktoken]
 
 Settings, names and shapes are those of Qwen-VL-Chat, or with --int4 of Qwen-VL-Chat-Int4. Weights are scaled so that
 activations keep their size from the first to the last block, in float16 too, with some channels of the residual eight
-times as large as the rest, as language models have them. It answers nothing sensible.
+times as large as the rest, as in language models. Its answers are noise.
 """
 
-import argparse
 import base64
 import json
 import math
 import shutil
-import sys
 import time
 import zlib
 from collections.abc import Callable, Iterator
@@ -23,9 +21,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.report import command, exits_with_its_message, say
 from qvl_edge.checkpoint import SAFETENSORS_INDEX, VISUAL
 from qvl_edge.config import Config
-from qvl_edge.errors import CheckpointError, QvlError
+from qvl_edge.errors import CheckpointError
 from qvl_edge.files import Layout, check_free_space, copy_file, layout_bytes, write_json, write_shard
 from qvl_edge.model.loading import expected_tensors
 from qvl_edge.published import CONFIG, GENERATION, QUANTIZATION
@@ -34,17 +33,17 @@ from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer
 SHARD_BYTES = 2_000_000_000
 _POOL = 1 << 22  # random numbers that all tensors are cut from: 16 MiB stay in the processor's cache
 _PIECE = _POOL // 2
-_OUTLIERS, _TIMES = 512, 8.0  # one channel of so many is so many times as large
+_OUTLIER_EVERY, _OUTLIER_SCALE = 512, 8.0  # one channel of so many is so many times as large
 _LEVELS_STD = math.sqrt((16**2 - 1) / 12)  # of levels drawn evenly from 0 … 15
 _INTEGERS = ("qweight", "qzeros", "g_idx")
-_RESIDUAL = ("attn.c_proj", "mlp.c_proj", "attn.out_proj")  # what they give is added to the residual
+_RESIDUAL = ("attn.c_proj", "mlp.c_proj", "attn.out_proj")  # their output is added to the residual
 
-Say = Callable[[int, int], None]
-"""Bytes that are written, and bytes in all."""
+Progress = Callable[[int, int], None]
+"""Bytes written, and bytes in all."""
 
 
 class Values:
-    """Random tensors of a config: windows of one pool, each tensor and each piece of it with another start and sign."""
+    """Random tensors of a config: windows of one pool, with another start and sign for each piece of each tensor."""
 
     def __init__(self, config: Config, seed: int):
         self.config, self.seed = config, seed
@@ -56,7 +55,7 @@ class Values:
             dtype: torch.empty(_PIECE, dtype=dtype) for dtype in (torch.float16, torch.bfloat16, torch.float32)
         }
         self._outlier = {
-            width: torch.randperm(width, generator=generator)[: max(1, width // _OUTLIERS)]
+            width: torch.randperm(width, generator=generator)[: max(1, width // _OUTLIER_EVERY)]
             for width in sorted({config.hidden_size, config.visual.width})
         }
 
@@ -80,7 +79,7 @@ class Values:
             if part == "qweight":
                 yield self._words[window].view(rows, row)
                 continue
-            # into memory that is there: a fresh 8 MiB each time costs more in page faults than in arithmetic
+            # into the same memory: a fresh 8 MiB each time costs more in page faults than in arithmetic
             values = torch.mul(self._normal[window], scale if sign % 2 else -scale, out=self._values[: rows * row])
             values = self._with_outliers(name, values.view(rows, *shape[1:]), start)
             if shift:
@@ -117,9 +116,9 @@ class Values:
         if owner.endswith(("wte", *_RESIDUAL)) and values.ndim == 2:
             outlier = self._outlier[self.config.visual.width if name.startswith(VISUAL) else self.config.hidden_size]
             if columns:
-                values[:, outlier] *= _TIMES
+                values[:, outlier] *= _OUTLIER_SCALE
             else:
-                values[outlier[(outlier >= start) & (outlier < start + len(values))] - start] *= _TIMES
+                values[outlier[(outlier >= start) & (outlier < start + len(values))] - start] *= _OUTLIER_SCALE
         return values
 
 
@@ -151,9 +150,15 @@ def write_vocabulary(path: Path, ranks: int) -> None:
 
 
 def write_synthetic(
-    folder: Path, settings: dict[str, Any], *, int4: bool, seed: int = 0, tokenizer: Path | None = None, say: Say
+    folder: Path,
+    settings: dict[str, Any],
+    *,
+    int4: bool,
+    seed: int = 0,
+    tokenizer: Path | None = None,
+    progress: Progress = lambda written, total: None,
 ) -> None:
-    """Make the checkpoint `folder` of `settings` (a config.json); it appears when it is whole.
+    """Write the checkpoint `folder` of `settings` (a config.json); it appears when it is complete.
 
     CheckpointError if the folder is there already, or `tokenizer` has another size; BundleError if the disk is full.
     """
@@ -161,11 +166,11 @@ def write_synthetic(
     config = Config.from_dict(settings)
     ranks = config.visual.image_start_id + 3 - len(SPECIALS)  # <img>, </img>, <imgpad> are the last special tokens
     if tokenizer is not None and (found := Tokenizer.from_file(tokenizer).vocab_size - len(SPECIALS)) != ranks:
-        raise CheckpointError(f"{tokenizer} has {found} ranks, and image_start_id asks for {ranks}; give the model's")
+        raise CheckpointError(f"{tokenizer} has {found} ranks, image_start_id needs {ranks}; give the model's own")
     partial = folder.with_name(f"{folder.name}.partial")
     for taken in (folder, partial):
         if taken.exists():
-            raise CheckpointError(f"{taken} is there already; remove it, or give another folder")
+            raise CheckpointError(f"{taken} already exists; remove it, or give another folder")
     layout, values = layout_of(config), Values(config, seed)
     total, written = layout_bytes(layout), 0
     check_free_space(folder.absolute().parent, total)
@@ -175,7 +180,7 @@ def write_synthetic(
         for piece in values.pieces(name, *layout[name]):
             yield piece
             written += piece.nbytes
-            say(written, total)
+            progress(written, total)
 
     try:
         partial.mkdir()
@@ -199,9 +204,10 @@ def write_synthetic(
         raise
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command; returns its exit code."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.synthetic", description=__doc__.split("\n")[0])
+@exits_with_its_message("benchmarks.synthetic")
+def main(arguments: list[str] | None = None) -> None:
+    """The command."""
+    parser = command("synthetic", __doc__)
     parser.add_argument("folder", type=Path, metavar="OUT", help="folder to make")
     parser.add_argument("--int4", action="store_true", help="as Qwen-VL-Chat-Int4: 9.7 GB (default: bfloat16, 19.3 GB)")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="of the decoder (default: 32)")
@@ -211,24 +217,17 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     settings = json.loads(json.dumps(CONFIG)) | {"num_hidden_layers": args.layers}
     settings["visual"]["layers"] = args.visual_layers
-    began = shown = time.perf_counter()
+    start = shown = time.perf_counter()
 
-    def say(written: int, total: int) -> None:
+    def progress(written: int, total: int) -> None:
         nonlocal shown
         if (now := time.perf_counter()) - shown > 1 or written == total:
-            shown, rate = now, written / (now - began) / 1e9
-            print(f"{written / 1e9:.2f} of {total / 1e9:.2f} GB, {rate:.2f} GB/s", file=sys.stderr, flush=True)
+            shown, rate = now, written / (now - start) / 1e9
+            say(f"{written / 1e9:.2f} of {total / 1e9:.2f} GB, {rate:.2f} GB/s")
 
-    try:
-        write_synthetic(args.folder, settings, int4=args.int4, seed=args.seed, tokenizer=args.tokenizer, say=say)
-    except QvlError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; nothing was kept", file=sys.stderr)
-        return 130
-    return 0
+    options = {"int4": args.int4, "seed": args.seed, "tokenizer": args.tokenizer}
+    write_synthetic(args.folder, settings, **options, progress=progress)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

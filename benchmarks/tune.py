@@ -1,31 +1,30 @@
 """Find the tiles of a GPU and write them into its family's table: python -m benchmarks.tune --device cuda [--write]
 
 Candidates are pruned by shared memory, and each is checked against float64 before it is timed, in a CUDA graph over as
-many weights as outgrow the caches. `--estimate` chooses for the cards of benchmarks/cards.py without any GPU, from what
-the kernels compile to, and marks its entries as not measured; it leaves measured ones alone. Nothing of this is used
-while a model runs.
+many weights as outgrow the caches. `--estimate` chooses without a GPU, for those that benchmarks/kernels/offline.py
+lists, from what the kernels compile to, and marks its entries as not measured; it leaves measured ones alone. Nothing
+of this is used while a model runs.
 """
 
-import argparse
 import json
 import math
 import multiprocessing
 import os
-import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import cache, partial
 from itertools import cycle, islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from triton.errors import TritonError
 
-from benchmarks.cards import CARDS, Card
-from benchmarks.projections import PROJECTIONS, Problem, Projection
-from benchmarks.timing import in_one_graph, measure_on_device
+from benchmarks.kernels.offline import GPUS, Compiled, Gpu, compile_launch, gemm_launch
+from benchmarks.kernels.problem import GEMMS, Gemm, Problem
+from benchmarks.kernels.timing import measure, one_after_another
+from benchmarks.report import command, say
 from kernels.gpu.tiles import (
     CHUNK,
     DECODE_ROWS,
@@ -40,10 +39,6 @@ from kernels.gpu.tiles import (
 from kernels.gpu.weight import TILE
 from qvl_edge.machine import describe_machine
 
-if TYPE_CHECKING:
-    from benchmarks.offline import Compiled
-
-OUTGROWS_CACHES = 512 * 2**20  # bytes of weights in turn; the largest L2, an RTX PRO 6000's, holds 128 MiB
 ROWS = {8: 1, 16: 16, 32: 32, 64: 64, 128: 512}  # rows at which the tiles of each block_m are compared
 DECODE_SHAPES = ((128, 2), (64, 1), (128, 4), (64, 2))  # block_n, num_warps
 PREFILL_SHAPES = ((128, 4), (128, 8), (64, 4))
@@ -58,20 +53,20 @@ ISSUE_RATE = 3.2  # of a multiprocessor's four instructions a cycle
 TENSOR_RATE = {80: 1024, 86: 256, 87: 1024, 89: 256, 90: 2048, 120: 256}
 
 
-def splits_of(projection: Projection) -> list[int]:
+def splits_of(gemm: Gemm) -> list[int]:
     """Numbers of splits that leave each program four chunks and none of them empty."""
-    chunks = -(-projection.k // CHUNK)
+    chunks = -(-gemm.k // CHUNK)
     return sorted({-(-chunks // -(-chunks // split)) for split in SPLITS if split == 1 or split * 4 <= chunks})
 
 
-def candidates(projection: Projection, block_m: int, device: DeviceKey) -> list[Tile]:
+def candidates(gemm: Gemm, block_m: int, device: DeviceKey) -> list[Tile]:
     """Every tile worth trying, first those that are most likely good."""
     if block_m in DECODE_ROWS:
         tiles = [
             Tile(block_m, block_n, split, warps, stages)
             for stages in DECODE_STAGES
             for block_n, warps in DECODE_SHAPES
-            for split in splits_of(projection)
+            for split in splits_of(gemm)
         ]
     else:
         tiles = [
@@ -81,7 +76,7 @@ def candidates(projection: Projection, block_m: int, device: DeviceKey) -> list[
             # 128 x 128 sums take all registers of four warps, and spill where there is no wgmma
             if (block_m, block_n, warps) != (128, 128, 4) or device.capability[0] == 9
         ]
-    return [t for t in tiles if shared_bytes(t, projection.bits) <= device.shared_memory]
+    return [t for t in tiles if shared_bytes(t, gemm.bits) <= device.shared_memory]
 
 
 def shared_bytes(tile: Tile, bits: int) -> int:
@@ -115,27 +110,23 @@ def search(tiles: Iterable[Tile], cost: Callable[[Tile], float]) -> tuple[Tile, 
 def measure_tile(problems: list[Problem], tile: Tile, *, rounds: int) -> float:
     """Microseconds of one launch; infinite where it cannot run, SystemExit where it computes something else."""
     try:
-        error = problems[0].error(tile)
+        problems[0].checked(tile)
     except (RuntimeError, TritonError):  # too much shared memory, or more than the assembler can do
         return math.inf
-    if not error < problems[0].tolerance:
-        name = problems[0].projection.name
-        raise SystemExit(f"{name} with {tile} is off by {error:.1e}, allowed is {problems[0].tolerance:.1e}")
     calls = len(problems) * max(1, 32 // len(problems))
-    replay = in_one_graph([partial(problem.run, tile) for problem in islice(cycle(problems), calls)])
-    return 1000 * measure_on_device({"": replay}, rounds=rounds, seconds=1.0)[""].median_ms / calls
+    runs = [partial(problem.run, tile) for problem in islice(cycle(problems), calls)]
+    timing = measure({"": one_after_another(runs, "cuda")}, device="cuda", rounds=rounds, seconds=1.0)[""]
+    return 1000 * timing.median_ms / calls
 
 
-def tune(projection: Projection, block_m: int, *, rounds: int) -> tuple[Tile, float]:
+def tune(gemm: Gemm, block_m: int, *, rounds: int) -> tuple[Tile, float]:
     """The fastest tile on this machine's GPU, and its microseconds."""
-    problem = Problem.random(projection, ROWS[block_m], device="cuda")
-    count = -(-OUTGROWS_CACHES // problem.bytes_read)
-    problems = [problem, *(problem.another_weight(seed) for seed in range(1, count))]
-    tiles = candidates(projection, block_m, device_key(torch.device("cuda")))
+    problems = Problem.random(gemm, ROWS[block_m], device="cuda").copies()
+    tiles = candidates(gemm, block_m, device_key(torch.device("cuda")))
     return search(tiles, lambda tile: measure_tile(problems, tile, rounds=rounds))
 
 
-def estimate(card: Card, projection: Projection, tile: Tile, compiled: "Compiled") -> float:
+def estimate(gpu: Gpu, gemm: Gemm, tile: Tile, compiled: Compiled) -> float:
     """Microseconds of one launch by arithmetic: the slowest of memory, instructions and tensor cores, and the start.
 
     Memory is used in full only if enough of it is on its way at any time, and if no multiprocessor has more to do than
@@ -144,24 +135,24 @@ def estimate(card: Card, projection: Projection, tile: Tile, compiled: "Compiled
     """
     if compiled.spilled or compiled.loop is None:
         return math.inf
-    resident = card.resident(compiled.registers, compiled.shared, tile.num_warps)
+    resident = gpu.resident(compiled.registers, compiled.shared, tile.num_warps)
     if not resident:
         return math.inf
     rows = ROWS[tile.block_m]
-    chunks, tiles = -(-projection.k // CHUNK), -(-projection.n // tile.block_n)
+    chunks, tiles = -(-gemm.k // CHUNK), -(-gemm.n // tile.block_n)
     programs = tiles * tile.split_k * -(-rows // tile.block_m)
     share = -(-chunks // tile.split_k)
-    fullest = -(-programs // card.multiprocessors)  # programs of the multiprocessor with most of them
+    fullest = -(-programs // gpu.multiprocessors)  # programs of the multiprocessor with most of them
     active = min(resident, fullest)
-    step_bytes = tile.block_n * (CHUNK * projection.bits // 8 + 2)
-    memory = tiles * chunks * step_bytes / (card.gb_per_s * EFFICIENCY * 1e3)
-    on_its_way = min(programs, resident * card.multiprocessors) * (tile.num_stages - 1) * step_bytes
-    memory *= max(1.0, card.gb_per_s * 1e3 * LATENCY_US / on_its_way)
-    balance = fullest * share * card.multiprocessors / (programs * share)
-    cycles_per_us = card.ghz * 1e3
+    step_bytes = tile.block_n * (CHUNK * gemm.bits // 8 + 2)
+    memory = tiles * chunks * step_bytes / (gpu.gb_per_s * EFFICIENCY * 1e3)
+    on_its_way = min(programs, resident * gpu.multiprocessors) * (tile.num_stages - 1) * step_bytes
+    memory *= max(1.0, gpu.gb_per_s * 1e3 * LATENCY_US / on_its_way)
+    balance = fullest * share * gpu.multiprocessors / (programs * share)
+    cycles_per_us = gpu.ghz * 1e3
     issue = fullest * share * compiled.loop.length * tile.num_warps / ISSUE_RATE / cycles_per_us
-    tensor = fullest * share * tile.block_m * tile.block_n * CHUNK / TENSOR_RATE[card.capability] / cycles_per_us
-    waves = -(-programs // (card.multiprocessors * resident))
+    tensor = fullest * share * tile.block_m * tile.block_n * CHUNK / TENSOR_RATE[gpu.capability] / cycles_per_us
+    waves = -(-programs // (gpu.multiprocessors * resident))
     start = LATENCY_US * (waves + 1)
     if tile.split_k > 1:
         start += LATENCY_US * 2 + tile.split_k * tile.block_m * tile.block_n * 4 / 50e3  # 50 GB/s for one program
@@ -172,49 +163,45 @@ def estimate(card: Card, projection: Projection, tile: Tile, compiled: "Compiled
     return max(memory * waste, issue, tensor) + start
 
 
-def _compile(job: tuple[Any, int]) -> "Compiled":
-    from benchmarks.offline import compile_launch
-
+def _compile(job: tuple[Any, int]) -> Compiled:
     return compile_launch(*job)
 
 
-def estimate_all(cards: Iterable[Card], projections: Iterable[Projection]) -> dict[Card, list[dict[str, Any]]]:
-    """Entries for each card, from one compilation of each shape for its architecture."""
-    from benchmarks import launches
-
-    projection_launch = cache(launches.projection_launch)
-    cards, projections = list(cards), list(projections)
-    kinds = [(p, m) for p in projections for m in (*DECODE_ROWS, *PREFILL_ROWS) if p.bits == 4 or m in DECODE_ROWS]
+def estimate_all(gpus: Sequence[Gpu], gemms: Sequence[Gemm]) -> dict[Gpu, list[dict[str, Any]]]:
+    """Entries for each GPU, from one compilation of each shape for its architecture."""
+    launch_of = cache(gemm_launch)
+    kinds = [(gemm, m) for gemm in gemms for m in (*DECODE_ROWS, *PREFILL_ROWS) if gemm.bits == 4 or m in DECODE_ROWS]
     jobs: dict[tuple[int, Any], tuple[Any, int]] = {}
-    for capability in sorted({card.capability for card in cards}):
-        device = next(card.key for card in cards if card.capability == capability)
-        for projection, block_m in kinds:
-            for tile in candidates(projection, block_m, device):
+    for capability in sorted({gpu.capability for gpu in gpus}):
+        device = next(gpu.key for gpu in gpus if gpu.capability == capability)
+        for gemm, block_m in kinds:
+            for tile in candidates(gemm, block_m, device):
                 if tile.num_stages == 3:  # others differ in shared memory only
-                    launch = projection_launch(projection, tile)
+                    launch = launch_of(gemm, tile)
                     jobs.setdefault((capability, launch), (launch, capability))
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as pool:
         results = dict(zip(jobs, pool.map(_compile, jobs.values()), strict=True))
-    entries: dict[Card, list[dict[str, Any]]] = {}
-    for card in cards:
-        entries[card] = []
-        for projection, block_m in kinds:
+    entries: dict[Gpu, list[dict[str, Any]]] = {}
+    for gpu in gpus:
+        entries[gpu] = []
+        for gemm, block_m in kinds:
 
-            def cost(tile: Tile, card: Card = card, projection: Projection = projection) -> float:
-                compiled = results[card.capability, projection_launch(projection, replace(tile, num_stages=3))]
-                more = shared_bytes(tile, projection.bits) - shared_bytes(replace(tile, num_stages=3), projection.bits)
-                us = estimate(card, projection, tile, replace(compiled, shared=compiled.shared + more))
+            def cost(tile: Tile, gpu: Gpu = gpu, gemm: Gemm = gemm) -> float:
+                three = replace(tile, num_stages=3)
+                compiled = results[gpu.capability, launch_of(gemm, three)]
+                more = shared_bytes(tile, gemm.bits) - shared_bytes(three, gemm.bits)
+                us = estimate(gpu, gemm, tile, replace(compiled, shared=compiled.shared + more))
                 # in steps of 5 %: finer than that it knows nothing, and the first of equal candidates is taken
                 return 1.05 ** round(math.log(us, 1.05)) if math.isfinite(us) else us
 
-            tile, _ = search(candidates(projection, block_m, card.key), cost)
-            entries[card].append(entry_of(projection, tile))
+            tile, _ = search(candidates(gemm, block_m, gpu.key), cost)
+            entries[gpu].append(entry_of(gemm, tile))
     return entries
 
 
-def entry_of(projection: Projection, tile: Tile) -> dict[str, Any]:
+def entry_of(gemm: Gemm, tile: Tile) -> dict[str, Any]:
     """One entry of a table."""
-    return {"n": projection.n, "k": projection.k, "group": projection.group, "bits": projection.bits, **asdict(tile)}
+    return {"n": gemm.n, "k": gemm.k, "group": gemm.group, "bits": gemm.bits, **asdict(tile)}
 
 
 def write_card(path: Path, card: dict[str, Any]) -> None:
@@ -247,44 +234,47 @@ def _readable(cards: list[dict[str, Any]]) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     """Parse, search, print, write."""
-    names = {projection.name: projection for projection in PROJECTIONS}
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.tune", description=__doc__)
+    names = {gemm.name: gemm for gemm in GEMMS}
+    parser = command("tune", __doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--device", choices=("cuda",), help="measure on this machine's GPU")
-    how.add_argument("--estimate", action="store_true", help="choose for all known cards, without a GPU")
+    how.add_argument("--estimate", action="store_true", help="choose for all known GPUs, without one")
     parser.add_argument("--shape", nargs="+", choices=names, default=list(names), help="projections (default: all)")
     parser.add_argument("--block-m", type=int, nargs="+", choices=ROWS, default=list(ROWS), help="rows of one program")
     parser.add_argument("--rounds", type=int, default=50, help="graphs of each candidate (default: 50)")
-    parser.add_argument("--write", action="store_true", help="write into kernels/gpu/tiles; without it, only print")
+    parser.add_argument("--write", action="store_true", help="write into the tables; without it, only print")
     parser.add_argument("--folder", type=Path, default=TABLES, help="where the tables are (default: kernels/gpu/tiles)")
     args = parser.parse_args(arguments)
     chosen = [names[name] for name in args.shape]
     if args.estimate:
         os.environ.pop("TRITON_INTERPRET", None)
-        machine = describe_machine()
-        for card, entries in estimate_all(CARDS, chosen).items():
-            made = {"device": card.name, "multiprocessors": card.multiprocessors, "measured": False}
-            path = args.folder / f"{card.key.family}.json"
-            measured = path.exists() and any(
-                c["measured"] and c["device"] == card.name for c in json.loads(path.read_text())["cards"]
-            )
-            print(f"{card.name}: {len(entries)} entries" + (", left as measured" if measured else ""), file=sys.stderr)
-            if args.write and not measured:
-                write_card(path, made | _made_by(machine) | {"entries": entries})
+        write_estimates(chosen, args.folder, write=args.write)
         return
     if not torch.cuda.is_available():
-        parser.error("no CUDA device is here; --estimate needs none")
+        parser.error("torch sees no CUDA device; --estimate needs none")
     machine, key = describe_machine("cuda"), device_key(torch.device("cuda"))
-    made = {"device": machine["device"], "multiprocessors": key.multiprocessors, "measured": True}
+    made = {"device": machine["device"], "multiprocessors": key.multiprocessors, "measured": True} | _made_by(machine)
     with torch.inference_mode():
-        for projection in chosen:
-            for block_m in args.block_m if projection.bits == 4 else [m for m in args.block_m if m in DECODE_ROWS]:
-                tile, us = tune(projection, block_m, rounds=args.rounds)
-                rate = projection.n * projection.k * projection.bits / 8 / us / 1e3
-                print(f"{projection.name}, {ROWS[block_m]} rows: {us:.1f} us, {rate:.0f} GB/s, {tile}", flush=True)
+        for gemm in chosen:
+            for block_m in args.block_m if gemm.bits == 4 else [m for m in args.block_m if m in DECODE_ROWS]:
+                tile, us = tune(gemm, block_m, rounds=args.rounds)
+                rate = gemm.n * gemm.k * gemm.bits / 8 / us / 1e3
+                print(f"{gemm.name}, {ROWS[block_m]} rows: {us:.1f} us, {rate:.0f} GB/s, {tile}", flush=True)
                 if args.write:  # one by one, so that a stopped run leaves what it has found
-                    entry = {"entries": [entry_of(projection, tile)]}
-                    write_card(args.folder / f"{key.family}.json", made | _made_by(machine) | entry)
+                    write_card(args.folder / f"{key.family}.json", made | {"entries": [entry_of(gemm, tile)]})
+
+
+def write_estimates(gemms: Sequence[Gemm], folder: Path, *, write: bool) -> None:
+    """Estimate all known GPUs, and put those that nobody has measured into their tables."""
+    made_by = _made_by(describe_machine())
+    for gpu, entries in estimate_all(GPUS, gemms).items():
+        path = folder / f"{gpu.key.family}.json"
+        cards = json.loads(path.read_text())["cards"] if path.exists() else []
+        measured = any(card["measured"] and card["device"] == gpu.name for card in cards)
+        say(f"{gpu.name}: {len(entries)} entries" + (", left as measured" if measured else ""))
+        if write and not measured:
+            made = {"device": gpu.name, "multiprocessors": gpu.multiprocessors, "measured": False}
+            write_card(path, made | made_by | {"entries": entries})
 
 
 def _made_by(machine: dict[str, Any]) -> dict[str, Any]:

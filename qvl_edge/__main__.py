@@ -15,6 +15,7 @@ COMMANDS = {
     "doctor": "check this machine: packages, GPU, every kernel, a bundle",
     "evaluate": "score answers on published evaluations, alone or against another model",
     "judge": "have another model score the answers of an evaluation",
+    "bench": "measure speed and memory of a model, in llama-bench's format",
     "demo": "quantize, export and run the small model that ships with this package",
 }
 

@@ -1,20 +1,19 @@
-"""The machine that a figure was measured on: written into every result."""
+"""What a result was measured on: stored with every one."""
 
-import argparse
 import contextlib
 import datetime
 import importlib.metadata
 import os
 import platform
 import subprocess
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy
 import torch
 
-from qvl_edge.errors import QvlError
+OPTIONAL = {"triton": ("triton",), "onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
+"""Versions that are stored where a package of that name is installed."""
 
 
 def cpu_name() -> str:
@@ -37,19 +36,27 @@ def commit() -> str:
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, commit and date; of a GPU also what its kernels depend on, driver and clocks."""
+    """Device, versions, commit and date; of a GPU also what its kernels depend on, driver and clocks.
+
+    device: as torch names it; of cuda:1, the second GPU is described.
+    """
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
+    for name, packages in OPTIONAL.items():
+        for package in packages:
+            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+                versions[name] = importlib.metadata.version(package)
     machine: dict[str, Any] = {
         "device": cpu_name(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__},
+        "versions": versions,
         "commit": commit(),
         "date": datetime.date.today().isoformat(),
     }
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        machine["versions"]["triton"] = importlib.metadata.version("triton")
-    if device == "cuda":
-        properties = torch.cuda.get_device_properties(0)
+    place = torch.device(device)
+    if place.type == "cuda":
+        index = place.index or 0
+        properties = torch.cuda.get_device_properties(index)
         machine |= {
             "device": properties.name,
             "capability": [properties.major, properties.minor],
@@ -57,9 +64,10 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
             "memory_bytes": properties.total_memory,
             "host": cpu_name(),
         }
-        machine["versions"]["cuda"] = torch.version.cuda
-        asked = ["driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit"]
-        machine["nvidia_smi"] = dict(zip(asked, next(iter(nvidia_smi("gpu", *asked)), []), strict=False))
+        versions["cuda"] = torch.version.cuda or "none"
+        names = ("driver_version", "clocks.max.sm", "clocks.max.mem", "power.limit")
+        rows = nvidia_smi("gpu", *names)
+        machine["nvidia_smi"] = dict(zip(names, rows[min(index, len(rows) - 1)], strict=False)) if rows else {}
     return machine
 
 
@@ -73,22 +81,3 @@ def nvidia_smi(what: str, *names: str) -> list[list[str]]:
         return []
     rows = (line.split(",", len(names) - 1) for line in output.splitlines() if line.strip())
     return [[cell.strip() for cell in row] for row in rows]
-
-
-def use_device(parser: argparse.ArgumentParser, device: str, *, tiny: bool) -> None:
-    """End with an error if `device` cannot run the GPU kernels; on the CPU they are interpreted, small shapes only."""
-    if device == "cpu":
-        if not tiny:
-            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
-    elif not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; --device cpu --tiny needs none")
-
-
-@contextlib.contextmanager
-def ends_with_its_message(program: str) -> Iterator[None]:
-    """A QvlError inside ends `python -m program` with its message and exit code 1; also a decorator of a main."""
-    try:
-        yield
-    except QvlError as error:
-        raise SystemExit(f"{program}: {error}") from None

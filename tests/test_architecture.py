@@ -28,11 +28,12 @@ NEVER = {
 # inside qvl_edge, from the top down; a file imports its own layer and those below
 LAYERS = (
     ("commands", "server", "evaluate", "__main__", "compat"),
+    ("bench",),
     ("runtime",),
     ("vit_cache", "hub", "answer", "engine", "demo", "doctor"),
     ("model", "text", "vision"),
     ("bundle", "checkpoint", "lora"),
-    ("published", "memory", "machine"),
+    ("published", "memory", "machine", "plot"),
     ("config", "options"),
     ("files",),
     ("errors",),

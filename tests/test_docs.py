@@ -43,7 +43,7 @@ PARSED = {
         "half an hour; tests/evaluate/test_compression.py runs it shorter"
     ),
     "python -m benchmarks.latency demo-output/bundle --peer qvl_edge/demo/checkpoint -p 512 -n 128 -d 0,2048 -r 5": (
-        "minutes; tests/test_latency.py runs it shorter"
+        "minutes; tests/test_bench.py runs it shorter"
     ),
     "python -m benchmarks.qwen_tables demo-output/bundle --device cpu --tokens 256": (
         "minutes; tests/test_qwen_tables.py runs it shorter"

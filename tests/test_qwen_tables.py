@@ -6,8 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.latency import Bench
 from benchmarks.qwen_tables import MEMORIES, PUBLISHED, SPEEDS, main, measure, tables
+from qvl_edge.bench import Bench
+from qvl_edge.machine import cpu_name
 
 pytestmark = pytest.mark.slow
 
@@ -91,6 +92,7 @@ def test_the_command_prints_and_saves(
     assert "(only 4 of 7934 tokens)" in said and "Peak Usage for Encoding 2048 Tokens" in said
     result = json.loads(out.read_text())
     assert result["runs"][SPEEDS[0]]["measured"] == 4 and {"device", "versions", "commit", "date"} <= set(result)
+    assert result["device"] == cpu_name() and result["options"]["device"] == "cpu"
 
 
 def test_a_context_without_room_is_said(make_checkpoint: Callable[..., Path]) -> None:

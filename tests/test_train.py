@@ -1,4 +1,4 @@
-"""Training the small model: lessons say what the scenes show, and a stopped course goes on where it was."""
+"""Training the small model: batches hold what the scenes show, and a stopped run resumes."""
 
 import json
 from pathlib import Path
@@ -7,9 +7,8 @@ import pytest
 import torch
 
 import qvl_edge.demo
-from benchmarks.small_model.lessons import IGNORE, Teacher, cell_targets, pixels_of
-from benchmarks.small_model.muon import orthogonalize
-from benchmarks.small_model.train import Course, decode_lesson, learning_rate, sine_cosine_positions
+from benchmarks.small_model.batches import IGNORE, BatchBuilder, cell_targets, pixels_of
+from benchmarks.small_model.train import Trainer, answer_loss, learning_rate, sine_cosine_positions
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.demo.scenes import COLOURS, GRID, make_scene
 from qvl_edge.model.cache import KVCache
@@ -23,8 +22,8 @@ TOLERANCE = 1e-4  # float32, sums in another order
 
 
 @pytest.fixture(scope="module")
-def teacher() -> Teacher:
-    return Teacher(Tokenizer.from_file(CHECKPOINT / "qwen.tiktoken"))
+def builder() -> BatchBuilder:
+    return BatchBuilder(Tokenizer.from_file(CHECKPOINT / "qwen.tiktoken"))
 
 
 def test_training_pixels_are_the_runtimes() -> None:
@@ -33,12 +32,12 @@ def test_training_pixels_are_the_runtimes() -> None:
     torch.testing.assert_close(pixels_of(scenes, MEAN, STD), expected, atol=1e-5, rtol=0)
 
 
-def test_the_prefix_is_the_runtimes_prompt(teacher: Teacher) -> None:
+def test_the_prefix_is_the_runtimes_prompt(builder: BatchBuilder) -> None:
     for pictures in (1, 2):
-        ids, starts = teacher.prefix(pictures)
+        ids, starts = builder.prefix(pictures)
         query = [*({"image": "x"} for _ in range(pictures)), {"text": "Find the red circle."}]
         prompt = chat_prompt(
-            teacher.tokenizer, query, [], "You are a helpful assistant.", max_window_size=6144, markup_images=False
+            builder.tokenizer, query, [], "You are a helpful assistant.", max_window_size=6144, markup_images=False
         )
         assert prompt.ids[: len(ids)] == ids and prompt.image_starts == starts
 
@@ -60,36 +59,29 @@ def test_cell_targets_cover_each_shape_and_digit() -> None:
 
 
 @torch.inference_mode()
-def test_packed_branches_give_the_loss_of_separate_conversations(teacher: Teacher) -> None:
+def test_packed_branches_give_the_loss_of_separate_conversations(builder: BatchBuilder) -> None:
     checkpoint = Checkpoint(CHECKPOINT)
     model, visual = (load(checkpoint, dtype=torch.float32) for load in (load_decoder, load_visual))
-    lesson = teacher.lesson(5, batch=1, budget=400)
-    features = visual(pixels_of(lesson.scenes, MEAN, STD))
-    packed = decode_lesson(model, lesson, features)
-    prefix = lesson.image_starts[0] + 257
+    batch = builder.build(5, size=1, budget=400)
+    features = visual(pixels_of(batch.scenes, MEAN, STD))
+    packed = answer_loss(model, batch, features)
+    prefix = batch.image_starts[0] + 257
     # a branch begins where the positions start again
-    edges = [i for i in range(prefix, lesson.ids.shape[1]) if lesson.positions[0, i] == prefix]
+    edges = [i for i in range(prefix, batch.ids.shape[1]) if batch.positions[0, i] == prefix]
     assert len(edges) > 1
     total = weight = 0.0
-    for start, end in zip(edges, [*edges[1:], lesson.ids.shape[1]], strict=True):
-        ids = torch.cat((lesson.ids[:, :prefix], lesson.ids[:, start:end]), dim=1)
+    for start, end in zip(edges, [*edges[1:], batch.ids.shape[1]], strict=True):
+        ids = torch.cat((batch.ids[:, :prefix], batch.ids[:, start:end]), dim=1)
         embeds = model.embed(ids)
-        embeds[:, lesson.image_starts[0] : lesson.image_starts[0] + 256] = features
+        embeds[:, batch.image_starts[0] : batch.image_starts[0] + 256] = features
         cache = KVCache(model.config, 1, ids.shape[1], dtype=torch.float32)
         chances = model(embeds, cache, all_logits=True)[0].log_softmax(-1)
         for at in range(start, end):
-            label, share = int(lesson.labels[0, at]), float(lesson.weights[0, at])
+            label, share = int(batch.labels[0, at]), float(batch.weights[0, at])
             if label != IGNORE:
                 total -= share * float(chances[prefix + at - start - 1, label])
                 weight += share
     assert float(packed) == pytest.approx(total / weight, abs=TOLERANCE)
-
-
-def test_muons_update_is_nearly_orthogonal() -> None:
-    update = orthogonalize(torch.randn(3, 16, 40, generator=torch.Generator().manual_seed(0)))
-    values = torch.linalg.svdvals(update)
-    # the published coefficients trade exactness for speed and leave singular values around 1
-    assert 0.5 < float(values.min()) <= float(values.max()) < 1.5
 
 
 def test_the_position_table_is_the_written_formula() -> None:
@@ -100,9 +92,9 @@ def test_the_position_table_is_the_written_formula() -> None:
 
 
 @pytest.mark.slow
-def test_a_stopped_course_resumes_and_writes_a_checkpoint_in_the_published_layout(tmp_path: Path) -> None:
+def test_a_stopped_run_resumes_and_writes_a_checkpoint_in_the_published_layout(tmp_path: Path) -> None:
     source = CHECKPOINT / "qwen.tiktoken"
-    Course(source, tmp_path, {"vision": 1, "joint": 0}).run()
+    Trainer(source, tmp_path, {"vision": 1, "joint": 0}).run()
     state = torch.load(tmp_path / "state.pt", weights_only=True)
     assert (state["stage"], state["step"]) == (2, 0)
     check_tensors(Checkpoint(tmp_path / "checkpoint"))
@@ -110,7 +102,7 @@ def test_a_stopped_course_resumes_and_writes_a_checkpoint_in_the_published_layou
     torch.save(state | {"stage": 1}, tmp_path / "state.pt")
     with open(tmp_path / "log.jsonl", "a") as log:
         log.write('{"stage": "joi')  # a kill can cut a line short
-    resumed = Course(source, tmp_path, {"vision": 1, "joint": 1})
+    resumed = Trainer(source, tmp_path, {"vision": 1, "joint": 1})
     before = resumed.model.lm_head.weight.clone()
     resumed.run()
     assert not torch.equal(resumed.model.lm_head.weight, before)
@@ -123,17 +115,33 @@ def test_denormals_are_zero_during_training_only(tmp_path: Path, monkeypatch: py
         return float(torch.full((64,), 1e-310, dtype=torch.float64).mul(1.0)[0])
 
     seen: list[float] = []
-    monkeypatch.setattr(Course, "_train_step", lambda _: seen.append(tiny()) or {})
-    Course(CHECKPOINT / "qwen.tiktoken", tmp_path, {"vision": 1, "joint": 0}).run()
+    monkeypatch.setattr(Trainer, "_train_step", lambda _: seen.append(tiny()) or {})
+    Trainer(CHECKPOINT / "qwen.tiktoken", tmp_path, {"vision": 1, "joint": 0}).run()
     assert seen == [0.0] and tiny() > 0
 
 
-def test_a_course_can_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
-    course = Course(CHECKPOINT / "qwen.tiktoken", tmp_path, {"vision": 1, "joint": 4}, start=(CHECKPOINT, 3))
-    assert (course.STAGES[course.stage], course.step) == ("joint", 3)
+def test_training_can_begin_with_the_weights_of_a_checkpoint(tmp_path: Path) -> None:
+    trainer = Trainer(CHECKPOINT / "qwen.tiktoken", tmp_path, {"vision": 1, "joint": 4}, start=(CHECKPOINT, 3))
+    assert (trainer.STAGES[trainer.stage], trainer.step) == ("joint", 3)
     source = Checkpoint(CHECKPOINT)
-    assert torch.equal(course.model.lm_head.weight, source["lm_head.weight"].float())
-    assert torch.equal(course.visual.proj, source["transformer.visual.proj"].float())
+    assert torch.equal(trainer.model.lm_head.weight, source["lm_head.weight"].float())
+    assert torch.equal(trainer.visual.proj, source["transformer.visual.proj"].float())
     # the warm-up starts where the optimizers do
-    rates = [learning_rate(step, 100, peak=1.0, warmup=2, decay=0.5, fresh=course.fresh) for step in (3, 4, 75)]
+    rates = [learning_rate(step, 100, peak=1.0, warmup=2, decay=0.5, fresh=trainer.fresh) for step in (3, 4, 75)]
     assert rates == [0.5, 1.0, 0.5]
+
+
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(tmp_path: Path) -> None:
+    trainer = Trainer(CHECKPOINT / "qwen.tiktoken", tmp_path, {"vision": 1, "joint": 4}, start=(CHECKPOINT, 3))
+    adamw, muon = trainer.optimizers
+    assert isinstance(adamw, torch.optim.AdamW) and isinstance(muon, torch.optim.Muon)
+    assert muon.defaults["adjust_lr_fn"] == "match_rms_adamw"  # the learning rates are AdamW's
+
+    def trained(optimizer: torch.optim.Optimizer) -> list[int]:
+        return [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+
+    others = ("bias", "ln_1.weight", "ln_2.weight")
+    blocks = trainer.model.transformer.h.named_parameters()
+    assert set(trained(muon)) == {id(parameter) for name, parameter in blocks if not name.endswith(others)}
+    every = [id(parameter) for parameter in trainer.modules.parameters() if parameter.requires_grad]
+    assert sorted(trained(adamw) + trained(muon)) == sorted(every)

@@ -10,27 +10,27 @@ import torch
 
 pytest.importorskip("triton", reason="needs the triton package, which Linux has")
 
-from benchmarks.cards import CARDS  # noqa: E402
-from benchmarks.projections import HEAD, MLP_C_PROJ, PROJECTIONS, Problem, Projection  # noqa: E402
+from benchmarks.kernels.offline import GPUS  # noqa: E402
+from benchmarks.kernels.problem import GEMMS, HEAD, MLP_C_PROJ, Gemm, Problem  # noqa: E402
 from benchmarks.tune import candidates, entry_of, search, shared_bytes, write_card  # noqa: E402
 from kernels.gpu.tiles import Tile, parse_table  # noqa: E402
 
 
-@pytest.mark.parametrize("card", CARDS, ids=lambda card: card.name)
-def test_candidates_fit_the_card_and_leave_no_program_empty(card: Any) -> None:
-    for projection in PROJECTIONS:
-        for block_m in (8, 16) if projection is HEAD else (8, 16, 32, 64, 128):
-            found = candidates(projection, block_m, card.key)
+@pytest.mark.parametrize("gpu", GPUS, ids=lambda gpu: gpu.name)
+def test_candidates_fit_the_gpu_and_leave_no_program_empty(gpu: Any) -> None:
+    for gemm in GEMMS:
+        for block_m in (8, 16) if gemm is HEAD else (8, 16, 32, 64, 128):
+            found = candidates(gemm, block_m, gpu.key)
             assert len(set(found)) == len(found) > 3
             for tile in found:
-                chunks = projection.k // 128
+                chunks = gemm.k // 128
                 share = -(-chunks // tile.split_k)
                 assert share * (tile.split_k - 1) < chunks
-                assert shared_bytes(tile, projection.bits) <= card.key.shared_memory
+                assert shared_bytes(tile, gemm.bits) <= gpu.key.shared_memory
 
 
 def test_the_search_finds_the_cheapest_tile_without_trying_all() -> None:
-    tiles = candidates(MLP_C_PROJ, 8, CARDS[0].key)
+    tiles = candidates(MLP_C_PROJ, 8, GPUS[0].key)
     wanted, tried = tiles[-1], []
 
     def cost(tile: Tile) -> float:
@@ -45,7 +45,7 @@ def test_the_search_finds_the_cheapest_tile_without_trying_all() -> None:
 
 
 def test_a_device_on_which_nothing_runs_is_an_error() -> None:
-    tiles = candidates(MLP_C_PROJ, 8, CARDS[0].key)
+    tiles = candidates(MLP_C_PROJ, 8, GPUS[0].key)
     with pytest.raises(ValueError, match="none of .* tiles runs on this device"):
         search(tiles, lambda tile: math.inf)
 
@@ -78,7 +78,7 @@ def test_a_card_is_written_beside_the_others_and_its_shapes_are_replaced(tmp_pat
 
 def test_a_problem_notices_a_wrong_product(monkeypatch: pytest.MonkeyPatch) -> None:
     problem = Problem.random(
-        Projection("small", 256, 64, norm=True, bias=True), 3, device="cuda" if torch.cuda.is_available() else "cpu"
+        Gemm("small", 256, 64, norm=True, bias=True), 3, device="cuda" if torch.cuda.is_available() else "cpu"
     )
     assert problem.error() < problem.tolerance
     problem.weight.scales[0, 5] *= 1.5

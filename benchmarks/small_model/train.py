@@ -2,17 +2,16 @@
 
 Two stages, because joint training from scratch stays on the plateau of guessed digits:
 1. the vision tower alone, against what each grid cell shows;
-2. decoder and vision together, a dozen questions a picture packed behind one copy of its 256 features, vision at a
+2. decoder and vision together, a dozen questions per picture packed behind one copy of its 256 features, vision at a
    quarter of the learning rate.
 FOLDER receives state.pt (training resumes from it), log.jsonl, loss.png and, at every save, checkpoint/ in the
-published layout. QWEN_TIKTOKEN is the published qwen.tiktoken, of which the first ranks become the vocabulary.
+published layout. QWEN_TIKTOKEN is the published qwen.tiktoken, of which the first ranks become the vocabulary. Needs
+torch 2.9 or newer, for its Muon.
 """
 
-import argparse
 import contextlib
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,9 +21,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from benchmarks.small_model.lessons import COORDINATES, IGNORE, CellTargets, Lesson, Teacher, cell_targets, pixels_of
-from benchmarks.small_model.muon import Muon
+from benchmarks.plot import loss as loss_chart
+from benchmarks.report import command, say
+from benchmarks.small_model.batches import (
+    COORDINATES,
+    IGNORE,
+    Batch,
+    BatchBuilder,
+    CellTargets,
+    cell_targets,
+    pixels_of,
+)
 from kernels import rotate
+from qvl_edge import plot
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, make_scene
@@ -32,6 +41,7 @@ from qvl_edge.files import append_jsonl, read_jsonl, write_jsonl, write_tensors
 from qvl_edge.model.decoder import QWenLMHeadModel, rotary_tables
 from qvl_edge.model.loading import load_decoder, load_visual
 from qvl_edge.model.vit import VisionTransformer
+from qvl_edge.plot import optional
 from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer
 from qvl_edge.vision.image import MEAN, STD
 
@@ -168,31 +178,31 @@ def vision_step(seed: int, visual: VisionTransformer, reader: CellReader) -> dic
     return {"cells": loss.item(), "exact": exact}
 
 
-def decode_lesson(model: QWenLMHeadModel, lesson: Lesson, features: Tensor) -> Tensor:
+def answer_loss(model: QWenLMHeadModel, batch: Batch, features: Tensor) -> Tensor:
     """Weighted mean cross-entropy of the answer tokens. features (pictures, 256, hidden)."""
     config = model.config
-    x = model.embed(lesson.ids)
-    per_row = features.view(len(lesson.ids), -1, *features.shape[1:])
+    x = model.embed(batch.ids)
+    per_row = features.view(len(batch.ids), -1, *features.shape[1:])
     pieces, at = [], 0
-    for index, start in enumerate(lesson.image_starts):
+    for index, start in enumerate(batch.image_starts):
         pieces += [x[:, at:start], per_row[:, index]]
         at = start + features.shape[1]
     x = torch.cat([*pieces, x[:, at:]], dim=1)
-    cos, sin = rotary_tables(config, lesson.positions, torch.ones(len(x)))
+    cos, sin = rotary_tables(config, batch.positions, torch.ones(len(x)))
 
     def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         q, k = rotate(q, cos, sin).transpose(1, 2), rotate(k, cos, sin).transpose(1, 2)
-        return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=lesson.attention).transpose(1, 2)
+        return F.scaled_dot_product_attention(q, k, v.transpose(1, 2), attn_mask=batch.attention).transpose(1, 2)
 
     for block in model.transformer.h:
         x = block(x, attend)
     # a token predicts its follower; the last token of a branch has no label after it
-    following = lesson.labels.roll(-1, dims=1)
+    following = batch.labels.roll(-1, dims=1)
     following[:, -1] = IGNORE
     answers = following != IGNORE
     logits = model.lm_head(model.transformer.ln_f(x[answers]))
     each = F.cross_entropy(logits, following[answers], reduction="none")
-    weights = lesson.weights.roll(-1, dims=1)[answers]
+    weights = batch.weights.roll(-1, dims=1)[answers]
     return (each * weights).sum() / weights.sum()
 
 
@@ -213,18 +223,17 @@ def alignment(features: Tensor, targets: CellTargets, words: list[tuple[str, Ten
 
 
 def joint_step(
-    seed: int, teacher: Teacher, model: QWenLMHeadModel, visual: VisionTransformer, reader: CellReader
+    seed: int, builder: BatchBuilder, model: QWenLMHeadModel, visual: VisionTransformer, reader: CellReader
 ) -> dict[str, Any]:
-    """One step of stage 2; every eighth lesson is about two pictures."""
+    """One step of stage 2; every eighth batch is about two pictures."""
     two = seed % 8 == 7
-    lesson = teacher.lesson(
-        seed, batch=BATCH_JOINT // (2 if two else 1), budget=BUDGET // (2 if two else 1), pictures=1 + two
-    )
-    features = visual(pixels_of(lesson.scenes, MEAN, STD))
-    answers = decode_lesson(model, lesson, features)
-    targets = cell_targets(lesson.scenes)
+    half = 2 if two else 1
+    batch = builder.build(seed, size=BATCH_JOINT // half, budget=BUDGET // half, pictures=1 + two)
+    features = visual(pixels_of(batch.scenes, MEAN, STD))
+    answers = answer_loss(model, batch, features)
+    targets = cell_targets(batch.scenes)
     cells, exact = reader(features, targets)
-    aligned = alignment(features, targets, [(name, model.embed(ids)) for name, ids in teacher.words])
+    aligned = alignment(features, targets, [(name, model.embed(ids)) for name, ids in builder.words])
     (answers + 0.1 * cells + 0.1 * aligned).backward()
     figures = {"two" if two else "answers": answers.item(), "cells": cells.item(), "exact": exact}
     return figures | {"aligned": aligned.item()}
@@ -243,25 +252,6 @@ def write_checkpoint(folder: Path, model: QWenLMHeadModel, visual: VisionTransfo
     write_tensors(folder / "model.safetensors", tensors)
 
 
-def draw_loss(folder: Path) -> None:
-    """loss.png from log.jsonl."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    rows = [row for _, row in read_jsonl(folder / "log.jsonl")]
-    figure, axes = pyplot.subplots(1, 2, figsize=(10, 4), layout="constrained")
-    for axis, stage, names in ((axes[0], "vision", ("cells",)), (axes[1], "joint", ("answers", "two", "cells"))):
-        for name in names:
-            points = [(row["step"], row[name]) for row in rows if row["stage"] == stage and name in row]
-            if points:
-                axis.plot(*zip(*points, strict=True), label=name)
-                axis.legend()
-        axis.set(title=f"stage: {stage}", xlabel="step", ylabel="loss", yscale="log")
-    figure.savefig(folder / "loss.png", dpi=110)
-
-
 def learning_rate(step: int, steps: int, *, peak: float, warmup: int, decay: float, fresh: int = 0) -> float:
     """Linear warm-up from step `fresh` on, then `peak`, then linearly down to zero over the last share `decay`."""
     return peak * min(1.0, (step - fresh + 1) / warmup, (1 - step / steps) / decay)
@@ -277,8 +267,8 @@ def flushed_denormals() -> Iterator[None]:
         torch.set_flush_denormal(False)  # the default; torch cannot be asked what it was
 
 
-class Course:
-    """The training itself: modules, optimizers, and where it stands."""
+class Trainer:
+    """The training itself: modules, optimizers and progress."""
 
     STAGES = ("vision", "joint")
 
@@ -292,7 +282,7 @@ class Course:
         checkpoint.mkdir(parents=True, exist_ok=True)
         lines = tiktoken_file.read_bytes().splitlines(keepends=True)
         (checkpoint / VOCAB_FILE).write_bytes(b"".join(lines[:RANKS]))
-        self.teacher = Teacher(Tokenizer.from_file(checkpoint / VOCAB_FILE))
+        self.builder = BatchBuilder(Tokenizer.from_file(checkpoint / VOCAB_FILE))
         config = Config.from_dict(CONFIG)
         self.model, self.visual, self.reader = QWenLMHeadModel(config), VisionTransformer(config.visual), CellReader()
         initialize(self.model, self.visual)
@@ -332,7 +322,7 @@ class Course:
         in_blocks = {id(p) for p in blocks}
         rest = [p for p in self.model.parameters() if id(p) not in in_blocks]
         groups = [{"params": sight, "scale": 0.25}, {"params": rest, "scale": 1.0}]
-        muon = Muon(blocks)
+        muon = torch.optim.Muon(blocks, weight_decay=0.05, adjust_lr_fn="match_rms_adamw")  # updates of AdamW's size
         muon.param_groups[0]["scale"] = 1.0
         return [torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.05), muon]
 
@@ -346,7 +336,7 @@ class Course:
         if name == "vision":
             figures = vision_step(self.step, self.visual, self.reader)
         else:
-            figures = joint_step(self.step, self.teacher, self.model, self.visual, self.reader)
+            figures = joint_step(self.step, self.builder, self.model, self.visual, self.reader)
         nn.utils.clip_grad_norm_([p for group in groups for p in group["params"]], 1.0)
         for optimizer in self.optimizers:
             optimizer.step()
@@ -359,7 +349,8 @@ class Course:
         torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, partial)
         partial.replace(self.folder / "state.pt")
         write_checkpoint(self.folder / "checkpoint", self.model, self.visual)
-        draw_loss(self.folder)
+        with optional():
+            plot.save(loss_chart(self.folder / "log.jsonl"), self.folder / "loss.png")
 
     @flushed_denormals()
     def run(self) -> None:
@@ -378,7 +369,7 @@ class Course:
                     row = {"stage": name, "step": self.step, "s/step": round(seconds, 3), **means}
                     append_jsonl(self.folder / "log.jsonl", [row])
                     left = seconds * (self.steps[name] - self.step) / 60
-                    print(json.dumps(row), f"{left:.0f} min left in this stage", file=sys.stderr, flush=True)
+                    say(f"{json.dumps(row)} {left:.0f} min left in this stage")
                     recent = {}
                 if self.step % SAVE_EVERY == 0:
                     self.save()
@@ -390,9 +381,7 @@ class Course:
 
 def main() -> None:
     """The command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.small_model.train", description=(__doc__ or "").split("\n")[0]
-    )
+    parser = command("small_model.train", __doc__)
     parser.add_argument("tiktoken", type=Path, metavar="QWEN_TIKTOKEN")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vision-steps", type=int, default=1200)
@@ -401,7 +390,7 @@ def main() -> None:
     parser.add_argument("--from-step", type=int, default=0, help="of the joint stage, with --weights (default: 0)")
     args = parser.parse_args()
     start = None if args.weights is None else (args.weights, args.from_step)
-    Course(args.tiktoken, args.folder, {"vision": args.vision_steps, "joint": args.joint_steps}, start=start).run()
+    Trainer(args.tiktoken, args.folder, {"vision": args.vision_steps, "joint": args.joint_steps}, start=start).run()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""benchmarks.compression: what it counts is what it says, and an interrupted run ends in the same result."""
+"""benchmarks.compression: its figures are what they say, and an interrupted run ends in the same result."""
 
 import json
 import xml.etree.ElementTree as ElementTree
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import compression
+from benchmarks import compression, plot
 from benchmarks.compression import DEFAULT, FLOAT, VARIANTS
 from qvl_edge import Runtime
 from qvl_edge.bundle import Bundle
@@ -69,25 +69,28 @@ def test_run_again_it_measures_nothing_anew(out: Path, result: dict, monkeypatch
 
 
 def test_the_table_and_the_picture_hold_every_variant(out: Path, result: dict) -> None:
-    lines = compression.table(result["variants"]).splitlines()
+    lines = compression.summary(result["variants"]).splitlines()
     assert len(lines) == 2 + len(result["variants"]) and len({line.count("|") for line in lines}) == 1
     drawing = ElementTree.parse(out / "compression.svg").getroot()
-    words = [element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")]
-    circles = list(drawing.iter("{http://www.w3.org/2000/svg}circle"))
+    words = {element.text for element in drawing.iter("{http://www.w3.org/2000/svg}text")}
     shown = [row["variant"] for row in result["variants"] if row["variant"] != FLOAT]
-    assert set(shown) <= set(words) and len(circles) == 2 * len(shown)
-    width, height = float(drawing.attrib["width"]), float(drawing.attrib["height"])
-    assert all(0 < float(c.attrib["cx"]) < width and 0 < float(c.attrib["cy"]) < height for c in circles)
+    assert set(shown) <= words
+    for axes in plot.compression(result).axes:
+        ((points, _, (intervals,)),) = axes.containers
+        values, rows = points.get_data()
+        assert list(rows) == list(range(len(shown))) and len(intervals.get_segments()) == len(shown)
+        low, high = axes.get_xlim()
+        assert all(low < value < high for value in values)
 
 
-def test_work_lies_under_the_checkpoint_the_commit_and_the_number_of_scenes(out: Path) -> None:
+def test_work_is_kept_under_the_checkpoint_the_commit_and_the_number_of_scenes(out: Path) -> None:
     mark = f"{Checkpoint(compression.CHECKPOINT).fingerprint[:12]}-{commit()}"
     assert {path.name for path in out.iterdir() if path.is_dir()} == {mark, f"{mark}-4", "scenes-4"}
 
 
-def test_a_model_whose_making_was_killed_is_made_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_variant_whose_build_was_killed_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "CALIBRATION_SCENES", 2)
-    workshop = compression.Workshop(Checkpoint(compression.CHECKPOINT), tmp_path)
+    builder = compression.VariantBuilder(Checkpoint(compression.CHECKPOINT), tmp_path)
     quantize = compression.quantize_checkpoint
 
     class Killed(Exception):
@@ -103,9 +106,9 @@ def test_a_model_whose_making_was_killed_is_made_on(tmp_path: Path, monkeypatch:
     (variant,) = (one for one in VARIANTS if one.name == DEFAULT)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(compression, "quantize_checkpoint", die)
-        workshop.path(variant)
+        builder.path(variant)
     assert any(tmp_path.iterdir())
-    Bundle.open(workshop.path(variant), verify=True)
+    Bundle.open(builder.path(variant), verify=True)
 
 
 def test_so_few_scenes_that_there_is_no_interval_are_refused(tmp_path: Path, capsys) -> None:

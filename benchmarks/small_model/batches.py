@@ -64,7 +64,7 @@ def pixels_of(scenes: list[Scene], mean: tuple[float, ...], std: tuple[float, ..
 
 
 @dataclass
-class Lesson:
+class Batch:
     """B packed sequences of one prefix (system turn and pictures) and many question branches that see only the prefix.
 
     ids, labels, positions and weights (B, L); attention (B, 1, L, L) is 0 where a token is seen and -inf elsewhere.
@@ -90,8 +90,8 @@ class Branch:
     weights: list[float] = field(default_factory=list)
 
 
-class Teacher:
-    """Makes lessons from seeds."""
+class BatchBuilder:
+    """Makes batches from seeds."""
 
     def __init__(self, tokenizer: Tokenizer):
         self.tokenizer = tokenizer
@@ -136,10 +136,10 @@ class Teacher:
             branch.weights += [0.0] * len(ask) + [len(answer) ** -0.5] * len(answer)
         return branch
 
-    def lesson(self, seed: int, *, batch: int, budget: int, pictures: int = 1) -> Lesson:
-        """The lesson of this seed: `budget` tokens of questions a sequence, at most."""
+    def build(self, seed: int, *, size: int, budget: int, pictures: int = 1) -> Batch:
+        """The batch of this seed: `size` sequences, each with at most `budget` tokens of questions."""
         scenes, rows = list[Scene](), list[list[Branch]]()
-        for index in range(batch):
+        for index in range(size):
             rng = np.random.default_rng((seed, index))
             row_scenes = tuple(make_scene(int(rng.integers(10**9))) for _ in range(pictures))
             scenes += row_scenes
@@ -169,7 +169,7 @@ class Teacher:
             used += len(branch.ids)
         return branches
 
-    def _pack(self, scenes: list[Scene], rows: list[list[Branch]], pictures: int) -> Lesson:
+    def _pack(self, scenes: list[Scene], rows: list[list[Branch]], pictures: int) -> Batch:
         prefix, starts = self.prefix(pictures)
         length = len(prefix) + max(sum(len(branch.ids) for branch in row) for row in rows)
         shape = (len(rows), length)
@@ -193,4 +193,4 @@ class Teacher:
                 seen[index, 0, at:end, at:end] = causal[at:end, at:end]
                 at = end
         attention = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
-        return Lesson(scenes, ids, labels, weights, positions, attention, starts)
+        return Batch(scenes, ids, labels, weights, positions, attention, starts)

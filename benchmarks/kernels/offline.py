@@ -1,8 +1,8 @@
-"""Compile Triton kernels for an NVIDIA architecture on any machine, and read the machine code: no GPU, no driver.
+"""Compile the GPU kernels for an NVIDIA architecture on any machine, and read the machine code: no GPU, no driver.
 
 A launch is recorded from the project's own launchers, called on tensors without memory (device "meta"), so that what is
-compiled here is what a card would run: the same constants, types and alignments. The assembler and disassembler are
-those that Triton brings along. TRITON_INTERPRET must not be set when the kernels are imported.
+compiled here is what a GPU would run: the same constants, types and alignments. The assembler and disassembler are
+those that Triton ships. TRITON_INTERPRET must not be set when the kernels are imported.
 """
 
 import re
@@ -11,7 +11,7 @@ import tempfile
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,10 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernels.problem import Gemm, weight_of
+from kernels.gpu.tiles import DeviceKey, Tile
+from kernels.reference import MAX_DECODE_ROWS, SPAN, AttentionArgs, Rows
+
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 TYPES = {
     torch.float32: "fp32",
@@ -35,8 +39,57 @@ TYPES = {
     torch.int8: "i8",
     torch.uint8: "u8",
 }
+HEADS, HEAD_DIM, CAPACITY = 32, 128, 2048  # of Qwen-7B's attention, and a cache
+SQUARES = 32  # parts of a row's sum of squares, as attn.c_proj's 32 tiles of 128 leave them
 CONVERSIONS = ("I2F", "I2FP", "I2HP")  # integer to float, on a pipe with a fraction of the others' rate
 LOADS = ("LDG", "LDGSTS")  # from global memory
+
+# bytes of shared memory that one program may use, by compute capability, and per multiprocessor; warps and programs
+# that a multiprocessor holds (CUDA programming guide, technical specifications per compute capability)
+SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
+SHARED_PER_MULTIPROCESSOR = {80: 167_936, 86: 102_400, 87: 167_936, 89: 102_400, 90: 233_472, 120: 102_400}
+WARPS = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 120: 48}
+PROGRAMS = {80: 32, 86: 16, 87: 16, 89: 24, 90: 32, 120: 24}
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU as its maker publishes it: compute capability, multiprocessors, memory bandwidth and clock under load."""
+
+    name: str
+    capability: int  # 86 for sm_86
+    multiprocessors: int
+    gb_per_s: float
+    ghz: float
+
+    @property
+    def key(self) -> DeviceKey:
+        """What tiles are chosen by."""
+        return DeviceKey(divmod(self.capability, 10), self.multiprocessors, SHARED[self.capability])
+
+    def resident(self, registers: int, shared: int, num_warps: int) -> int:
+        """Programs that one multiprocessor runs at once: limited by registers (in units of 8 per thread), shared memory
+        (1 KiB of it is the system's for each program) and warps."""
+        limits = (
+            65_536 // (-(-registers // 8) * 8 * 32 * num_warps),
+            SHARED_PER_MULTIPROCESSOR[self.capability] // (shared + 1024),
+            WARPS[self.capability] // num_warps,
+            PROGRAMS[self.capability],
+        )
+        return min(limits)
+
+
+# one or two of each family; another GPU takes the tiles of the nearest, with splits that fill it (kernels/gpu/tiles.py)
+GPUS = (
+    Gpu("NVIDIA A100-SXM4-80GB", 80, 108, 2039, 1.41),
+    Gpu("NVIDIA GeForce RTX 3060", 86, 28, 360, 1.78),
+    Gpu("Orin (AGX, 64 GB)", 87, 16, 204, 1.30),
+    Gpu("NVIDIA GeForce RTX 4060", 89, 24, 272, 2.46),
+    Gpu("NVIDIA GeForce RTX 4070", 89, 46, 504, 2.48),
+    Gpu("NVIDIA H200", 90, 132, 4800, 1.75),
+    Gpu("NVIDIA GeForce RTX 5060", 120, 30, 448, 2.50),
+    Gpu("NVIDIA GeForce RTX 5070", 120, 48, 672, 2.51),
+)
 
 
 @dataclass(frozen=True)
@@ -69,7 +122,7 @@ class Launch:
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, kernels are not run: every launch is appended to the list that is given."""
+    """Inside, kernels are not run: every launch is appended to the yielded list."""
     launches: list[Launch] = []
 
     def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -111,18 +164,75 @@ def _launch(function: JITFunction, arguments: tuple[Any, ...], named: dict[str, 
     return Launch(where, tuple(signature), tuple(constants), tuple(aligned), tuple(sorted(named.items())))
 
 
+def meta(*shape: int, dtype: torch.dtype = torch.float16) -> Tensor:
+    """A tensor without memory."""
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+def gemm_launch(gemm: Gemm, tile: Tile, dtype: torch.dtype = torch.float16, *, one_row: bool = False) -> Launch:
+    """The launch of `gemm` with `tile`, as the runtime makes it: with all its rows, or one of the first layer.
+
+    Two splits stand for any number above one: the loop is the same. One row, and the one part of its squares that the
+    first layer has, become constants of the kernel.
+    """
+    from kernels.gpu.gemm import gemm_triton
+
+    tile = replace(tile, split_k=min(tile.split_k, 2))
+    rows, parts = (1, 1) if one_row else (tile.block_m, SQUARES)
+    few = rows <= MAX_DECODE_ROWS
+    residual = gemm.epilogue == "residual"
+    return record_one(
+        "_decode_kernel" if few else "_prefill_kernel",
+        gemm_triton,
+        Rows(
+            meta(rows, gemm.k, dtype=dtype),
+            meta(gemm.k // SPAN, MAX_DECODE_ROWS, dtype=torch.float32) if few else None,
+            meta(rows, parts, dtype=torch.float32) if gemm.norm else None,
+            1e-6,
+        ),
+        weight_of(gemm, device="meta"),
+        meta(gemm.outputs, dtype=dtype) if gemm.bias else None,
+        epilogue=gemm.epilogue,
+        residual=meta(rows, gemm.outputs, dtype=torch.float32) if residual else None,
+        norm_weight=meta(gemm.outputs, dtype=dtype) if residual else None,
+        out_dtype=torch.float32 if gemm.bits == 8 else None,
+        tile=tile,
+    )
+
+
+def attention_launch(
+    kernel: str, cache: torch.dtype, length: int, *, splits: int | None = None, logn: bool = True
+) -> Launch:
+    """The launch of an attention kernel for `length` tokens of two sequences."""
+    from kernels.gpu.attention import attention_triton
+
+    dtype = torch.float16 if cache == torch.int8 else cache
+    scales = [meta(2, HEADS, CAPACITY) if cache == torch.int8 else None for _ in range(2)]
+    args = AttentionArgs(
+        *meta(2, length, 3, HEADS, HEAD_DIM, dtype=dtype).unbind(2),
+        *(meta(2, length, HEAD_DIM, dtype=torch.float32) for _ in range(2)),
+        *(meta(2, HEADS, CAPACITY, HEAD_DIM, dtype=cache) for _ in range(2)),
+        meta(2, dtype=torch.int64),
+        q_scale=meta(2, length, dtype=torch.float32) if logn else None,
+        k_scales=scales[0],
+        v_scales=scales[1],
+    )
+    sums = meta(HEADS * HEAD_DIM // SPAN, MAX_DECODE_ROWS, dtype=torch.float32) if length == 1 else None
+    return record_one(kernel, attention_triton, args, splits=splits, sums=sums)
+
+
 @dataclass(frozen=True)
 class Loop:
-    """One turn of a kernel's main loop, without NOPs."""
+    """One iteration of a kernel's main loop, without NOPs."""
 
     length: int  # instructions
     counts: dict[str, int]  # by name without modifiers
-    loads: dict[str, int]  # loads from global memory by name and bytes for one thread: "LDG 4", "LDGSTS 16", …
+    loads: dict[str, int]  # loads from global memory by name and bytes per thread: "LDG 4", "LDGSTS 16", …
     products: int  # multiplications by tensor cores, for one warp
 
     @classmethod
     def of(cls, names: list[str]) -> "Loop":
-        """Count the instructions of one turn, given with their modifiers."""
+        """Count the instructions of one iteration, given with their modifiers."""
         counts = Counter(name.split(".")[0] for name in names)
         loads = Counter(_load(name) for name in names if name.split(".")[0] in LOADS)
         return cls(len(names), dict(counts), dict(loads), sum(map(_products, names)))

@@ -1,9 +1,10 @@
-"""benchmarks.latency measures what its rows say: fixed counts, fresh or reused prefixes, models in turn."""
+"""qvl-edge bench measures what its rows say: fixed counts, fresh or reused prefixes, models in turn."""
 
 import csv
 import io
 import json
 import statistics
+import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
 from pathlib import Path
@@ -11,9 +12,11 @@ from typing import Any
 
 import pytest
 
-from benchmarks import latency
-from benchmarks.latency import Bench, Job, jobs, main, measure, parameters, records, row_name, unit_of
+from benchmarks.latency import main
+from qvl_edge.__main__ import main as qvl_edge
 from qvl_edge.answer import Answer
+from qvl_edge.bench import Bench, Call, calls, measure, parameters, records, row_name, unit_of
+from qvl_edge.commands import bench as command
 from qvl_edge.published import published_config
 
 pytestmark = pytest.mark.slow
@@ -107,28 +110,28 @@ def test_memory_holds_the_load_and_a_peak_above_the_libraries(make_checkpoint: C
 class Counted:
     """A worker that counts its calls in a list shared with others."""
 
-    def __init__(self, name: str, calls: list[tuple[str, str]]):
-        self.name, self.calls = name, calls
+    def __init__(self, name: str, made: list[tuple[str, str]]):
+        self.name, self.made = name, made
 
-    def __call__(self, job: Job) -> dict[str, float]:
-        self.calls.append((self.name, job[0]))
-        return {str(job[0]): float(len(self.calls))}
+    def __call__(self, call: Call) -> dict[str, float]:
+        self.made.append((self.name, call[0]))
+        return {str(call[0]): float(len(self.made))}
 
 
 @pytest.mark.parametrize("warmup", [True, False])
 def test_models_take_turns_and_the_warm_up_does_not_count(warmup: bool) -> None:
-    calls: list[tuple[str, str]] = []
-    workers = [Counted(name, calls) for name in "ab"]
+    made: list[tuple[str, str]] = []
+    workers = [Counted(name, made) for name in "ab"]
     found = measure(workers, [("one",), ("two",)], repetitions=2, warmup=warmup, progress=lambda _: None)
     rounds = 3 if warmup else 2
-    expected = [(name, job) for job in ("one", "two") for _ in range(rounds) for name in "ab"]
-    assert calls == [*expected, ("a", "memory"), ("b", "memory")]
+    expected = [(name, call) for call in ("one", "two") for _ in range(rounds) for name in "ab"]
+    assert made == [*expected, ("a", "memory"), ("b", "memory")]
     assert all(len(samples["one"]) == len(samples["two"]) == 2 for samples in found)
     assert found[0]["one"] == ([3, 5] if warmup else [1, 3])
 
 
-def test_jobs_leave_out_what_has_no_count() -> None:
-    assert jobs([512, 0], [0], [0, 64]) == [
+def test_calls_leave_out_what_has_no_count() -> None:
+    assert calls([512, 0], [0], [0, 64]) == [
         ("prompt", 512, 0), ("prompt", 512, 64), ("pictures", 1), ("pictures", 4), ("turns",)
     ]  # fmt: skip
 
@@ -146,7 +149,7 @@ def test_a_record_has_the_mean_and_the_deviation_of_its_samples() -> None:
 
 
 def test_the_table_has_the_shape_of_llama_bench() -> None:
-    speeds, others = latency.markdown(list(records(ABOUT, SAMPLES))).split("\n\n")
+    speeds, others = command.markdown(list(records(ABOUT, SAMPLES))).split("\n\n")
 
     def cells(text: str) -> list[list[str]]:
         return [[cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines()]
@@ -160,9 +163,9 @@ def test_the_table_has_the_shape_of_llama_bench() -> None:
 
 def test_every_format_holds_the_same_figures() -> None:
     found = list(records(ABOUT, SAMPLES))
-    assert json.loads(latency.FORMATS["json"](found)) == found
-    assert [json.loads(line) for line in latency.FORMATS["jsonl"](found).splitlines()] == found
-    rows = list(csv.DictReader(io.StringIO(latency.FORMATS["csv"](found))))
+    assert json.loads(command.FORMATS["json"](found)) == found
+    assert [json.loads(line) for line in command.FORMATS["jsonl"](found).splitlines()] == found
+    rows = list(csv.DictReader(io.StringIO(command.FORMATS["csv"](found))))
     for row, record in zip(rows, found, strict=True):
         assert float(row["avg"]) == statistics.fmean(map(float, row["samples"].split())) == record["avg"]
 
@@ -170,7 +173,7 @@ def test_every_format_holds_the_same_figures() -> None:
 def test_parameters_are_those_before_quantization() -> None:
     published, int4 = published_config("Qwen/Qwen-VL-Chat"), published_config("Qwen/Qwen-VL-Chat-Int4")
     assert published and int4 and parameters(published) == parameters(int4)
-    assert latency.parameters_text(parameters(int4)) == "9.66 B"  # 9.6 B in Qwen-VL's README
+    assert command.parameters_text(parameters(int4)) == "9.66 B"  # 9.6 B in Qwen-VL's README
 
 
 def test_all_of_it_runs_beside_a_peer_and_is_saved_with_its_picture(
@@ -224,8 +227,32 @@ def test_a_model_that_cannot_be_loaded_is_said_in_one_line() -> None:
         main(["no/such/folder", "--device", "cpu"])
 
 
-@pytest.mark.parametrize("arguments", [[], ["x", "-p", "a"], ["x", "-d", "-1"], ["x", "-r", "0"]])
+@pytest.mark.parametrize("arguments", [["x", "-p", "a"], ["x", "-d", "-1"], ["x", "-r", "0"]])
 def test_nonsense_is_refused(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         main(arguments)
     assert "error:" in capsys.readouterr().err
+
+
+def test_the_command_of_the_wheel_is_the_same_one(
+    make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(make_checkpoint("model"))
+    assert qvl_edge(["bench", path, "-p", "16", "-n", "0", "-r", "1", "--device", "cpu", "--max-context", "300"]) == 0
+    assert "| pp16 |" in capsys.readouterr().out
+    assert qvl_edge(["bench"]) == 1 and "no model to measure" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match="benchmarks.latency: no model to measure"):
+        main([])
+
+
+def test_without_matplotlib_the_figures_are_saved_and_what_to_install_is_said(
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)  # importing it raises ImportError
+    path, out = str(make_checkpoint("model")), tmp_path / "bench.json"
+    main([path, "-p", "16", "-n", "0", "-r", "1", "--device", "cpu", "--max-context", "300", "--output", str(out)])
+    assert json.loads(out.read_text())["benchmark"] == "latency" and not out.with_suffix(".svg").exists()
+    assert "pip install 'qvl-edge[plot]'" in capsys.readouterr().err

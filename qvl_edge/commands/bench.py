@@ -1,0 +1,215 @@
+"""Speed and memory of a model, in llama-bench's format: qvl-edge bench BUNDLE [-p 512] [-n 128] [-d 0,2048]
+
+Tokens per second, under llama-bench's names: pp512, a prompt of 512 tokens; tg128, 128 tokens after the first one;
+"@ d2048", with 2,048 tokens in the cache before. Prompts are token ids, so nothing is tokenized; decoding is greedy,
+and its argmax is part of a step. Other rows, each with its unit:
+
+    img1, img4        one image, and each of four at once: resized and encoded
+    ttft img1+32      time to the first token of an image and 32 tokens of text, nothing cached, wall clock
+    ttft turn 2       the same of 32 more tokens about the same image, after an answer of 32
+    turn 2 of turn 1  the second as a share of the first
+    load              from nothing to a Runtime, with the files in the page cache if the system has them there
+    host before load  memory of Python and the libraries
+    peak host         peak memory of the process, those included (VmHWM)
+    peak torch        on CUDA: peak of what torch has allocated
+    peak card         on CUDA: peak of what the driver reports as used, by any program, sampled every 20 ms
+
+Each model has a process of its own, and every repetition of a row goes through all models before the next one, so that
+a busy moment of the machine hits all. --peer is a float checkpoint; on a CPU it computes in float32, as the original.
+"""
+
+import argparse
+import csv
+import io
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from qvl_edge.commands.loading import say
+from qvl_edge.errors import ConfigError
+from qvl_edge.options import LoadOptions
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+    from qvl_edge.bench import Row, Worker
+
+MIB, GIB = 2**20, 2**30
+PEER_OPTIONS = ("device", "max_context", "source")  # of the models beside it; the others say how int4 ones are loaded
+SHOWN_OPTIONS = ("profile", "kv_cache", "head")  # have a column where they are given
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Arguments of `qvl-edge bench`."""
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("path", nargs="*", metavar="PATH", help="bundles or checkpoints, measured in turn")
+    parser.add_argument("-m", "--model", action="append", default=[], metavar="PATH", help="same, as in llama-bench")
+    parser.add_argument("--peer", metavar="CHECKPOINT", help="a float checkpoint beside it (float32 on a CPU)")
+    parser.add_argument(
+        "-p", "--n-prompt", type=counts, default=[512], metavar="N,…", help="prompt tokens (default: 512; 0: none)"
+    )
+    parser.add_argument(
+        "-n", "--n-gen", type=counts, default=[128], metavar="N,…", help="generated tokens (default: 128; 0: none)"
+    )
+    parser.add_argument(
+        "-d", "--n-depth", type=counts, default=[0], metavar="N,…", help="tokens cached before (default: 0)"
+    )
+    parser.add_argument(
+        "-r", "--repetitions", type=repetitions, default=5, metavar="N", help="of every row (default: 5)"
+    )
+    parser.add_argument("-o", "--output-format", choices=FORMATS, default="md", help="of stdout (default: md)")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="save it, with the machine, and FILE.svg")
+    parser.add_argument("--no-warmup", action="store_true", help="count the first repetition too")
+    parser.add_argument("--progress", action="store_true", help="a line on stderr for every repetition")
+    LoadOptions.add_arguments(parser.add_argument_group("loading, of PATH"))
+
+
+def execute(args: argparse.Namespace) -> int:
+    """Load, measure, print, save."""
+    from qvl_edge import bench, plot
+    from qvl_edge.files import write_json
+    from qvl_edge.machine import describe_machine
+
+    paths = [*args.path, *args.model]
+    if not paths:
+        raise ConfigError("no model to measure; give a bundle or a checkpoint")
+    options = LoadOptions.given(args)
+    models = [(path, options) for path in paths] + ([(args.peer, peer_options(options))] if args.peer else [])
+    workers: list[Worker] = []
+    try:
+        for path, given in models:
+            workers.append(bench.Worker(path, given))
+        room = min(worker.about["context"] for worker in workers)
+        todo = bench.calls(args.n_prompt, args.n_gen, args.n_depth)
+        needs = [(call, bench.positions(call)) for call in todo]
+        skipped = [f"{call[0]} {call[1:]} takes {needed}" for call, needed in needs if needed > room]
+        if skipped:
+            say(f"skipped, the context has {room} positions: {'; '.join(skipped)}")
+        samples = bench.measure(
+            workers,
+            [call for call, needed in needs if needed <= room],
+            repetitions=args.repetitions,
+            warmup=not args.no_warmup,
+            progress=say if args.progress else lambda _: None,
+        )
+    finally:
+        for worker in workers:
+            worker.close()
+    found: list[Row] = []
+    for (path, given), worker, sampled in zip(models, workers, samples, strict=True):
+        about = worker.about | {name: given.get(name) for name in SHOWN_OPTIONS}
+        if sum(other.about["model"] == about["model"] for other in workers) > 1:
+            about["model"] += f" ({Path(path).name})"
+        found += bench.records(about, sampled)
+    print(FORMATS[args.output_format](found))
+    if args.output:
+        machine = describe_machine(found[0]["backend"].lower())
+        result = {"benchmark": "latency", **machine, "repetitions": args.repetitions, "left_out": skipped}
+        write_json(args.output, result | {"records": found})
+        with plot.optional():
+            plot.save(chart(found), args.output.with_suffix(".svg"), plot.measured_on(result))
+    return 0
+
+
+def peer_options(options: dict[str, Any]) -> dict[str, Any]:
+    """How a float checkpoint beside models loaded with `options` is loaded."""
+    import torch
+
+    shared = {name: value for name, value in options.items() if name in PEER_OPTIONS}
+    cpu = options.get("device") == "cpu" or not torch.cuda.is_available()
+    return shared | ({"dtype": "float32"} if cpu else {})
+
+
+def counts(text: str) -> list[int]:
+    """A comma-separated list of counts; ValueError, which argparse reports, for anything else."""
+    found = [int(part) for part in text.split(",")]
+    if min(found) < 0:
+        raise ValueError(f"{text} holds a negative count")
+    return found
+
+
+def repetitions(text: str) -> int:
+    """A count of at least 1; ValueError, which argparse reports, for anything else."""
+    count = int(text)
+    if count < 1:
+        raise ValueError(f"{count} repetitions")
+    return count
+
+
+def markdown(found: "Sequence[Row]") -> str:
+    """Two tables: tokens per second as llama-bench prints them, and the rows with units of their own."""
+    speeds = [record for record in found if record["unit"] == "t/s"]
+    others = [record for record in found if record["unit"] != "t/s"]
+    tables = [_table(speeds, "t/s", with_unit=False)] if speeds else []
+    return "\n\n".join([*tables, _table(others, "value", with_unit=True)])
+
+
+def _table(found: "Sequence[Row]", last: str, *, with_unit: bool) -> str:
+    own = ("model", "size", "params", "backend", "test", "unit", "avg", "stddev", "samples")
+    options = [name for name in found[0] if name not in own and any(record.get(name) is not None for record in found)]
+    head = ["model", "size", "params", "backend", *options, "test", last]
+    lines = [head]
+    for record in found:
+        size = f"{record['size'] / MIB:.2f} MiB" if record["size"] < GIB else f"{record['size'] / GIB:.2f} GiB"
+        cells = [record["model"], size, parameters_text(record["params"]), record["backend"]]
+        cells += [str(record.get(name) or "") for name in options]
+        lines.append([*cells, record["test"], _value(record, with_unit=with_unit)])
+    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
+    left = {head.index(name) for name in ("model", "backend")}
+    rows = [
+        " | ".join(cell.ljust(w) if column in left else cell.rjust(w) for column, (cell, w) in enumerate(pairs))
+        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
+    ]
+    rule = " | ".join("-" * w if column in left else "-" * (w - 1) + ":" for column, w in enumerate(widths))
+    return "\n".join(f"| {row} |" for row in (rows[0], rule, *rows[1:]))
+
+
+def _value(record: "Row", *, with_unit: bool) -> str:
+    spread = "" if record["stddev"] is None else f" ± {record['stddev']:.2f}"
+    return f"{record['avg']:.2f}{spread}" + (f" {record['unit']}" if with_unit else "")
+
+
+def parameters_text(count: int) -> str:
+    """As llama-bench writes it: "7.06 M", "9.66 B"."""
+    return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
+
+
+def as_csv(found: "Sequence[Row]") -> str:
+    """All records under their columns' names; the samples in one field, separated by spaces."""
+    out = io.StringIO()
+    names = list(dict.fromkeys(name for record in found for name in record))
+    writer = csv.DictWriter(out, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows({**record, "samples": " ".join(map(str, record["samples"]))} for record in found)
+    return out.getvalue().rstrip()
+
+
+FORMATS: "dict[str, Callable[[Sequence[Row]], str]]" = {
+    "md": markdown,
+    "csv": as_csv,
+    "json": lambda found: json.dumps(found, indent=1, ensure_ascii=False),
+    "jsonl": lambda found: "\n".join(json.dumps(record, ensure_ascii=False) for record in found),
+}
+PANELS = (  # prefix of the rows' names, title, unit
+    ("pp", "Prompt", "tokens per second"),
+    ("tg", "Generation", "tokens per second"),
+    ("img", "Images", "ms per image"),
+    ("ttft", "First token", "ms"),
+    ("peak", "Peak memory", "MiB"),
+)
+
+
+def chart(found: "Sequence[Row]") -> "Figure":
+    """One panel per kind of row, one colour per model."""
+    from qvl_edge import plot
+
+    models, tests = (list(dict.fromkeys(record[key] for record in found)) for key in ("model", "test"))
+    values = {(record["model"], record["test"]): record["avg"] for record in found}
+    kinds = [(title, unit, [t for t in tests if t.startswith(prefix)]) for prefix, title, unit in PANELS]
+    kinds = [kind for kind in kinds if kind[2]]
+    figure, axes = plot.panels(len(kinds))
+    for panel, (title, unit, rows) in zip(axes, kinds, strict=True):
+        panel.set(title=title, ylabel=unit)
+        plot.bars(panel, rows, {model: [values.get((model, row)) for row in rows] for model in models})
+    return figure
