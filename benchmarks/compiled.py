@@ -34,7 +34,7 @@ from benchmarks.kernels.offline import (
     record_one,
 )
 from benchmarks.kernels.problem import C_ATTN, GEMMS, HEAD, LAYER, Gemm
-from kernels.gpu import rows
+from kernels.gpu.gemm import rows_triton
 from kernels.gpu.tiles import DECODE_ROWS, PREFILL_ROWS, Tile, read_table, tile_for
 from qvl_edge.machine import describe_machine
 
@@ -105,9 +105,9 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     if quick and capability not in VARIANTS:
         return
     x, residual = meta(8, 4096), meta(8, 4096, dtype=torch.float32)
-    sums = record_one("_rows_kernel", rows.sum_rows, x)
+    sums = record_one("_rows_kernel", rows_triton, x)
     yield Case("sums of rows", sums, "sums of rows")
-    rms = record_one("_rows_kernel", rows.rms_rows_triton, residual, meta(4096), 1e-6, torch.float16)
+    rms = record_one("_rows_kernel", rows_triton, residual, meta(4096), 1e-6, torch.float16)
     yield Case("rows of a residual", rms, "rows of a residual")
     zeros = replace(C_ATTN, zeros=True)
     variants = (

@@ -21,7 +21,6 @@ from benchmarks import report
 from benchmarks.kernels.problem import LAYER, Gemm, Problem, expect_below, relative_error
 from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, copy_gb_per_s, measure, one_after_another
 from kernels import (
-    MAX_DECODE_ROWS,
     Int4Weight,
     Rows,
     TritonWeight,
@@ -146,8 +145,9 @@ def _unable(reason: str) -> Peer:
 
 
 def _with_sums(x: Tensor) -> Rows:
-    rows: Any = importlib.import_module("kernels.gpu.rows")
-    return Rows(x, rows.sum_rows(x) if len(x) <= MAX_DECODE_ROWS else None)
+    gemm: Any = importlib.import_module("kernels.gpu.gemm")  # triton is loaded on first use
+    rows: Rows = gemm.rows_triton(x)
+    return rows
 
 
 def _gemlite_peer(levels: Tensor, scales: Tensor, int4_bytes: int) -> Peer:

@@ -24,17 +24,18 @@ from torch import Tensor
 
 from kernels.gptq import Int4Weight, unpack_levels
 from kernels.int8 import Int8Weight
+from kernels.reference import PackedWeight
 
 BLOCK = 1024  # outputs of one block of columns; sums took the same time with 256 to 1024, tiles less with 1024
 TAIL = 8  # bytes of a row's scale and bias
 MIDDLES = {4: 8, 8: 128}  # by bits: the zero of a symmetric weight
 FEW_ROWS = 8  # up to here sums: 8 ms of one core a row; tiles cost 30 once, then what F.linear costs (40 at 8 rows)
 TILE_CHANNELS = 256  # input channels of a tile, unless one group has more: 1 MiB in float32, within a core's L2
-LONGEST_SUM = 128  # one running float32 sum over 4,096 channels is off by 1.2e-6, four times as much as F.linear
+MAX_SUM = 128  # one running float32 sum over 4,096 channels is off by 1.2e-6, four times as much as F.linear
 
 
 @dataclass(frozen=True, eq=False)
-class CpuWeight:
+class CpuWeight(PackedWeight):
     """A weight in the CPU's order (top of this file); made by `pack_for_cpu`, read by backend "cpu".
 
     columns uint8 and scales float32 as above; zeros (G, N) int16, or None where every zero is the middle; offsets
@@ -52,11 +53,6 @@ class CpuWeight:
     out_features: int
 
     @property
-    def middle(self) -> int:
-        """The level that stands for 0 where there is no other zero."""
-        return MIDDLES[self.bits]
-
-    @property
     def in_features(self) -> int:
         """K."""
         return self.columns.shape[0] // self.scales.shape[0]
@@ -71,24 +67,19 @@ class CpuWeight:
         """The CPU."""
         return self.columns.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
-
     def blocks(self) -> Tensor:
         """Levels (NB, K, D) uint8, a view: the columns without their tails."""
         return self.columns.view(self.scales.shape[0], self.in_features, -1)[..., :-TAIL]
 
     def unpack(self) -> Int4Weight | Int8Weight:
-        """Back to what it was packed from, bit for bit."""
+        """See PackedWeight."""
         levels = self.blocks().transpose(0, 1).flatten(1)[:, : self.out_features]
         scales = self.scales.transpose(0, 1).flatten(1)[:, : self.out_features].to(self.scales_dtype).contiguous()
         if self.bits == 8:
             return Int8Weight((levels ^ 128).view(torch.int8).T.contiguous(), scales[0])
         zeros = self.zeros
         if zeros is None:
-            zeros = torch.full(scales.shape, self.middle, dtype=torch.int16)
+            zeros = torch.full(scales.shape, MIDDLES[4], dtype=torch.int16)
         return Int4Weight.from_grouped(levels, scales, zeros, self.perm)
 
 
@@ -171,7 +162,7 @@ def _sums(x: Tensor, weight: CpuWeight) -> Tensor:
 @lru_cache(maxsize=16)  # a model has few shapes; the largest of Qwen-7B's takes 0.5 MB
 def _bags(rows: int, group_size: int) -> tuple[Tensor, Tensor]:
     """Every row once, in equal bags that do not cross a group: indices (rows,) and bounds of the bags, int32."""
-    size = max(divisor for divisor in range(1, min(group_size, LONGEST_SUM) + 1) if group_size % divisor == 0)
+    size = max(divisor for divisor in range(1, min(group_size, MAX_SUM) + 1) if group_size % divisor == 0)
     with torch.inference_mode(False):  # an inference tensor could not be used outside of inference mode later
         return torch.arange(rows, dtype=torch.int32), torch.arange(0, rows + 1, size, dtype=torch.int32)
 
@@ -183,7 +174,7 @@ def _floats(x: Tensor, weight: CpuWeight) -> Tensor:
     """
     (_, groups, block), size, outputs = weight.scales.shape, weight.group_size, weight.out_features
     step = max(1, TILE_CHANNELS // size)  # groups of a tile
-    minus_zeros = weight.scales * -weight.middle
+    minus_zeros = weight.scales * -MIDDLES[weight.bits]
     if weight.offsets is not None:
         minus_zeros -= weight.offsets
     y = x.new_empty(len(x), outputs)

@@ -12,6 +12,7 @@ B bits, P = 32 / B levels a word, G groups, K input and N output features:
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -153,6 +154,7 @@ class Int4Weight:
     scales: Tensor
     zeros: Tensor
     perm: Tensor | None
+    bits: ClassVar[int] = 4
 
     @property
     def out_features(self) -> int:

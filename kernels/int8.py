@@ -1,6 +1,7 @@
 """int8 with one scale a row: of a weight (lm_head), and of the key-value cache."""
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ class Int8Weight:
 
     levels: Tensor
     scales: Tensor
+    bits: ClassVar[int] = 8
 
     @property
     def out_features(self) -> int:

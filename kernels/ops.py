@@ -22,7 +22,7 @@ AnyWeight: TypeAlias = AnyInt4Weight | Int8Weight
 BACKENDS = {"torch": (Int4Weight, Int8Weight), "cpu": (CpuWeight,), "triton": (TritonWeight,)}
 FUSED = ("torch", "triton")  # backends of everything but int4_gemm and int8_gemm
 # their modules in kernels.gpu
-LAUNCHERS = {"gemm_triton": "gemm", "rms_rows_triton": "rows", "attention_triton": "attention"}
+LAUNCHERS = {"gemm_triton": "gemm", "rows_triton": "gemm", "attention_triton": "attention"}
 
 
 def int4_gemm(
@@ -42,7 +42,7 @@ def int4_gemm(
     """
     rows = x if isinstance(x, Rows) else Rows(x)
     if _int4_backend("int4_gemm", rows, weight, bias, backend) == "torch":
-        return reference.int4_gemm(rows, _unpacked(weight), bias)
+        return reference.int4_gemm(rows, weight, bias)
     if isinstance(weight, CpuWeight):
         if rows.squares is not None:
             raise ValueError('backend "cpu" takes a tensor or Rows without squares; multiply by rows.rsqrt() yourself')
@@ -60,7 +60,7 @@ def int4_gemm_swiglu(
     "cpu".
     """
     if _int4_backend("int4_gemm_swiglu", rows, weight, bias, backend) == "torch":
-        return reference.int4_gemm_swiglu(rows, _unpacked(weight), bias)
+        return reference.int4_gemm_swiglu(rows, weight, bias)
     _check_spans("int4_gemm_swiglu", weight.out_features // 2)
     return _launch("gemm_triton", rows.x, rows, weight, bias, epilogue="swiglu")
 
@@ -82,9 +82,9 @@ def int4_gemm_residual(
     without "cpu".
     """
     backend = _int4_backend("int4_gemm_residual", rows, weight, bias, backend)
-    _check_residual(residual, norm_weight, (len(rows.x), weight.out_features))
+    _check_residual(residual, norm_weight, (len(rows.x), weight.out_features), rows.x.device)
     if backend == "torch":
-        return reference.int4_gemm_residual(rows, _unpacked(weight), bias, residual, norm_weight, eps)
+        return reference.int4_gemm_residual(rows, weight, bias, residual, norm_weight, eps)
     _check_spans("int4_gemm_residual", weight.out_features)
     options = {"epilogue": "residual", "residual": residual, "norm_weight": norm_weight, "eps": eps}
     return _launch("gemm_triton", rows.x, rows, weight, bias, **options)
@@ -94,11 +94,11 @@ def rms_rows(
     residual: Tensor, norm_weight: Tensor, eps: float, dtype: torch.dtype, *, backend: str | None = None
 ) -> Rows:
     """The Rows of a residual (M, K) float32 that no kernel has made yet: x = residual * norm_weight in `dtype`."""
-    _check_residual(residual, norm_weight, tuple(residual.shape))
-    if _unpacked_backend("rms_rows", residual, backend) == "torch":
+    _check_residual(residual, norm_weight, tuple(residual.shape), residual.device)
+    if _weightless_backend("rms_rows", residual, backend) == "torch":
         return reference.rms_rows(residual, norm_weight, eps, dtype)
     _check_spans("rms_rows", residual.shape[1])
-    return _launch("rms_rows_triton", residual, residual, norm_weight, eps, dtype)
+    return _launch("rows_triton", residual, residual, norm_weight, eps, dtype)
 
 
 def int8_gemm(x: Tensor, weight: Int8Weight | CpuWeight | TritonWeight, *, backend: str | None = None) -> Tensor:
@@ -109,13 +109,11 @@ def int8_gemm(x: Tensor, weight: Int8Weight | CpuWeight | TritonWeight, *, backe
     """
     _check_x(x, weight)
     _check_matrix(x)
-    if not isinstance(weight, Int8Weight) and weight.bits != 8:
+    if weight.bits != 8:
         raise ValueError(f"weight has {weight.bits} bits, int8_gemm takes 8; use int4_gemm")
     backend = _backend("int8_gemm", x, weight, backend)
     if backend == "torch":
-        unpacked = weight if isinstance(weight, Int8Weight) else weight.unpack()
-        assert isinstance(unpacked, Int8Weight)  # 8 bits, as checked
-        return reference.int8_gemm(x, unpacked)
+        return reference.int8_gemm(x, weight)
     if isinstance(weight, CpuWeight):
         return gemm_cpu(x.float(), weight)
     if x.dtype != torch.float16:
@@ -140,7 +138,7 @@ def rotary_attention(args: AttentionArgs, *, backend: str | None = None, splits:
     naming both numbers.
     """
     _check_attention(args)
-    if _unpacked_backend("rotary_attention", args.q, backend) == "torch":
+    if _weightless_backend("rotary_attention", args.q, backend) == "torch":
         _check_positions(args)
         return reference.rotary_attention(args)
     return _launch("attention_triton", args.q, args, splits=splits)
@@ -159,7 +157,7 @@ def rotary_attention_rows(args: AttentionArgs, *, backend: str | None = None, sp
             f"q has shape {tuple(q.shape)}, rotary_attention_rows takes (B, 1, H, D) with B of {MAX_DECODE_ROWS} or "
             f"less and D a multiple of {SPAN}; use rotary_attention"
         )
-    if _unpacked_backend("rotary_attention_rows", q, backend) == "torch":
+    if _weightless_backend("rotary_attention_rows", q, backend) == "torch":
         x = rotary_attention(args, backend="torch").reshape(batch, heads * dim)
         return Rows(x, reference.sum_rows(x))
     sums = torch.empty(heads * dim // SPAN, MAX_DECODE_ROWS, dtype=torch.float32, device=q.device)
@@ -202,19 +200,11 @@ def _backend(
     return backend
 
 
-def _unpacked_backend(function: str, tensor: Tensor, backend: str | None) -> str:
+def _weightless_backend(function: str, tensor: Tensor, backend: str | None) -> str:
     """The backend of a function without a weight."""
     if backend not in (None, *FUSED):
         raise ValueError(f'backend is {backend!r}, {function} has "torch" and "triton"')
     return backend or ("triton" if tensor.is_cuda else "torch")
-
-
-def _unpacked(weight: AnyInt4Weight) -> Int4Weight:
-    if isinstance(weight, Int4Weight):
-        return weight
-    unpacked = weight.unpack()
-    assert isinstance(unpacked, Int4Weight)  # 4 bits, as _check_int4 made sure
-    return unpacked
 
 
 def _check_attention(args: AttentionArgs) -> None:
@@ -243,8 +233,7 @@ def _check_attention(args: AttentionArgs) -> None:
         tensor: Tensor | None = getattr(args, name)
         if tensor is None:
             continue
-        _check_shape(name, tensor, shape, f"q has shape {tuple(q.shape)}")
-        _check_device(name, tensor, "q", q.device)
+        _check(name, tensor, shape, f"q has shape {tuple(q.shape)}", q.device)
         if dtype is not None and tensor.dtype != dtype:
             raise ValueError(f"{name} is {tensor.dtype}, expected {dtype}")
     if args.locks is not None and not args.locks.is_contiguous():
@@ -254,9 +243,7 @@ def _check_attention(args: AttentionArgs) -> None:
             _check_float(f"{name}_cache", of_cache)
         if (of_cache.dtype == torch.int8) != (scales is not None):
             given = "missing" if scales is None else "given"
-            raise ValueError(
-                f"{name}_cache is {of_cache.dtype} but {name}_scales is {given}; an int8 cache needs scales"
-            )
+            raise ValueError(f"{name}_cache is {of_cache.dtype} but {name}_scales is {given}; only int8 has scales")
     if args.k_cache.dtype != args.v_cache.dtype and torch.int8 in (args.k_cache.dtype, args.v_cache.dtype):
         raise ValueError(f"k_cache is {args.k_cache.dtype} but v_cache is {args.v_cache.dtype}; both are int8 or none")
 
@@ -273,12 +260,11 @@ def _check_positions(args: AttentionArgs) -> None:
 
 def _int4_backend(function: str, rows: Rows, weight: AnyInt4Weight, bias: Tensor | None, backend: str | None) -> str:
     """Check the operands of int4_gemm or of a fused form, and choose its backend."""
-    if not isinstance(weight, Int4Weight) and weight.bits != 4:
+    if weight.bits != 4:
         raise ValueError(f"weight has {weight.bits} bits, {function} takes 4; use int8_gemm")
     _check_x(rows.x, weight)
     if bias is not None:
-        _check_shape("bias", bias, (weight.out_features,), f"weight holds N={weight.out_features}")
-        _check_device("bias", bias, "weight", weight.device)
+        _check("bias", bias, (weight.out_features,), f"weight holds N={weight.out_features}", weight.device)
         if not bias.is_floating_point():
             raise ValueError(f"bias is {bias.dtype}, expected a floating type")
     if function == "int4_gemm":
@@ -292,7 +278,8 @@ def _check_x(x: Tensor, weight: AnyWeight) -> None:
     if x.dim() == 0 or x.shape[-1] != weight.in_features:
         size = x.shape[-1] if x.dim() else "no"
         raise ValueError(f"x has K={size} (shape {tuple(x.shape)}) but weight holds K={weight.in_features}")
-    _check_device("x", x, "weight", weight.device)
+    if x.device != weight.device:
+        raise ValueError(f"x is on {x.device} but weight is on {weight.device}; move one of them")
 
 
 def _check_matrix(x: Tensor) -> None:
@@ -300,15 +287,14 @@ def _check_matrix(x: Tensor) -> None:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (M, {x.shape[-1]})")
 
 
-def _check_residual(residual: Tensor, norm_weight: Tensor, shape: tuple[int, ...]) -> None:
-    _check_shape("residual", residual, shape, "the rows of x by the outputs of weight")
+def _check_residual(residual: Tensor, norm_weight: Tensor, shape: tuple[int, ...], device: torch.device) -> None:
+    _check("residual", residual, shape, "the rows of x by the outputs of weight", device)
     if residual.dim() != 2 or residual.dtype != torch.float32 or not residual.is_contiguous():
         raise ValueError(
             f"residual is {residual.dtype} of shape {tuple(residual.shape)} and strides {residual.stride()}, expected "
             "a contiguous matrix of torch.float32"
         )
-    _check_shape("norm_weight", norm_weight, shape[1:], f"residual has shape {shape}")
-    _check_device("norm_weight", norm_weight, "residual", residual.device)
+    _check("norm_weight", norm_weight, shape[1:], f"residual has shape {shape}", device)
 
 
 def _check_spans(function: str, outputs: int) -> None:
@@ -321,11 +307,8 @@ def _check_float(name: str, tensor: Tensor) -> None:
         raise ValueError(f"{name} is {tensor.dtype}, expected one of {', '.join(map(str, FLOATS))}")
 
 
-def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...], because: str) -> None:
+def _check(name: str, tensor: Tensor, shape: tuple[int, ...], because: str, device: torch.device) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} has shape {tuple(tensor.shape)}, expected {shape}: {because}")
-
-
-def _check_device(name: str, tensor: Tensor, other: str, device: torch.device) -> None:
     if tensor.device != device:
-        raise ValueError(f"{name} is on {tensor.device} but {other} is on {device}; move one of them")
+        raise ValueError(f"{name} is on {tensor.device}, the other operands are on {device}; move one of them")

@@ -1,6 +1,7 @@
 """The operands of the kernels, and the definition of every kernel in plain torch: backend "torch", on any device."""
 
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -61,7 +62,27 @@ class AttentionArgs:
     locks: Tensor | None = None
 
 
-def _product(rows: Rows, weight: Int4Weight, bias: Tensor | None) -> Tensor:
+class PackedWeight:
+    """A weight of 4 or 8 bits in the order of one backend."""
+
+    def unpack(self) -> Int4Weight | Int8Weight:
+        """Back to what it was packed from, bit for bit."""
+        raise NotImplementedError
+
+    def dequantize(self) -> Tensor:
+        """W (N, K) float32."""
+        return self.unpack().dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+
+
+Weight: TypeAlias = Int4Weight | Int8Weight | PackedWeight
+
+
+def _product(rows: Rows, weight: Weight, bias: Tensor | None) -> Tensor:
     """rows.x (..., K) -> (..., N) float32, with the row factor and the bias."""
     y = F.linear(rows.x.float(), weight.dequantize())
     if (factor := rows.rsqrt()) is not None:
@@ -69,12 +90,12 @@ def _product(rows: Rows, weight: Int4Weight, bias: Tensor | None) -> Tensor:
     return y if bias is None else y + bias.float()
 
 
-def int4_gemm(rows: Rows, weight: Int4Weight, bias: Tensor | None = None) -> Tensor:
+def int4_gemm(rows: Rows, weight: Weight, bias: Tensor | None = None) -> Tensor:
     """rows.x (..., K) -> x @ W.T + bias (..., N) in x's dtype; sums in float32."""
     return _product(rows, weight, bias).to(rows.x.dtype)
 
 
-def int4_gemm_swiglu(rows: Rows, weight: Int4Weight, bias: Tensor | None = None) -> Rows:
+def int4_gemm_swiglu(rows: Rows, weight: Weight, bias: Tensor | None = None) -> Rows:
     """See kernels.int4_gemm_swiglu: even outputs times silu of odd ones."""
     up, gate = _product(rows, weight, bias).unflatten(1, (-1, 2)).unbind(2)
     y = (up * F.silu(gate)).to(rows.x.dtype)
@@ -82,14 +103,14 @@ def int4_gemm_swiglu(rows: Rows, weight: Int4Weight, bias: Tensor | None = None)
 
 
 def int4_gemm_residual(
-    rows: Rows, weight: Int4Weight, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
+    rows: Rows, weight: Weight, bias: Tensor | None, residual: Tensor, norm_weight: Tensor, eps: float
 ) -> Rows:
     """See kernels.int4_gemm_residual; adds to `residual` in place."""
     residual += _product(rows, weight, bias)
     return rms_rows(residual, norm_weight, eps, rows.x.dtype)
 
 
-def int8_gemm(x: Tensor, weight: Int8Weight) -> Tensor:
+def int8_gemm(x: Tensor, weight: Weight) -> Tensor:
     """x (..., K) -> x @ W.T (..., N) float32."""
     return F.linear(x.float(), weight.dequantize())
 

@@ -23,8 +23,7 @@ from kernels import (
 from kernels.gpu.tiles import Tile
 
 triton = pytest.importorskip("triton", reason="needs the triton package, which Linux has")
-from kernels.gpu.gemm import gemm_triton  # noqa: E402
-from kernels.gpu.rows import sum_rows  # noqa: E402
+from kernels.gpu.gemm import gemm_triton, rows_triton  # noqa: E402
 
 pytestmark = pytest.mark.slow
 
@@ -199,7 +198,7 @@ def test_the_first_layers_rows_are_those_of_the_definition(rows: int) -> None:
     torch.testing.assert_close(ours.squares, expected.squares)
     check_sums(ours)
     if rows <= 16:
-        torch.testing.assert_close(sum_rows(ours.x)[:, :rows], ours.sums[:, :rows])
+        torch.testing.assert_close(rows_triton(ours.x).sums[:, :rows], ours.sums[:, :rows])
 
 
 @pytest.mark.parametrize("shape", [(256, 40), (144, 300), (32, 40)], ids=str)

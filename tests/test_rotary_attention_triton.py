@@ -286,7 +286,7 @@ def test_what_the_kernels_cannot_do_is_refused() -> None:
         run(q, k, v, (caches[0], caches[1].bfloat16()))
     with pytest.raises(ValueError, match=r"v has strides \(64, 64, 64, 2\), the last has to be 1"):
         run(q, k, torch.stack((v, v), -1)[..., 0], caches)
-    with pytest.raises(ValueError, match="a head's positions have to follow one another"):
+    with pytest.raises(ValueError, match="a head's positions have to be contiguous"):
         run(q, k, v, (caches[0].transpose(2, 3).contiguous().transpose(2, 3), caches[1]))
     with pytest.raises(ValueError, match="splits is 33, expected 1 to 32"):
         run(q, k, v, caches, splits=33)

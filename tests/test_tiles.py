@@ -116,7 +116,7 @@ def test_every_table_that_ships_can_be_read_and_says_whether_it_was_measured() -
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"split_k": 0}, "entry 1: split_k is 0, expected a number from 1 on"),
+        ({"split_k": 0}, "entry 1: split_k is 0, expected a number of 1 or more"),
         ({"block_n": 96}, r"entry 1: block_n is 96, expected \(64, 128\)"),
         ({"num_warps": "4"}, "entry 1: num_warps is '4'"),
         ({"warps": 4}, r"entry 1: fields \['warps'\] are missing or unknown"),
@@ -131,7 +131,10 @@ def test_a_wrong_field_is_named(tmp_path: Path, change: dict[str, Any], message:
 
 @pytest.mark.parametrize(
     ("change", "message"),
-    [({"multiprocessors": 0}, "multiprocessors is 0, expected a number from 1 on"), ({"measured": 1}, "measured is 1")],
+    [
+        ({"multiprocessors": 0}, "multiprocessors is 0, expected a number of 1 or more"),
+        ({"measured": 1}, "measured is 1"),
+    ],
 )
 def test_a_wrong_card_is_named(tmp_path: Path, change: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=f"sm_86.json, a card: {message}"):
@@ -141,5 +144,5 @@ def test_a_wrong_card_is_named(tmp_path: Path, change: dict[str, Any], message: 
 @pytest.mark.parametrize("text", ['{"cards": ', "[]", '{"cards": [1]}', '{"cards": [{"device": "a card"}]}'])
 def test_a_file_that_is_no_table_is_named(tmp_path: Path, text: str) -> None:
     (tmp_path / "sm_86.json").write_text(text)
-    with pytest.raises(ValueError, match="sm_86.json is no tile table .*benchmarks.tune"):
+    with pytest.raises(ValueError, match="sm_86.json is not a tile table .*benchmarks.tune"):
         parse_table(tmp_path / "sm_86.json")

@@ -6,9 +6,7 @@ its logits are scaled where q is rotated. An int8 cache is multiplied as it is: 
 that of a value into the probability.
 """
 
-import functools
 import math
-from dataclasses import replace
 
 import torch
 import triton
@@ -16,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from kernels.gpu.gemm import dot, halves
+from kernels.gpu.tiles import device_key
 from kernels.int8 import MIN_CACHE_SCALE
 from kernels.reference import AttentionArgs
 
@@ -26,8 +25,9 @@ MIN_SCALE = tl.constexpr(MIN_CACHE_SCALE)
 LIFT = tl.constexpr(64.0)
 
 MAX_SPLITS = 32  # the last program of a head merges this many parts at once, in registers
-PROGRAMS_A_MULTIPROCESSOR = 4  # of the decode kernel: as many as run at once with an int8 cache
+PROGRAMS_PER_SM = 4  # of the decode kernel: as many as run at once with an int8 cache
 HEAD_DIMS = (16, 32, 64, 128)
+APPEND = {"BLOCK_T": 16, "num_warps": 4, "num_stages": 1}  # how `append_kernel` is launched
 
 
 @triton.jit
@@ -70,7 +70,7 @@ def _floats(words, SHAPE: tl.constexpr, CACHE: tl.constexpr):
     """words (..., W) int32 as loaded from a cache -> SHAPE float32: the numbers in them, or 1152 + level for int8.
 
     A byte becomes the low end of 1024 as float16, which takes one operation for two of them. Converting integers takes
-    one each, on a pipe that is too slow for the memory of an H200.
+    one each, on a pipe too slow for the memory bandwidth of an H200.
     """
     if CACHE == tl.int8:
         even = halves((words & 0x00FF00FF) ^ 0x64806480, tl.float16)
@@ -92,10 +92,10 @@ def decode_kernel(
     D: tl.constexpr, LANES: tl.constexpr, STEPS: tl.constexpr, SPLITS: tl.constexpr, BLOCK_SPLITS: tl.constexpr,
     SCALE: tl.constexpr,
 ):  # fmt: skip
-    """One program attends to one of SPLITS shares of a head's cache; the last of them to arrive merges all.
+    """One program attends to one of SPLITS parts of a head's cache; the last one to finish merges all.
 
     Tiles are (STEPS, LANES, D): every thread keeps a softmax of its own over the STEPS positions that it reads at once,
-    so nothing crosses a warp before the end. The last split adds the new token, from registers, and appends it.
+    so threads exchange nothing before the end. The last split adds the new token, from registers, and appends it.
     """
     INT8: tl.constexpr = k_scales_ptr is not None
     h, b, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -146,9 +146,9 @@ def decode_kernel(
     end = tl.minimum(first + share, length)
     offsets = tl.arange(0, STEPS * LANES)
     CACHE: tl.constexpr = k_cache_ptr.dtype.element_ty
-    # Rows come as words and in two dimensions, and are unpacked and split into steps and lanes in registers. Tiles of
-    # float16 kept from turn to turn cost 0.2 to 0.5 instructions a number more, and loads of three dimensions are laid
-    # out so by triton 3.6 that every turn has 9 barriers and 8.9 instructions a number instead of 4.0.
+    # Rows are loaded as words in two dimensions, and unpacked and split into steps and lanes in registers. Keeping
+    # float16 tiles between iterations costs 0.2 to 0.5 more instructions per element, and for three-dimensional loads
+    # triton 3.6 chooses layouts that need 9 barriers an iteration and 8.9 instructions per element instead of 4.0.
     WIDTH: tl.constexpr = D * CACHE.primitive_bitwidth // 32
     k_rows, v_rows = k_head.to(tl.pointer_type(tl.int32)), v_head.to(tl.pointer_type(tl.int32))
     column = tl.arange(0, WIDTH)[None, :]
@@ -156,14 +156,14 @@ def decode_kernel(
     m = tl.full((LANES,), LOWEST, tl.float32)
     total = tl.zeros((LANES,), tl.float32)
     acc = tl.zeros((LANES, D), tl.float32)
-    # rows past the end are the last one again and get no weight: cheaper than a mask that fills in zeros
+    # rows past the end repeat the last one with a weight of 0: cheaper than a mask that fills in zeros
     row = tl.maximum(tl.minimum(first + offsets, end - 1), 0)
     place = row[:, None] * WIDTH + column
     k_tile, v_tile = tl.load(k_rows + place), tl.load(v_rows + place)
     if INT8:
         k_scales_tile, v_scales_tile = tl.load(k_scales + row), tl.load(v_scales + row)
     for n in range(first, end, STEPS * LANES):
-        # each tile of the next turn is asked for as soon as this turn's has been used, so that memory never waits
+        # the next tile is loaded as soon as this one has been used, so that memory is never idle
         row = tl.maximum(tl.minimum(n + STEPS * LANES + offsets, end - 1), 0)
         place = row[:, None] * WIDTH + column
         logits = tl.sum(_floats(k_tile, (STEPS * LANES, D), CACHE) * q[None, :], 1)
@@ -181,7 +181,7 @@ def decode_kernel(
             v_scales_tile = tl.load(v_scales + row)
         part = tl.sum(p[:, :, None] * _floats(v_tile, (STEPS, LANES, D), CACHE), 0)
         if INT8:
-            # what _floats adds is taken off these few rows before their sum is added, so that it costs no accuracy
+            # what _floats adds is subtracted before these few rows are added to the sum, so that it costs no accuracy
             part -= 1152.0 * tl.sum(p, 0)[:, None]
         acc = acc * fade[:, None] + part
         v_tile = tl.load(v_rows + place)
@@ -201,7 +201,7 @@ def decode_kernel(
         tl.store(parts_ptr + split * D + d, x)
         tl.store(stats_ptr + split, top)
         tl.store(stats_ptr + SPLITS + split, denominator)
-        tl.debug_barrier()  # the count below releases what every thread of this program stored
+        tl.debug_barrier()  # the atomic below releases what every thread of this program stored
         last = tl.atomic_add(locks_ptr + head, 1, sem="acq_rel") == SPLITS - 1
         if last:
             there = s < SPLITS
@@ -210,7 +210,7 @@ def decode_kernel(
             parts = tl.load(
                 parts_ptr + s[:, None] * D + d[None, :], mask=there[:, None], other=0.0, cache_modifier=".cg"
             )
-            # a share without tokens has LOWEST as its maximum, the last one always has a token
+            # a part without tokens has LOWEST as its maximum; the last one always has a token
             weights = tl.exp2(tops - tl.max(tops, 0))
             denominator = tl.sum(weights * denominators, 0)
             x = tl.sum(weights[:, None] * parts, 0)
@@ -224,7 +224,7 @@ def decode_kernel(
             tl.store(sums_ptr + span * 16 + b, sums)
 
 
-@triton.jit(do_not_specialize_on_alignment=["T"])  # else every 16th length of a prompt compiles anew
+@triton.jit(do_not_specialize_on_alignment=["T"])  # otherwise every 16th prompt length would compile again
 def append_kernel(
     k_ptr, v_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr, start_ptr,
     T, CAPACITY,
@@ -260,13 +260,13 @@ def _attend(
     acc, total, m, q, k_head, v_head, k_scales, v_scales, position, first, last, end,
     D: tl.constexpr, BLOCK_N: tl.constexpr, INT8: tl.constexpr, MASKED: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
-    """The softmax of q (BLOCK_M, D) goes on over positions `first` to `last`; MASKED: causally, and not past `end`."""
+    """Continue the softmax of q (BLOCK_M, D) over positions `first` to `last`; MASKED: causally, and not past `end`."""
     d = tl.arange(0, D)
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N)
         place = n[:, None] * D + d[None, :]
         if MASKED:
-            # zeros and not what the cache holds there: a probability of 0 times NaN would be NaN
+            # zeros instead of what the cache holds there: a probability of 0 times NaN would be NaN
             k = tl.load(k_head + place, mask=(n < end)[:, None], other=0)
         else:
             k = tl.load(k_head + place)
@@ -291,7 +291,7 @@ def _attend(
     return acc, total, m
 
 
-@triton.jit(do_not_specialize_on_alignment=["T"])  # else every 16th length of a prompt compiles anew
+@triton.jit(do_not_specialize_on_alignment=["T"])  # otherwise every 16th prompt length would compile again
 def prefill_kernel(
     q_ptr, cos_ptr, sin_ptr, k_cache_ptr, v_cache_ptr, k_scales_ptr, v_scales_ptr, start_ptr, q_scale_ptr, out_ptr,
     T, H, CAPACITY,
@@ -299,7 +299,7 @@ def prefill_kernel(
     D: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, SCALE: tl.constexpr, WIDEN: tl.constexpr,
 ):  # fmt: skip
     """One program attends with BLOCK_M tokens of one head to all of its cache up to their own positions."""
-    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # those with most to do start first
+    tile = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest start first
     h, b = tl.program_id(1), tl.program_id(2)
     t = tile * BLOCK_M + tl.arange(0, BLOCK_M)
     d = tl.arange(0, D)
@@ -346,19 +346,13 @@ def prefill_kernel(
 
 
 def decode_config(head_dim: int, cache_dtype: torch.dtype) -> dict[str, int]:
-    """How `decode_kernel` is launched: LANES positions of a warp's and STEPS of a thread's tile, warps, stages.
+    """How `decode_kernel` is launched: a tile's LANES positions of all threads times STEPS of each, warps, stages.
 
-    LANES follows from loads of 16 bytes a thread, so that a softmax needs no other thread's numbers but those of its
-    own rows. Compiled for Qwen's 128: 72 registers for a 16-bit cache and 128 for int8, so 7 and 4 programs a
-    multiprocessor, each with 128 bytes a thread on their way from memory.
+    LANES follows from loads of 16 bytes per thread. Compiled for Qwen's heads of 128: 72 registers for a 16-bit cache
+    and 128 for int8, so 7 and 4 programs per multiprocessor, each with 128 bytes per thread being loaded.
     """
     num_warps, threads_a_row = 4, head_dim * cache_dtype.itemsize // 16
     return {"LANES": num_warps * 32 // threads_a_row, "STEPS": 4, "num_warps": num_warps, "num_stages": 1}
-
-
-def append_config(head_dim: int) -> dict[str, int]:
-    """How `append_kernel` is launched: BLOCK_T tokens, warps, stages."""
-    return {"BLOCK_T": 16, "num_warps": 4, "num_stages": 1}
 
 
 def prefill_config(tokens: int, cache_dtype: torch.dtype) -> dict[str, int]:
@@ -368,89 +362,61 @@ def prefill_config(tokens: int, cache_dtype: torch.dtype) -> dict[str, int]:
     registers of its own, so its tiles are smaller.
     """
     int8 = cache_dtype == torch.int8
-    if tokens <= 16:
-        return {"BLOCK_M": 16, "BLOCK_N": 32 if int8 else 64, "num_warps": 4, "num_stages": 2}
-    if int8:
-        return {"BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4, "num_stages": 2}
-    if tokens <= 64:
-        return {"BLOCK_M": 64, "BLOCK_N": 64, "num_warps": 4, "num_stages": 2}
-    return {"BLOCK_M": 128, "BLOCK_N": 64, "num_warps": 8, "num_stages": 2}
+    block_m = 16 if tokens <= 16 else 64 if tokens <= 64 or int8 else 128
+    return {"BLOCK_M": block_m, "BLOCK_N": 32 if int8 else 64, "num_warps": 8 if block_m == 128 else 4, "num_stages": 2}
 
 
 def splits_for(heads: int, capacity: int, head_dim: int, cache_dtype: torch.dtype, multiprocessors: int) -> int:
-    """Shares into which `decode_kernel` splits each of `heads` caches (batch included), from what a graph knows.
+    """Parts into which `decode_kernel` splits the cache of each of `heads` heads (of the whole batch).
 
-    Enough programs to fill the device once, none with less than one tile of a full cache, MAX_SPLITS at most.
+    From what is fixed in a CUDA graph: enough programs to fill the device once, none with less than one tile of a full
+    cache, MAX_SPLITS at most.
     """
     config = decode_config(head_dim, cache_dtype)
     tiles = -(-capacity // (config["LANES"] * config["STEPS"]))
-    return max(1, min(-(-PROGRAMS_A_MULTIPROCESSOR * multiprocessors // max(heads, 1)), tiles, MAX_SPLITS))
+    return max(1, min(-(-PROGRAMS_PER_SM * multiprocessors // max(heads, 1)), tiles, MAX_SPLITS))
 
 
 def attention_triton(args: AttentionArgs, *, splits: int | None = None, sums: Tensor | None = None) -> Tensor:
-    """Launch for kernels.rotary_attention. What args were not checked for in ops.py, as only these kernels ask for it,
-    is checked here.
+    """Launch for kernels.rotary_attention, after checks of what only these kernels ask for.
 
     For one token, `sums` (H * D / 32, 16) float32 is filled as Rows.sums, if given.
     """
     _check_limits(args, splits)
-    contiguous = {name: t.contiguous() for name in _CONTIGUOUS if (t := getattr(args, name)) is not None}
-    args = replace(args, **contiguous)
-    out = torch.empty(args.q.shape, dtype=args.q.dtype, device=args.q.device)
-    if args.q.shape[1] == 1:
-        _decode(out, args, splits, sums)
-    else:
-        _prefill(out, args)
-    return out
-
-
-_CONTIGUOUS = ("cos", "sin", "start", "q_scale")
-
-
-def _decode(out: Tensor, args: AttentionArgs, splits: int | None, sums: Tensor | None) -> None:
-    q, k, v, locks, dtype = args.q, args.k, args.v, args.locks, args.k_cache.dtype
-    batch, _, heads, dim = q.shape
-    capacity = args.k_cache.shape[2]
+    q, k, v = args.q, args.k, args.v
+    batch, length, heads, dim = q.shape
+    capacity, dtype = args.k_cache.shape[2], args.k_cache.dtype
+    cos, sin, start = args.cos.contiguous(), args.sin.contiguous(), args.start.contiguous()
+    q_scale = None if args.q_scale is None else args.q_scale.contiguous()
+    caches = (args.k_cache, args.v_cache, args.k_scales, args.v_scales, start)
+    strides = (*args.k_cache.stride()[:2], *((0, 0) if args.k_scales is None else args.k_scales.stride()[:2]))
+    scale = math.log2(math.e) / math.sqrt(dim)  # logits in base 2, divided by sqrt(D)
+    out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+    if length > 1:
+        append_kernel[-(-length // APPEND["BLOCK_T"]), heads, batch](
+            k, v, cos, sin, *caches, length, capacity, *k.stride()[:3], *v.stride()[:3], *strides, D=dim, **APPEND,
+        )  # fmt: skip
+        config = prefill_config(length, dtype)
+        prefill_kernel[-(-length // config["BLOCK_M"]), heads, batch](
+            q, cos, sin, *caches, q_scale, out, length, heads, capacity, *q.stride()[:3], *strides,
+            D=dim, SCALE=scale, WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda, **config,
+        )  # fmt: skip
+        return out
     if splits is None:
-        splits = splits_for(batch * heads, capacity, dim, dtype, _multiprocessors(q.device))
+        splits = splits_for(batch * heads, capacity, dim, dtype, device_key(q.device).multiprocessors)
     parts = stats = None
+    locks = args.locks
     if splits > 1:
         parts = torch.empty(batch * heads, splits, dim, dtype=torch.float32, device=q.device)
         stats = torch.empty(batch * heads, 2, splits, dtype=torch.float32, device=q.device)
         if locks is None:
             locks = torch.zeros(batch * heads, dtype=torch.int32, device=q.device)
     decode_kernel[heads, batch, splits](
-        q, k, v, args.cos, args.sin, *_caches(args), args.q_scale, out, sums, parts, stats, locks,
-        heads, capacity, q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2),
-        *_cache_strides(args),
-        D=dim, SPLITS=splits, BLOCK_SPLITS=triton.next_power_of_2(splits), SCALE=log2_scale(dim),
-        **decode_config(dim, dtype),
+        q, k, v, cos, sin, *caches, q_scale, out, sums, parts, stats, locks, heads, capacity,
+        q.stride(0), q.stride(2), k.stride(0), k.stride(2), v.stride(0), v.stride(2), *strides,
+        D=dim, SPLITS=splits, BLOCK_SPLITS=triton.next_power_of_2(splits), SCALE=scale, **decode_config(dim, dtype),
     )  # fmt: skip
-
-
-def _prefill(out: Tensor, args: AttentionArgs) -> None:
-    q, k, v, dtype = args.q, args.k, args.v, args.k_cache.dtype
-    batch, length, heads, dim = q.shape
-    capacity = args.k_cache.shape[2]
-    config = append_config(dim)
-    append_kernel[-(-length // config["BLOCK_T"]), heads, batch](
-        k, v, args.cos, args.sin, *_caches(args), length, capacity,
-        *k.stride()[:3], *v.stride()[:3], *_cache_strides(args), D=dim, **config,
-    )  # fmt: skip
-    config = prefill_config(length, dtype)
-    prefill_kernel[-(-length // config["BLOCK_M"]), heads, batch](
-        q, args.cos, args.sin, *_caches(args), args.q_scale, out, length, heads, capacity,
-        *q.stride()[:3], *_cache_strides(args),
-        D=dim, SCALE=log2_scale(dim), WIDEN=q.dtype == torch.bfloat16 and not q.is_cuda, **config,
-    )  # fmt: skip
-
-
-def _caches(args: AttentionArgs) -> tuple[Tensor | None, ...]:
-    return args.k_cache, args.v_cache, args.k_scales, args.v_scales, args.start
-
-
-def _cache_strides(args: AttentionArgs) -> tuple[int, ...]:
-    return (*args.k_cache.stride()[:2], *((0, 0) if args.k_scales is None else args.k_scales.stride()[:2]))
+    return out
 
 
 def _check_limits(args: AttentionArgs, splits: int | None) -> None:
@@ -478,18 +444,7 @@ def _check_limits(args: AttentionArgs, splits: int | None) -> None:
         if ours.stride() != other.stride() or ours.stride()[2:] != inner:
             raise ValueError(
                 f"{name} has strides {ours.stride()} and its v_ twin {other.stride()}, expected the same, and the last "
-                f"to be {tuple(inner)}: a head's positions have to follow one another"
+                f"to be {tuple(inner)}: a head's positions have to be contiguous"
             )
     if splits is not None and not 1 <= splits <= MAX_SPLITS:
         raise ValueError(f"splits is {splits}, expected 1 to {MAX_SPLITS}")
-
-
-def log2_scale(dim: int) -> float:
-    """SCALE of the kernels: logits in base 2, divided by sqrt(D)."""
-    return math.log2(math.e) / math.sqrt(dim)
-
-
-@functools.cache
-def _multiprocessors(device: torch.device) -> int:
-    count: int = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-    return count

@@ -1,4 +1,6 @@
-"""int4_gemm, its fused forms and the int8 head on the GPU: one kernel for 1 to 16 rows of x, one for more.
+"""int4_gemm, its fused forms, the int8 head and rms_rows on the GPU.
+
+One kernel computes the product of 1 to 16 rows of x, another that of more.
 
 Both compute the product transposed: the weight is the left operand of the tensor cores and reaches them through
 registers only, the few rows of x are the right operand, padded to 8 or 16; weight.py has the words' order.
@@ -12,7 +14,6 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.rows import sum_rows
 from kernels.gpu.tiles import Tile, device_key, tile_for
 from kernels.gpu.weight import CHUNK, TritonWeight
 from kernels.reference import MAX_DECODE_ROWS, SPAN, Rows
@@ -99,7 +100,7 @@ def _finish(
 
 @triton.jit
 def _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Leave this program's part for the last one of its tile, which adds all up, always in the same order.
+    """Store this program's partial sum; the last program of a tile adds up all of them, always in the same order.
 
     Returns the sum and whether this program is the last.
     """
@@ -107,7 +108,7 @@ def _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M: tl.constexp
     offsets = (n - tile_n * BLOCK_N)[:, None] * BLOCK_M + m[None, :]
     part = partials_ptr + (tile_n * splits).to(tl.int64) * (BLOCK_N * BLOCK_M)
     tl.store(part + tl.program_id(1) * (BLOCK_N * BLOCK_M) + offsets, acc)
-    tl.debug_barrier()  # the count below releases what every thread of this program stored
+    tl.debug_barrier()  # the atomic below releases what every thread of this program stored
     last = tl.atomic_add(locks_ptr + tile_n, 1, sem="acq_rel") == splits - 1
     if last:
         acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
@@ -117,7 +118,7 @@ def _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M: tl.constexp
     return acc, last
 
 
-@triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
+@triton.jit(do_not_specialize_on_alignment=["M"])  # otherwise every 16th prompt length would compile again
 def _decode_kernel(
     x_ptr, sums_ptr, words_ptr, scales_ptr, zeros_ptr,
     bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_sums_ptr, y_squares_ptr, partials_ptr, locks_ptr,
@@ -137,17 +138,15 @@ def _decode_kernel(
     EACH: tl.constexpr = PLANES // SUBGROUPS  # planes a scale
     CHUNKS_A_GROUP: tl.constexpr = 1 if GROUP < 128 else (GROUP + 127) // 128
     SPANS: tl.constexpr = DEPTH // 32  # sums a plane
-    # what or-ing the exponent adds to a level, and the middle level that stands for zero
+    # what the exponent bits add to a level, and the middle level, which means zero
     EVEN: tl.constexpr = 1024.0 + 128.0 if BITS == 8 else (128.0 + 8.0 if DTYPE == tl.bfloat16 else 1024.0 + 8.0)
     ODD: tl.constexpr = 1024.0 / 16.0 + 8.0  # of a plane that is left at 16 times its level (float16, 4 bits)
-    SHIFTED: tl.constexpr = (
-        DTYPE == tl.bfloat16 or BITS == 8
-    )  # every plane is shifted down, none is left at 16 times its level
+    SHIFTED: tl.constexpr = DTYPE == tl.bfloat16 or BITS == 8  # every plane is shifted to its level
 
     tile_n, split = tl.program_id(0), tl.program_id(1)
     n = tile_n * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.arange(0, BLOCK_M)
-    row = tl.minimum(m, M - 1)  # rows past the last compute it again and store nothing
+    row = tl.minimum(m, M - 1)  # rows past the last repeat it and store nothing
     r = tl.arange(0, WORDS)
     k = tl.arange(0, DEPTH)
     share = (CHUNKS + SPLIT_K - 1) // SPLIT_K
@@ -200,7 +199,7 @@ def _decode_kernel(
                             plane = tl.reshape(plane, (BLOCK_N, 2 * WORDS))
                             p = dot(plane, tl.load(x_c + DEPTH * j), p, WIDEN)
                     p *= 0.0625
-                # not before: tensor cores cut off, and the sums at 16 times the level would have lost 4 bits more
+                # not earlier: tensor cores truncate, and the sums at 16 times the level would lose 4 more bits
                 p += late[None, :]
                 for j in tl.static_range(q * EACH, q * EACH + EACH):
                     if j % 2 == 0:
@@ -218,7 +217,7 @@ def _decode_kernel(
         _finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
 
 
-@triton.jit(do_not_specialize_on_alignment=["M"])  # else every 16th length of a prompt compiles anew
+@triton.jit(do_not_specialize_on_alignment=["M"])  # otherwise every 16th prompt length would compile again
 def _prefill_kernel(
     x_ptr, words_ptr, scales_ptr, zeros_ptr,
     bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_squares_ptr,
@@ -268,6 +267,48 @@ def _prefill_kernel(
                 acc = dot(plane, tl.load(x_m + c * 128 + DEPTH * j), acc, WIDEN)
     out = (bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, None, y_squares_ptr)
     _finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
+
+
+@triton.jit(do_not_specialize_on_alignment=["M"])  # as above
+def _rows_kernel(x_ptr, norm_ptr, y_ptr, sums_ptr, squares_ptr, M, K, BLOCK_K: tl.constexpr):
+    """One program reads one row (K a multiple of 32): its sums over 32 channels, with a norm what rms_rows makes."""
+    m = tl.program_id(0)
+    k = tl.arange(0, BLOCK_K)
+    total = tl.zeros((BLOCK_K,), tl.float32)
+    for first in range(0, K, BLOCK_K):
+        kept = first + k < K
+        x = tl.load(x_ptr + m.to(tl.int64) * K + first + k, mask=kept, other=0.0).to(tl.float32)
+        if norm_ptr is not None:
+            total += x * x
+            y = (x * tl.load(norm_ptr + first + k, mask=kept, other=0.0).to(tl.float32)).to(y_ptr.dtype.element_ty)
+            tl.store(y_ptr + m.to(tl.int64) * K + first + k, y, mask=kept)
+            x = y.to(tl.float32)
+        if sums_ptr is not None:
+            sums = tl.sum(tl.reshape(x, (BLOCK_K // 32, 32)), 1)
+            span = first // 32 + tl.arange(0, BLOCK_K // 32)
+            tl.store(sums_ptr + span * 16 + m, sums, mask=span * 32 < K)
+    if norm_ptr is not None:
+        tl.store(squares_ptr + m, tl.sum(total, 0))
+
+
+def rows_triton(
+    x: Tensor, norm_weight: Tensor | None = None, eps: float = 0.0, dtype: torch.dtype | None = None
+) -> Rows:
+    """Rows that no other kernel has made, of x (M, K), contiguous, K a multiple of 32.
+
+    Without a norm weight they are x as it is; with one, x is a residual in float32: see kernels.rms_rows.
+    """
+    count, width = x.shape
+    y = squares = sums = None
+    if norm_weight is not None:
+        norm_weight = norm_weight.contiguous()
+        y = torch.empty(count, width, dtype=dtype, device=x.device)
+        squares = torch.empty(count, 1, dtype=torch.float32, device=x.device)
+    if count <= MAX_DECODE_ROWS:
+        sums = torch.empty(width // SPAN, MAX_DECODE_ROWS, dtype=torch.float32, device=x.device)
+    block = max(SPAN, min(1024, triton.next_power_of_2(width)))
+    _rows_kernel[count,](x, norm_weight, y, sums, squares, count, width, BLOCK_K=block, num_warps=4)
+    return Rows(x if y is None else y, sums, squares, eps)
 
 
 def gemm_triton(
@@ -327,7 +368,7 @@ def gemm_triton(
     before = (weight.words, weight.scales, weight.zeros, bias, squares, residual, norm_weight, y)
     if few:
         if sums is None:
-            sums = sum_rows(x)
+            sums = rows_triton(x).sums
         splits = min(tile.split_k, chunks)
         partials = None
         if splits > 1:

@@ -1,4 +1,4 @@
-"""Which tile a GPU kernel of the int4 family uses: read from tables per GPU family, or by rule where no table knows.
+"""Which tile a GPU kernel of the int4 family uses: from a table per GPU family, or by rule where none lists it.
 
 tiles/sm_XX.json holds {"cards": [{"device", "multiprocessors", "measured", "versions", "commit", "date", "entries":
 [{"block_m", "n", "k", "group", "bits", "block_n", "split_k", "num_warps", "num_stages"}, …]}, …]}; `measured` is false
@@ -18,7 +18,7 @@ DECODE_ROWS = (8, 16)  # block_m of the decode kernel
 PREFILL_ROWS = (32, 64, 128)  # block_m of the prefill kernel
 CHUNK = 128  # input channels of one step of a kernel
 SHARED = 101_376  # bytes a program may use on consumer cards (sm_86, sm_89, sm_120)
-START = 2  # what starting a program costs, in steps: its pipeline fills, and its part of a split sum is stored
+START_COST = 2  # of a program, in steps: its pipeline fills, and its part of a split sum is stored
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ Key: TypeAlias = tuple[int, int, int, int, int]  # block_m, n, k, group, bits
 
 
 @dataclass(frozen=True)
-class Card:
+class CardTiles:
     """The entries of one GPU of a family."""
 
     multiprocessors: int
@@ -101,10 +101,10 @@ def _tile_for(block_m: int, n: int, k: int, group: int, bits: int, device: Devic
 def default_tile(block_m: int, n: int, k: int, group: int, bits: int, device: DeviceKey) -> Tile:
     """A safe tile for any card: enough programs to fill it about twice, pipelines that fit its shared memory.
 
-    Two warps of a 128-output tile share each fragment of x among 64 rows of the weight: 1.9 instructions a weight for 8
-    rows where four warps take 2.4 (sm_86, compiled by triton 3.7.1). Scales of small groups need registers of their
-    own: with the tiles for groups of 128 a prefill spilled 16 bytes with groups of 64 (sm_87), decode 24 with groups of
-    32 and zeros (sm_89).
+    Two warps of a 128-output tile share each fragment of x among 64 rows of the weight: 1.9 instructions per weight for
+    8 rows where four warps take 2.4 (sm_86, triton 3.7.1). Scales of small groups need registers of their own: with the
+    tiles for groups of 128 a prefill spilled 16 bytes with groups of 64 (sm_87), decode 24 with groups of 32 and zeros
+    (sm_89).
     """
     if block_m in PREFILL_ROWS:
         block_n = 128 if group >= CHUNK else 64
@@ -115,18 +115,18 @@ def default_tile(block_m: int, n: int, k: int, group: int, bits: int, device: De
 
 
 def split_k_for(n: int, k: int, block_n: int, multiprocessors: int) -> int:
-    """Programs that share an output tile: two a multiprocessor where K allows it, and what is left over is small.
+    """Programs that share an output tile: at least two per multiprocessor where K allows, with little left over.
 
     Four chunks at least for each program: with fewer its pipeline never fills. A multiprocessor's time is taken to be
-    the number of its programs times their chunks, START included.
+    the number of its programs times their chunks, START_COST included.
     """
     tiles, chunks = -(-n // block_n), -(-k // CHUNK)
-    # the same chunks for each, so that no program comes away empty
+    # the same number of chunks for each, so that no program is without work
     splits = sorted({-(-chunks // -(-chunks // split)) for split in range(1, max(1, chunks // 4) + 1)})
     filling = [split for split in splits if tiles * split >= 2 * multiprocessors] or splits[-1:]
 
     def cost(split: int) -> int:
-        return -(-tiles * split // multiprocessors) * (-(-chunks // split) + START)
+        return -(-tiles * split // multiprocessors) * (-(-chunks // split) + START_COST)
 
     return min(filling, key=cost)
 
@@ -137,25 +137,27 @@ def pipeline_bytes(block_m: int, block_n: int, num_stages: int, bits: int = 4) -
 
 
 @cache
-def read_table(family: str) -> tuple[Card, ...]:
+def read_table(family: str) -> tuple[CardTiles, ...]:
     """The cards of a family's table; none for a family without one."""
     path = TABLES / f"{family}.json"
     return parse_table(path) if path.exists() else ()
 
 
-def parse_table(path: Path) -> tuple[Card, ...]:
+def parse_table(path: Path) -> tuple[CardTiles, ...]:
     """Read one table. ValueError names the file, the entry and the field that is missing, unknown or out of range."""
     try:
         cards = json.loads(path.read_text())["cards"]
         return tuple(_parse_card(path, card) for card in cards)
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is no tile table ({error!r}); make it again with python -m benchmarks.tune") from None
+        raise ValueError(
+            f"{path} is not a tile table ({error!r}); make it again with python -m benchmarks.tune"
+        ) from None
 
 
-def _parse_card(path: Path, card: dict[str, Any]) -> Card:
+def _parse_card(path: Path, card: dict[str, Any]) -> CardTiles:
     count, measured = card["multiprocessors"], card["measured"]
     if type(count) is not int or count < 1:
-        raise ValueError(f"{path}, {card.get('device')}: multiprocessors is {count!r}, expected a number from 1 on")
+        raise ValueError(f"{path}, {card.get('device')}: multiprocessors is {count!r}, expected a number of 1 or more")
     if type(measured) is not bool:
         raise ValueError(f"{path}, {card.get('device')}: measured is {measured!r}, expected true or false")
     entries: dict[Key, Tile] = {}
@@ -165,7 +167,7 @@ def _parse_card(path: Path, card: dict[str, Any]) -> Card:
         if key in entries:
             raise ValueError(f"{where}: {dict(zip(_KEY, key, strict=True))} is listed twice")
         entries[key] = tile
-    return Card(count, measured, entries)
+    return CardTiles(count, measured, entries)
 
 
 _KEY = ("block_m", "n", "k", "group", "bits")
@@ -184,7 +186,7 @@ def _parse_entry(where: str, entry: dict[str, Any]) -> tuple[Key, Tile]:
     for name, value in entry.items():
         choices = _CHOICES.get(name)
         if type(value) is not int or value < 1 or (choices and value not in choices):
-            raise ValueError(f"{where}: {name} is {value!r}, expected {choices or 'a number from 1 on'}")
+            raise ValueError(f"{where}: {name} is {value!r}, expected {choices or 'a number of 1 or more'}")
     if entry["block_m"] in PREFILL_ROWS and entry["split_k"] != 1:
         raise ValueError(f"{where}: split_k is {entry['split_k']}, the prefill kernel takes 1")
     block_m, n, k, group, bits = (entry[name] for name in _KEY)

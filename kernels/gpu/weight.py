@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kernels.gptq import Int4Weight
 from kernels.int8 import Int8Weight
+from kernels.reference import PackedWeight
 
 CHUNK = 128  # input channels that one step of a kernel reads
 TILE = 128  # output features that are padded to
@@ -32,7 +33,7 @@ _PACKED_AT_ONCE = 32 * TILE  # outputs, so that temporaries stay small beside a 
 
 
 @dataclass(frozen=True, eq=False)
-class TritonWeight:
+class TritonWeight(PackedWeight):
     """A weight in the kernels' order (top of this file); made by `pack_for_triton`, read by backend "triton".
 
     perm (K,) int64 or None: channel of x that stands at each place (desc_act). locks (NP / 32,) int32, zero between
@@ -54,11 +55,6 @@ class TritonWeight:
         """Where the words are."""
         return self.words.device
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
-
     def levels(self) -> Tensor:
         """Levels (K, N) uint8 in kernel order; 8-bit ones with 128 added."""
         planes = 16 // self.bits
@@ -69,7 +65,7 @@ class TritonWeight:
         return levels.transpose(1, 2).flatten(0, 1)[: self.in_features, : self.out_features].contiguous()
 
     def unpack(self) -> Int4Weight | Int8Weight:
-        """Back to what it was packed from, bit for bit."""
+        """See PackedWeight."""
         levels = self.levels()
         if self.bits == 8:
             return Int8Weight((levels ^ 128).view(torch.int8).T.contiguous(), self.scales[0, : self.out_features])

@@ -1,9 +1,10 @@
-"""What a running model takes of memory, part by part, known before anything is loaded; and what to give up to fit.
+"""Memory use of a running model, estimated part by part before anything is loaded; and what to change to make it fit.
 
-Every part is computed from the config; the few constants say how they were found. `benchmarks.memory` compares the sum
-with what a run takes.
+Every part is computed from the config; the few constants say how they were found. `benchmarks.memory` compares the
+estimate with a real run.
 """
 
+from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
@@ -19,29 +20,29 @@ from qvl_edge.model.loading import projections
 from qvl_edge.options import PROFILES, Embeddings, Head, KVType, Vision
 from qvl_edge.vision.memory import session_bytes, workspace_bytes
 
-SHORTEST = 512  # positions that a profile has to leave for it to be chosen: an image, a question and an answer
-WISHED = 2048  # positions that "auto" wants before it gives up exactness
+MIN_CONTEXT = 512  # positions that a profile has to leave room for: an image, a question and an answer
+PREFERRED_CONTEXT = 2048  # positions that "auto" prefers to exactness
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How a model is to run. `context` positions in each of `slots`; `images` are encoded at once."""
+    """How a model runs: `context` positions in each of `slots`, `images` encoded at once."""
 
     device: str  # "cpu" or "cuda"
-    dtype: torch.dtype  # of the arithmetic
+    dtype: torch.dtype  # compute dtype
     vit: str = "float16"
     head: Head = "float16"
     kv_cache: KVType = "float16"
     embeddings: Embeddings = "host"
     vision: Vision = "resident"
-    context: int = WISHED
+    context: int = PREFERRED_CONTEXT
     images: int = 1
     slots: int = 1
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of every part. `workspace` is the most that any stage needs beside the parts that stay."""
+    """Bytes of every part. `workspace` is the peak of temporary memory over all stages."""
 
     layers: int
     embeddings: int
@@ -57,9 +58,9 @@ class Budget:
         return sum(vars(self).values())
 
 
-# Before a model is there. On a CPU: Python with torch, onnxruntime and this package, VmRSS 246 MB (torch 2.13, x86);
+# Before a model is loaded. On a CPU: Python with torch, onnxruntime and this package, VmRSS 246 MB (torch 2.13, x86);
 # tiktoken takes 350 bytes a rank. On CUDA: context, Triton's kernels and cuBLAS's workspace; a figure that
-# others give for CUDA 12 and 13 and that was not measured here.
+# others report for CUDA 12 and 13; it was not measured here.
 _RUNTIME = {"cpu": 250 << 20, "cuda": 450 << 20}
 _BYTES_A_RANK = 350
 _PAGE = 4096
@@ -76,7 +77,7 @@ def estimate(config: Config, plan: Plan) -> Budget:
     else:  # rows are read from the mapped file; on CUDA they are not in its memory at all
         table = min(plan.context, vocab) * (ceil(2 * hidden / _PAGE) + 1) * _PAGE if plan.device == "cpu" else 0
     kv_cache = plan.slots * plan.context * position_bytes(config, plan)
-    if plan.vision == "released":  # while it is there, the cache is not
+    if plan.vision == "released":  # the tower and the cache are never in memory together
         encoding, vision = encoding + vision - kv_cache, 0
     return Budget(
         layers=_layers_bytes(config, plan),
@@ -120,7 +121,7 @@ def _matrix_bytes(outputs: int, inputs: int, bits: int | None, group: int, plan:
 
 
 def _prefill_bytes(config: Config, plan: Plan) -> int:
-    """A chunk of a prompt on its way through one layer, and the logits of its last position."""
+    """One layer's activations for a chunk of a prompt, and the logits of its last position."""
     rows = min(plan.context, PREFILLED)
     hidden, inner, size = config.hidden_size, config.ffn_size, plan.dtype.itemsize
     logits = 6 * 4 * config.vocab_size  # sorted, their indices, chances, noise
@@ -153,32 +154,21 @@ def _packing_bytes(config: Config, plan: Plan) -> int:
 
 
 def longest_context(config: Config, plan: Plan, memory: int) -> int:
-    """The most positions, a multiple of 64 and no more than the model's, whose estimate stays within `memory` bytes; 0
-    if none does."""
-    low, high = 0, config.max_position_embeddings // 64
-    if config.max_position_embeddings % 64:
-        high += 1
-    while low < high:
-        middle = (low + high + 1) // 2
-        if estimate(config, replace(plan, context=_positions(config, middle))).total <= memory:
-            low = middle
-        else:
-            high = middle - 1
-    return _positions(config, low)
-
-
-def _positions(config: Config, blocks: int) -> int:
-    return min(64 * blocks, config.max_position_embeddings)
+    """The largest context, a multiple of 64 or the model's own, whose estimate fits into `memory` bytes; 0 if none."""
+    most = config.max_position_embeddings
+    contexts = [*range(64, most, 64), most]
+    fitting = bisect_right(contexts, memory, key=lambda context: estimate(config, replace(plan, context=context)).total)
+    return contexts[fitting - 1] if fitting else 0
 
 
 def remedies(config: Config, plan: Plan, memory: int) -> Iterator[str]:
-    """Changes that would each make `plan` fit into `memory` bytes, as flags, the gentlest first."""
+    """Flags that would each make `plan` fit into `memory` bytes, the least costly first."""
 
     def fits(**changes: object) -> bool:
         return estimate(config, replace(plan, **changes)).total <= memory  # type: ignore[arg-type]
 
     shorter = longest_context(config, plan, memory)
-    if SHORTEST <= shorter < plan.context:
+    if MIN_CONTEXT <= shorter < plan.context:
         yield f"--max-context {shorter}"
     if plan.vision == "resident":
         if fits(vision="released"):
@@ -198,20 +188,19 @@ def choose(
     plan: Plan,
     *,
     profile: str,
-    memory: int | None,
+    memory: int,
     where: str,
     vit: str | None = None,
     head: Head | None = None,
     kv_cache: KVType | None = None,
     context: int | None = None,
 ) -> tuple[str, Plan]:
-    """The profile's name and the plan that a model is to run by.
+    """The profile's name and the plan to run.
 
     plan: what no profile decides. profile: one of PROFILES, or "auto": the first of them that leaves 2,048 positions
     (`context`, where it is given), else the first that leaves 512. vit: dtype of the tower that there is; None where it
     will be made. head, kv_cache: by hand, whatever the profile says. context None: as many positions as fit. memory:
-    bytes that may be taken (None: not known, nothing is checked). ConfigError if `vit` is not the profile's; FitError
-    if nothing fits.
+    bytes that may be used. ConfigError if `vit` is not the profile's; FitError if nothing fits.
     """
     if profile != "auto" and profile not in PROFILES:
         raise ConfigError(f"profile is {profile!r}, known are 'auto', {', '.join(map(repr, PROFILES))}")
@@ -225,50 +214,39 @@ def choose(
     def planned(name: str, positions: int | None) -> Plan:
         asked = by_profile(plan, name)
         found = replace(
-            asked,
-            vit=vit or asked.vit,
-            head=head or asked.head,
-            kv_cache=kv_cache or asked.kv_cache,
-            context=positions or 1,
+            asked, vit=vit or asked.vit, head=head or asked.head, kv_cache=kv_cache or asked.kv_cache, context=1
         )
-        if positions is None:
-            most = config.max_position_embeddings if memory is None else longest_context(config, found, memory)
-            found = replace(found, context=most)
-        return found
+        return replace(found, context=positions or longest_context(config, found, memory))
 
     names = (profile,) if profile != "auto" else tuple(PROFILES)
-    for least in (WISHED, SHORTEST):
+    for least in (PREFERRED_CONTEXT, MIN_CONTEXT):
         for name in names:
             found = planned(name, context)
             enough = context is not None or found.context >= min(least, config.max_position_embeddings)
-            if memory is None or (enough and estimate(config, found).total <= memory):
+            if enough and estimate(config, found).total <= memory:
                 return name, found
-    assert memory is not None  # or the first name would have done
-    tried = planned(names[0], context or min(SHORTEST, config.max_position_embeddings))
-    check_fits(config, tried, memory, where)
-    raise AssertionError("what did not fit above does not fit here")
+    tried = planned(names[0], context or min(MIN_CONTEXT, config.max_position_embeddings))
+    raise does_not_fit(config, tried, memory, where)
 
 
 def by_profile(plan: Plan, name: str) -> Plan:
-    """`plan` with what a profile decides; where nothing is to be lost in float32, the tower is float32 too."""
+    """`plan` with the profile's choices; in float32 the exact profile keeps the tower in float32 too."""
     exact = name == "12g" and plan.dtype == torch.float32
     return replace(plan, **vars(PROFILES[name]) | ({"vit": "float32"} if exact else {}))
 
 
 def towers(profile: str) -> tuple[str, ...]:
-    """Dtypes of a vision tower that go with a profile."""
+    """Dtypes of the vision tower that a profile allows."""
     return ("float16", "float32") if profile == "12g" else (PROFILES[profile].vit,)
 
 
-def check_fits(config: Config, plan: Plan, memory: int, where: str) -> None:
-    """FitError with both numbers and what would help, if `plan` takes more than `memory` bytes of `where`."""
+def does_not_fit(config: Config, plan: Plan, memory: int, where: str) -> FitError:
+    """The error for a `plan` that takes more than the `memory` bytes of `where`: both numbers and what would help."""
     budget = estimate(config, plan)
-    if budget.total <= memory:
-        return
     parts = ", ".join(f"{name.replace('_', ' ')} {size / 1e9:.2f}" for name, size in vars(budget).items() if size)
     found = list(remedies(config, plan, memory))
     helps = "It fits with " + ", or with ".join(found) if found else "No profile makes it fit"
-    raise FitError(
-        f"{budget.total / 1e9:.2f} GB would be needed for {plan.context} positions and {where} has {memory / 1e9:.2f} "
+    return FitError(
+        f"{plan.context} positions need {budget.total / 1e9:.2f} GB and {where} has {memory / 1e9:.2f} "
         f"GB free ({parts}). {helps}"
     )

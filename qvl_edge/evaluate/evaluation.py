@@ -171,6 +171,7 @@ def evaluate(
 
     Interrupted at any moment, the same call resumes and ends in the same report.
     """
+    say(f"{task.title}: {len(data.items)} items")
     scored = [predict(task, data, model, out, say=say) for model in models]
     model, against = scored[0], scored[1] if len(scored) > 1 else None
     machine = describe_machine("cuda" if model.about["device"] == "cuda" else "cpu")
