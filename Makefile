@@ -9,6 +9,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop/bin
+# two processes, a file of tests in one of them: its fixtures load a model once
+TWO := -n 2 --dist loadfile
 
 .PHONY: demo quick test check fix test-interop clean
 
@@ -16,10 +18,10 @@ demo: .venv/ready
 	$(BIN)/qvl-edge demo
 
 quick: .venv/ready
-	$(BIN)/python -m pytest -m "not slow"
+	$(BIN)/python -m pytest $(TWO) -m "not slow"
 
 test: .venv/ready
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(TWO)
 
 check: .venv/ready
 	$(BIN)/ruff check .

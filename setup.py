@@ -51,7 +51,7 @@ setup(
         # models by their name on a hub
         "download": DOWNLOAD,
         "modelscope": MODELSCOPE,
-        "plot": PLOT,  # the charts of `qvl-edge bench`
+        "plot": PLOT,  # charts of `qvl-edge bench --output`
         "ray": [*SERVE, *EXPORT, "ray[serve,data]==2.60.0"],  # examples/ray, with the release that was tested
         # partners whose files we share; their pins exclude current transformers: an environment of their own
         "interop": [
@@ -69,6 +69,7 @@ setup(
             *MODELSCOPE,
             TRITON,
             "pytest>=8",
+            "pytest-xdist>=3.6",
             "hypothesis>=6",
             "ruff>=0.8",
             "mypy>=1.13",

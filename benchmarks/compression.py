@@ -1,14 +1,13 @@
 """What each compression costs the small model, alone and together: python -m benchmarks.compression --out DIR
 
-Over the synthetic suite (qvl_edge.evaluate.synthetic): the share of right answers, and how far the next token's
-distribution is from float32's, KL(float32 || variant) in nats per token, along the exact answers about every third
-scene. Accuracy is coarse where a model is nearly always right; the divergence is not. A stopped run resumes. Writes
-compression.json and compression.svg.
+On the synthetic suite (qvl_edge.evaluate.synthetic): the share of right answers, and KL(float32 || variant) of the next
+token in nats per token, along the reference answers about every third scene. The divergence still discriminates where
+nearly all answers are right. A stopped run resumes. Writes compression.json and compression.svg.
 """
 
-import json
 import math
 import shutil
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,7 +16,6 @@ from typing import Any
 import numpy as np
 import torch
 
-import qvl_edge.demo
 from benchmarks import plot
 from benchmarks.report import command, exits_with_its_message, say, table
 from export.part import export_vit
@@ -27,6 +25,7 @@ from qvl_edge import Runtime
 from qvl_edge.bundle import MANIFEST, Bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
+from qvl_edge.demo import SMALL_MODEL
 from qvl_edge.demo.conversations import write_conversations
 from qvl_edge.demo.scenes import KINDS, UNSEEN
 from qvl_edge.engine.request import SYSTEM, Request
@@ -36,14 +35,13 @@ from qvl_edge.evaluate.predict import Predictor, content_of, predict_all
 from qvl_edge.evaluate.report import Scored, rows
 from qvl_edge.evaluate.synthetic import FILE, SYNTHETIC, write_scenes
 from qvl_edge.evaluate.task import Item
-from qvl_edge.files import read_jsonl, replacing, write_json
+from qvl_edge.files import read_jsonl, replacing, write_json, write_jsonl
 from qvl_edge.machine import commit, describe_machine
 from qvl_edge.plot import optional
 from qvl_edge.text.conversations import read_samples
 from qvl_edge.text.prompt import chat_prompt
-from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
+from qvl_edge.text.tokenizer import Tokenizer
 
-CHECKPOINT = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 CALIBRATION_SCENES = 128
 BATCH = 16
 FLOAT, DEFAULT = "float32", "int4, groups of 128"
@@ -51,13 +49,13 @@ FLOAT, DEFAULT = "float32", "int4, groups of 128"
 
 @dataclass(frozen=True)
 class Variant:
-    """One way to compress the model. decoder: float if None. A float16 tower loses nothing: so is the checkpoint."""
+    """One way to compress the model."""
 
     name: str
-    decoder: QuantConfig | None = None
+    decoder: QuantConfig | None = None  # float if None
     calibrated: bool = True
     method: Method = FULL
-    vit: str = "float16"
+    vit: str = "float16"  # exact, because the checkpoint is float16
     head: str = "float16"
     kv_cache: str = "float16"
 
@@ -81,13 +79,12 @@ VARIANTS = (
 
 
 class VariantBuilder:
-    """Builds the variants of a checkpoint in `folder`, each once."""
+    """Builds the variants of a checkpoint in `folder`, unless they are there."""
 
     def __init__(self, checkpoint: Checkpoint, folder: Path):
         self.checkpoint, self.folder = checkpoint, folder
 
     def runtime(self, variant: Variant) -> Runtime:
-        """A loaded model."""
         profile = {"float16": "12g", "int8": "8g", "int4": "6g"}[variant.vit]
         return Runtime.from_pretrained(
             self.path(variant),
@@ -100,21 +97,19 @@ class VariantBuilder:
             cache_dir=self.folder / "towers",
         )
 
-    def path(self, variant: Variant) -> Path:
-        """The checkpoint, or a bundle of it."""
-        return self.checkpoint.path if variant.decoder is None else self._bundle(variant)
-
     def size(self, variant: Variant) -> int | None:
-        """Bytes on disk of the variant's bundle, of FLOAT those of the checkpoint; None where there is no bundle."""
+        """Bytes on disk of the variant's bundle, or for FLOAT of the checkpoint; None if it has neither."""
         if variant.decoder is None:
             whole = sum(self.checkpoint[name].nbytes for name in self.checkpoint.names)
             return whole if variant.name == FLOAT else None
-        parts = Bundle.open(self._bundle(variant)).parts
+        parts = Bundle.open(self.path(variant)).parts
         return sum(file["bytes"] for part in parts.values() for file in part["files"].values())
 
-    def _bundle(self, variant: Variant) -> Path:
+    def path(self, variant: Variant) -> Path:
+        """Of the variant's bundle, which is built if it is not there; of the checkpoint if nothing is quantized."""
         quant = variant.decoder
-        assert quant is not None
+        if quant is None:
+            return self.checkpoint.path
         words = {"desc_act": quant.desc_act, "rounded": not variant.calibrated, "plain": variant.method != FULL}
         decoder = self.folder / "-".join([f"g{quant.group_size}", *(word for word, holds in words.items() if holds)])
         if not (decoder / MANIFEST).exists():
@@ -130,7 +125,7 @@ class VariantBuilder:
         return bundle
 
     def _samples(self) -> Any:
-        tokenizer = Tokenizer.from_file(self.checkpoint.path / VOCAB_FILE)
+        tokenizer = Tokenizer.from_folder(self.checkpoint.path, self.checkpoint.config)
         path = self.folder / "calibration" / "conversations.json"
         if not path.exists():
             write_conversations(path.parent, UNSEEN, CALIBRATION_SCENES)
@@ -138,16 +133,16 @@ class VariantBuilder:
 
 
 class Divergence:
-    """KL(float32 || variant) along the exact answers; float32's log-probabilities (T, vocab) float32 are in a file."""
+    """KL(float32 || variant) along the reference answers; float32's log-probabilities (T, vocab) are kept in a file."""
 
     def __init__(self, items: Sequence[Item], folder: Path):
         self.items = [item for item in items if int(item.id.partition("-")[0]) % 3 == 0]
         self.folder, self.reference = folder, folder / f"{FLOAT}.logprobs"
 
     def measure(self, name: str, runtime: Runtime) -> list[dict[str, Any]]:
-        """A line per item: its id, tokens, the sums of KL and of -log p, and how often the top token is float32's.
+        """Per item: id, tokens, the sums of KL and of -log p, and how often the top token is float32's.
 
-        A finished list is kept, an unfinished one starts again. FLOAT comes first.
+        Saved when complete, and then read from the file. FLOAT must come first.
         """
         path = self.folder / f"{name}.divergence.jsonl"
         if path.exists():
@@ -164,21 +159,15 @@ class Divergence:
             exact = torch.from_numpy(exact_answers[start : start + len(ids)].copy())
             mine = exact if name == FLOAT else self._logprobs(runtime, item)
             start += len(ids)
-            lines.append(
-                {
-                    "id": item.id,
-                    "tokens": len(ids),
-                    "kl": float((exact.exp() * (exact - mine)).sum(dtype=torch.float64)),
-                    "nll": -float(mine[torch.arange(len(ids)), ids].sum(dtype=torch.float64)),
-                    "same": int((mine.argmax(1) == exact.argmax(1)).sum()),
-                }
-            )
-        with replacing(path) as partial:
-            partial.write_text("".join(json.dumps(line) + "\n" for line in lines))
+            kl = float((exact.exp() * (exact - mine)).sum(dtype=torch.float64))
+            nll = -float(mine[torch.arange(len(ids)), ids].sum(dtype=torch.float64))
+            same = int((mine.argmax(1) == exact.argmax(1)).sum())
+            lines.append({"id": item.id, "tokens": len(ids), "kl": kl, "nll": nll, "same": same})
+        write_jsonl(path, lines)
         return lines
 
     def _logprobs(self, runtime: Runtime, item: Item) -> torch.Tensor:
-        """(T, vocab) float32 of the tokens of the exact answer."""
+        """(T, vocab) float32, at the tokens of the reference answer."""
         options = {"max_window_size": runtime.max_window_size, "markup_images": False}
         prompt = chat_prompt(runtime.tokenizer, content_of(item), [], SYSTEM, **options)
         ids, start = runtime.tokenizer.encode(item.reference["answer"]), len(prompt.ids)
@@ -194,19 +183,19 @@ class Divergence:
 
 
 def by_scene(lines: Sequence[Mapping[str, Any]], key: str) -> tuple[list[float], list[float]]:
-    """(value per token, tokens) of every scene, whose questions are not independent of one another."""
-    sums: dict[str, list[float]] = {}
+    """(values per token, tokens), both by scene, because the questions about a scene are not independent."""
+    totals, tokens = defaultdict[str, float](float), Counter[str]()
     for line in lines:
-        entry = sums.setdefault(line["id"].partition("-")[0], [0.0, 0.0])
-        entry[0] += line[key]
-        entry[1] += line["tokens"]
-    return [total / tokens for total, tokens in sums.values()], [tokens for _, tokens in sums.values()]
+        scene = line["id"].partition("-")[0]
+        totals[scene] += line[key]
+        tokens[scene] += line["tokens"]
+    return [totals[scene] / tokens[scene] for scene in tokens], list(tokens.values())
 
 
 def measure(
     variants: Sequence[Variant], builder: VariantBuilder, items: Sequence[Item], out: Path
 ) -> list[dict[str, Any]]:
-    """A row per variant; the first one, FLOAT, is what the others are compared with."""
+    """A row per variant, compared with the first one, FLOAT."""
     divergence = Divergence(items, out)
     found: list[dict[str, Any]] = []
     divergences: dict[str, list[float]] = {}
@@ -239,15 +228,15 @@ def measure(
                 "scored_tokens": total,
             }
         )
-    for row in found:  # by how much it diverges more than the default, on the same scenes
-        if DEFAULT in divergences:
+    if DEFAULT in divergences:  # the difference in divergence from the default, on the same scenes
+        for row in found:
             difference = difference_of(divergences[DEFAULT], divergences[row["variant"]], tokens)
             row["kl_over_default"] = vars(difference.mean)
     return found
 
 
 def summary(found: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as markdown: shares of right answers in percent, differences from float32 in points."""
+    """As markdown: right answers in percent, differences from float32 in percentage points."""
     head = ["", "MB", "right", "difference", *KINDS, "changed", "KL, 1e-4 nats per token", "over the default"]
     lines = []
     for entry in found:
@@ -276,16 +265,19 @@ def _interval(estimate: Mapping[str, float], factor: float, sign: str = "") -> s
 
 @exits_with_its_message("benchmarks.compression")
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
     parser = command("compression", __doc__)
-    parser.add_argument("--checkpoint", type=Path, default=CHECKPOINT, help="the small model (default: the one here)")
+    parser.add_argument("--checkpoint", type=Path, default=SMALL_MODEL, help="default: the small model that ships")
     parser.add_argument("--scenes", type=int, default=1000, help="default: 1000")
-    parser.add_argument("--only", metavar="TEXT", help="float32, the default, and variants whose name has this in it")
-    parser.add_argument("--out", type=Path, default=Path("compression"), metavar="DIR", help="work, and the results")
+    parser.add_argument(
+        "--only", metavar="TEXT", help="only float32, the default, and variants whose name contains TEXT"
+    )
+    parser.add_argument(
+        "--out", type=Path, default=Path("compression"), metavar="DIR", help="for results and intermediate files"
+    )
     args = parser.parse_args(arguments)
     chosen = [one for one in VARIANTS if not args.only or one.name in (FLOAT, DEFAULT) or args.only in one.name]
     if args.scenes < 4:
-        parser.error(f"--scenes is {args.scenes}; every third scene is scored, and an interval takes 4 or more")
+        parser.error(f"--scenes is {args.scenes}; every third scene is scored, so an interval needs 4 or more")
     data = args.out / f"scenes-{args.scenes}"
     if not (data / FILE).exists():
         write_scenes(data, args.scenes)

@@ -1,19 +1,19 @@
-"""Whole decode steps of a full-size decoder with random weights: python -m benchmarks.decode_step [--json FILE]
+"""Decode steps of a full-size decoder with random weights: python -m benchmarks.decode_step [--json FILE]
 
-The published shapes, created on the device; the runtime's own step (qvl_edge/engine/graph.py), from the last tokens to
-the next ones on the host, as a CUDA graph and eagerly. Both have to give the same tokens before either is timed.
-`--device cpu --tiny` runs a small shape in Triton's interpreter, to see that it all works.
+The published shapes, created on the device. A step is the runtime's own (qvl_edge/engine/graph.py), until the next
+tokens are on the host, as a CUDA graph and eagerly; both must give the same tokens before they are timed.
+`--device cpu --tiny` is a smoke test on a small shape in Triton's interpreter.
 """
 
 import time
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
 
 from benchmarks import report
-from benchmarks.kernels.timing import Timing, copy_gb_per_s, use_device
+from benchmarks.kernels.timing import Timing, add_device, copy_gb_per_s, use_device
 from kernels import pack_for_triton, quantize_int8
 from qvl_edge.config import Config
 from qvl_edge.engine.request import Request
@@ -23,7 +23,7 @@ from qvl_edge.options import GenerationOptions
 from qvl_edge.published import CONFIG
 
 CACHES = {"float16": torch.float16, "int8": torch.int8}
-COMPARED = 4  # steps whose tokens are compared between graph and eager, before the timing
+COMPARED = 4  # steps whose tokens must be the same in graph and eager mode
 GREEDY = GenerationOptions(do_sample=False)
 
 
@@ -38,7 +38,7 @@ def decoder_config(tiny: bool) -> Config:
 
 @dataclass(frozen=True)
 class Case:
-    """One figure: what runs, and how long the cache is."""
+    """One measurement."""
 
     context: int
     batch: int = 1
@@ -48,7 +48,7 @@ class Case:
 
 
 def cases(tiny: bool, cuda: bool) -> list[Case]:
-    """What is measured, the most telling first."""
+    """The most informative first."""
     if tiny:
         found = [Case(40), Case(40, batch=2, head="int8", cache="int8")]
     else:
@@ -57,11 +57,11 @@ def cases(tiny: bool, cuda: bool) -> list[Case]:
         found += [Case(context, head="int8", cache="int8") for context in (256, 2048, 8192)]
         found += [Case(context, batch, "int8", "int8") for batch in (16, 4) for context in (2048, 8192)]
         found += [Case(2048, graph=False), Case(256, 16, graph=False)]
-    return found if cuda else [Case(c.context, c.batch, c.head, c.cache, graph=False) for c in found]
+    return found if cuda else [replace(case, graph=False) for case in found]
 
 
 class StepBench:
-    """The decoder with either head (the blocks are shared), and the timing of its steps."""
+    """Times decode steps, with either head over the same blocks."""
 
     def __init__(self, device: str, *, tiny: bool):
         self.device = torch.device(device)
@@ -69,7 +69,7 @@ class StepBench:
         self.decoders = {"float16": FusedDecoder.random(self.config, device=device)}
 
     def decoder(self, head: str) -> FusedDecoder:
-        """With this head; an int8 one is made on first use."""
+        """The decoder with this head; an int8 one is made on first use."""
         if head not in self.decoders:
             exact = self.decoders["float16"]
             assert isinstance(exact.lm_head, torch.Tensor)
@@ -80,7 +80,7 @@ class StepBench:
         return self.decoders[head]
 
     def slots(self, case: Case, steps: int, *, graph: bool) -> Slots:
-        """Running requests, the last of whose next `steps` tokens is at position context - 1; random keys, values."""
+        """Running requests over random keys and values, whose next `steps` tokens end the context."""
         slots = Slots(
             self.decoder(case.head), capacity=case.context, count=case.batch, kv_cache=CACHES[case.cache], graph=graph
         )
@@ -93,7 +93,7 @@ class StepBench:
                     layer.normal_(generator=generator)
         for scales in (cache.k_scales, cache.v_scales):
             if scales is not None:
-                scales.fill_(1 / 74)  # so that the numbers are as large as in float16
+                scales.fill_(1 / 74)  # values of float16's magnitude
         for number in range(case.batch):
             ids = [number] + [0] * (case.context - steps - 1)  # no two share a prefix
             request = Request.of_ids(ids, GREEDY, device=self.device)
@@ -103,7 +103,7 @@ class StepBench:
         return slots
 
     def bytes_a_step(self, case: Case) -> int:
-        """What one step has to read: weights, head and everything that is cached."""
+        """Bytes that a step reads: weights, head and cache."""
         decoder = self.decoder(case.head)
         blocks = sum(
             part.weight.words.nbytes + part.weight.scales.nbytes
@@ -113,13 +113,13 @@ class StepBench:
         return blocks + decoder.lm_head.nbytes + self.cache_bytes(case)
 
     def cache_bytes(self, case: Case) -> int:
-        """Keys and values of all sequences."""
+        """Of the keys and values of all sequences."""
         config, itemsize = self.config, CACHES[case.cache].itemsize
         row = config.hidden_size * itemsize + (2 * config.num_attention_heads if itemsize == 1 else 0)
         return 2 * config.num_hidden_layers * case.batch * case.context * row
 
     def run(self, case: Case, *, rounds: int) -> dict[str, Any]:
-        """Milliseconds a step over `rounds` steps, and what follows from them. SystemExit if graph and eager differ."""
+        """Timing, tokens/s and GB/s of `rounds` steps. SystemExit if graph and eager mode give different tokens."""
         eager_tokens: list[list[int]] = []
         total = rounds + COMPARED
         if case.graph:
@@ -145,7 +145,7 @@ class StepBench:
 def records(
     device: str, *, tiny: bool = False, rounds: int = 50, copy_rate: float | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One record per case, each as soon as it is measured; one that does not fit into memory has "skipped" in it."""
+    """One record per case, yielded when measured; "skipped" in it if it does not fit into memory."""
     bench = StepBench(device, tiny=tiny)
     for case in cases(tiny, device == "cuda"):
         record: dict[str, Any] = {**vars(case)}
@@ -155,8 +155,8 @@ def records(
                 torch.cuda.empty_cache()
                 free = torch.cuda.mem_get_info()[0]
                 if needed + 2**30 > free:
-                    yield record | {"skipped": f"the cache takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"}
-                    continue
+                    message = f"the cache takes {needed / 1e9:.1f} GB, {free / 1e9:.1f} are free"
+                    raise torch.OutOfMemoryError(message)
                 torch.cuda.reset_peak_memory_stats()
             record |= bench.run(case, rounds=rounds)
         except torch.OutOfMemoryError as error:
@@ -186,14 +186,12 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, print, save."""
     parser = report.command("decode_step", __doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="a small shape, to see that it runs")
-    parser.add_argument("--rounds", type=int, help="steps that count (default: 50, with --tiny 2)")
+    add_device(parser)
+    parser.add_argument("--rounds", type=int, help="timed steps (default: 50, with --tiny 2)")
     report.add_save(parser)
     args = parser.parse_args(arguments)
-    use_device(parser, args.device, tiny=args.tiny)
+    use_device(parser, args)
     copy_rate = copy_gb_per_s(args.device)
     results = []
     rounds = args.rounds or (2 if args.tiny else 50)

@@ -1,18 +1,18 @@
-"""Everything there is to know of a GPU, in one go: python3 -m benchmarks.gpu --minutes 8 --out DIR
+"""All GPU checks and benchmarks in one run: python3 -m benchmarks.gpu --minutes 8 --out DIR
 
-From a plain checkout, with nothing installed but torch, triton and numpy. Every kernel is checked first, then the
-benchmarks run, the most telling first, until the time is used up. Every result is written to DIR/gpu.json as it comes,
-so that an interrupted run keeps its results; DIR/gpu.svg is its chart, where matplotlib is installed. Exit code 1 if a
-check does not hold or a benchmark fails. `--tiny --device cpu` runs small shapes in Triton's interpreter, to see that
-it works.
+Needs a checkout, torch, triton and numpy. Every kernel is checked, then the benchmarks run, the most informative first,
+until the time is used up. Results are saved to DIR/gpu.json one by one, so that an interrupted run keeps them;
+DIR/gpu.svg is the chart, if matplotlib is installed. Exit code 1 if a check or a benchmark fails. `--tiny --device cpu`
+is a smoke test on small shapes in Triton's interpreter.
 """
 
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -26,13 +26,13 @@ from benchmarks.kernels.problem import (
     Gemm,
     Problem,
     attention_error,
+    cached,
     random_attention,
     relative_error,
     rotate_exactly,
 )
-from benchmarks.kernels.timing import copy_gb_per_s, use_device
+from benchmarks.kernels.timing import add_device, copy_gb_per_s, use_device
 from benchmarks.report import command, say
-from kernels import dequantize_rows
 from kernels import rotary_attention as attend
 from kernels.gpu.tiles import Tile
 from qvl_edge.files import write_json
@@ -42,8 +42,8 @@ from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.plot import optional
 
 Record = dict[str, Any]
-Task = tuple[str, Callable[[], Iterator[Record]]]  # the list that its records go to, and what yields them
-# odd sizes: the last tile and the last chunk are not full; fused forms need multiples of 32
+Task = tuple[str, Callable[[], Iterator[Record]]]  # name of the list of its records, and their generator
+# odd sizes: the last tile and the last chunk are partial; fused forms need multiples of 32
 ODD = (
     Gemm("odd, bias and norm", 416, 200, norm=True, bias=True),
     Gemm("odd, zeros in groups of 32", 384, 136, zeros=True, group=32),
@@ -53,38 +53,33 @@ ODD = (
     Gemm("odd, residual", 416, 160, epilogue="residual", bias=True),
 )
 ODD_HEAD = Gemm("odd int8", 416, 200, bits=8, group=416)
-# relative norm error against float64: q and k are rotated into float16, p is float16 in a prefill
+# relative norm error against float64: rotated q and k are float16, p is float16 in a prefill
 ATTENTION_TOLERANCE = 2e-3
-# of a row's largest number: float16's rounding; half a level of 127, and a scale that is rounded to float16
+# relative to a row's largest value: float16's rounding; for int8 half a level of 127 and the float16 scale
 STORED_TOLERANCE = {False: 1e-3, True: 0.6 / 127}
-# against the same decoder by definition: 2 blocks whose rows are rounded to 16 bits in other places
+# against the reference decoder, whose 2 blocks round to 16 bits in other places
 DECODER_TOLERANCE = 1e-2
 
 
 def check_gemm(device: str, tiny: bool) -> Iterator[Record]:
-    """Every form and both kernels, with the tiles of the tables and with splits; on a GPU the full shapes too."""
+    """Both kernels in every fused form, with the tables' tiles and with splits; full shapes unless `tiny`."""
     half = torch.float16
-    for gemm in ODD:
-        for count in (1, 12, 17) if tiny else (1, 16, 17, 300):
-            yield _problem(gemm, count, half, device)
-    for gemm in (ODD[0], *ODD[-2:]):
-        yield _problem(gemm, 5, half, device, Tile(8, 64, 3, 2, 3))
-    for count in (1, 12):
-        yield _problem(ODD_HEAD, count, half, device)
-    if device == "cuda":  # the interpreter knows no bfloat16
-        for gemm in ODD[:3]:
-            for count in (3, 12, 70):
-                yield _problem(gemm, count, torch.bfloat16, device)
+    problems: list[tuple[Sequence[Gemm], Sequence[int], torch.dtype, Tile | None]] = [
+        (ODD, (1, 12, 17) if tiny else (1, 16, 17, 300), half, None),
+        ((ODD[0], *ODD[-2:]), (5,), half, Tile(8, 64, 3, 2, 3)),
+        ((ODD_HEAD,), (1, 12), half, None),
+    ]
+    if device == "cuda":  # bfloat16 is wrong in the interpreter
+        problems.append((ODD[:3], (3, 12, 70), torch.bfloat16, None))
     if not tiny:
-        for gemm in LAYER:
-            for count in (1, 16, 300):
-                yield _problem(gemm, count, half, device)
-        for count in (1, 16):
-            yield _problem(HEAD, count, half, device)
+        problems += [(LAYER, (1, 16, 300), half, None), ((HEAD,), (1, 16), half, None)]
+    for gemms, counts, dtype, tile in problems:
+        for gemm, count in product(gemms, counts):
+            yield _problem(gemm, count, dtype, device, tile)
 
 
-def _problem(gemm: Gemm, count: int, dtype: torch.dtype, device: str, tile: Tile | None = None) -> Record:
-    """Against float64; equal calls give equal bits, and the locks are zero again."""
+def _problem(gemm: Gemm, count: int, dtype: torch.dtype, device: str, tile: Tile | None) -> Record:
+    """Against float64; repeated calls are bit-identical and leave the locks at zero."""
     name = f"{gemm.name}, {count} rows, {str(dtype).removeprefix('torch.')}" + (", split" if tile else "")
     problem = Problem.random(gemm, count, dtype=dtype, device=device)
     allowed = problem.tolerance
@@ -93,7 +88,7 @@ def _problem(gemm: Gemm, count: int, dtype: torch.dtype, device: str, tile: Tile
     try:
         error = problem.error(tile)
         repeats = problem.residual is not None or torch.equal(problem.run(tile).x, problem.run(tile).x)
-    except Exception as raised:  # one form that does not compile should not hide the others
+    except Exception as raised:  # a form that does not compile must not hide the others
         return {"check": name, "error": None, "allowed": allowed, "holds": False, "raised": str(raised)[:500]}
     record = _record(name, error, allowed)
     return record | {"holds": record["holds"] and repeats and not bool(problem.weight.locks.any())}
@@ -112,7 +107,7 @@ def check_attention(device: str, tiny: bool) -> Iterator[Record]:
             args = random_attention(heads, dim, capacity, starts, length, device=device, int8=int8, seed=2)
             args = replace(args, q_scale=1 + torch.randn(len(starts), length, device=device).abs() / 4)
             out = attend(args, backend="triton")
-            # over the cache as the kernel left it; that what it appended is right is checked separately
+            # over the cache as the kernel left it; what it appended is checked below
             error = max(attention_error(out, args, sequence) for sequence in range(len(starts)))
             name = f"attention, {length} tokens on top of {starts}, {'int8' if int8 else 'float16'} cache"
             yield _record(name, error, ATTENTION_TOLERANCE)
@@ -120,23 +115,20 @@ def check_attention(device: str, tiny: bool) -> Iterator[Record]:
             for row, start in enumerate(starts):
                 new = slice(start, start + length)
                 key = rotate_exactly(args.k[row], args.cos[row], args.sin[row])
+                value = args.v[row].double()
                 for cache, scales, expected in (
                     (args.k_cache, args.k_scales, key),
-                    (args.v_cache, args.v_scales, args.v[row].double()),
+                    (args.v_cache, args.v_scales, value),
                 ):
-                    found = (
-                        cache[row, :, new]
-                        if scales is None
-                        else dequantize_rows(cache[row, :, new], scales[row, :, new])
-                    )
-                    off = (found.transpose(0, 1) - expected).abs().amax(-1) / expected.abs().amax(-1)
+                    found = cached(cache, scales, (row, slice(None), new)).transpose(0, 1)
+                    off = (found - expected).abs().amax(-1) / expected.abs().amax(-1)
                     stored = max(stored, float(off.max()))
-            yield _record(f"{name}: what is appended", stored, STORED_TOLERANCE[int8])
+            yield _record(f"{name}: appended rows", stored, STORED_TOLERANCE[int8])
 
 
 @torch.inference_mode()
 def check_decoder(device: str, tiny: bool) -> Iterator[Record]:
-    """A small decoder's logits, prompt and two steps, by the kernels and by their definitions on the same device."""
+    """Logits of a small decoder, a prompt and two steps: kernels against reference on the same device."""
     del tiny
     config = decode_step.decoder_config(tiny=True)
     for head in ("float16", "int8"):
@@ -154,11 +146,8 @@ def check_decoder(device: str, tiny: bool) -> Iterator[Record]:
         yield _record(f"decoder, {head} head", error, DECODER_TOLERANCE)
 
 
-CHECKS: tuple[Callable[[str, bool], Iterator[Record]], ...] = (check_gemm, check_attention, check_decoder)
-
-
 class Report:
-    """The result, on disk whenever it has grown."""
+    """The result, saved after every record."""
 
     def __init__(self, path: Path, machine: Record, minutes: float):
         self.path, self.begin, self.seconds = path, time.monotonic(), 60 * minutes
@@ -168,29 +157,28 @@ class Report:
 
     @property
     def left(self) -> float:
-        """Seconds of the budget that are left."""
+        """Seconds left of the budget."""
         return self.seconds - (time.monotonic() - self.begin)
 
     def save(self) -> None:
-        """At once or not at all."""
         write_json(self.path, self.result)
 
     def add(self, name: str, record: Record) -> None:
-        """One record to the list `name`, with the second it came at."""
+        """Append to the list `name`, with the time in seconds."""
         at = round(time.monotonic() - self.begin, 1)
         self.result.setdefault(name, []).append(record | {"at_s": at})
         self.save()
         say(f"{at:6.1f} s  {name}: {_line(record)}")
 
     def run(self, name: str, make: Callable[[], Iterator[Record]]) -> None:
-        """All records of a task, as far as there is time. What it raises is a result too."""
+        """Add the records of a task until the time is used up. Its exception is recorded as a failure."""
         try:
             for record in make():
                 self.add(name, record)
                 if self.left < 0:
                     self.result["left_out"].append(f"the rest of {name}, after {len(self.result[name])} records")
                     break
-        except (Exception, SystemExit) as error:  # the next task may still tell something
+        except (Exception, SystemExit) as error:  # the next task may still work
             where = traceback.format_exc().strip().splitlines()[-3:]
             self.result["failed"].append({"task": name, "error": f"{type(error).__name__}: {error}", "where": where})
             say(f"{name} failed: {error}")
@@ -205,7 +193,7 @@ def _line(record: Record) -> str:
 
 
 def tasks(device: str, tiny: bool, copy_rate: float | None) -> list[Task]:
-    """What is measured after the checks, the most telling first."""
+    """The benchmarks, the most informative first."""
     rounds = 2 if tiny else 50
     if tiny:
         shapes, rows = [(256, 128)], [[1, 20]]
@@ -241,18 +229,17 @@ def tasks(device: str, tiny: bool, copy_rate: float | None) -> list[Task]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Parse, check, measure, draw; 1 if a check does not hold or a benchmark failed."""
+    """The exit code: 1 if a check or a benchmark failed."""
     parser = command("gpu", __doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="when to stop (default: 8)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.svg")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
+    add_device(parser)
     args = parser.parse_args(arguments)
-    use_device(parser, args.device, tiny=args.tiny)
+    use_device(parser, args)
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out / "gpu.json", describe_machine(args.device), args.minutes)
     with torch.inference_mode():
-        for check in CHECKS:
+        for check in (check_gemm, check_attention, check_decoder):
             report.run("checks", partial(check, args.device, args.tiny))
     if (copy_rate := copy_gb_per_s(args.device)) is not None:
         report.result["copy_gb_per_s"] = copy_rate
@@ -268,12 +255,14 @@ def main(arguments: list[str] | None = None) -> int:
         plot.draw(report.result, args.out / "gpu.svg")
     broken = [entry for entry in report.result["checks"] if not entry["holds"]]
     for entry in broken:
-        print(f"does not hold: {entry['check']}: {entry['error']}, allowed is {entry['allowed']:.2e}")
+        print(f"check failed: {entry['check']}: error {entry['error']}, allowed {entry['allowed']:.2e}")
     for failure in report.result["failed"]:
         print(f"failed: {failure['task']}: {failure['error']}")
     if report.result["left_out"]:
         print(f"skipped (time limit): {', '.join(report.result['left_out'])}")
-    print(f"{len(report.result['checks']) - len(broken)} of {len(report.result['checks'])} checks hold; see {args.out}")
+    print(
+        f"{len(report.result['checks']) - len(broken)} of {len(report.result['checks'])} checks passed; see {args.out}"
+    )
     return 1 if broken or report.result["failed"] else 0
 
 

@@ -1,8 +1,8 @@
-"""int4_gemm against its peers, in one run: python -m benchmarks.int4_gemm --device cpu|cuda [--all] [--json FILE]
+"""int4_gemm against other implementations: python -m benchmarks.int4_gemm --device cpu|cuda [--all] [--json FILE]
 
-Every candidate is checked against float64 before it is timed. Weights are kept in as many copies as it takes to outgrow
-the caches, and used in turn: in a model the weights of a layer come from memory, not from cache. On CUDA all calls of a
-round are one graph, as in the runtime, and the four projections of a layer are timed in their fused forms too.
+Every candidate is checked against float64, then timed over enough copies of its weight to exceed the caches: in a model
+a layer's weights come from memory. On CUDA all calls of a round are one graph, as in the runtime, and the four
+projections of a layer are timed in their fused forms too.
 """
 
 import importlib.util
@@ -20,45 +20,38 @@ from torch import Tensor
 from benchmarks import report
 from benchmarks.kernels.problem import LAYER, Gemm, Problem, expect_below, relative_error
 from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, copy_gb_per_s, measure, one_after_another
-from kernels import (
-    Int4Weight,
-    Rows,
-    TritonWeight,
-    int4_gemm,
-    pack_for_cpu,
-    pack_for_triton,
-)
+from kernels import Int4Weight, Rows, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton
 
 # K, N of Qwen-7B's projections: c_attn first, then attn.c_proj, w1 and w2, mlp.c_proj
 SHAPES = [(4096, 12288), (4096, 4096), (4096, 11008), (11008, 4096)]
-CUDA_SHAPES = [(4096, 12288), (4096, 4096), (4096, 22016), (11008, 4096)]  # w1 and w2 are one weight there
+CUDA_SHAPES = [(gemm.k, gemm.n) for gemm in LAYER]  # w1 and w2 are one weight there
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
 CUDA_ROWS = [*ROWS, 1024, 2048]
 GROUP_SIZE = 128
-# bytes of weights in turn; the caches of desktop and server CPUs end at 32 to 100 MiB
+# bytes of weights to cycle through; desktop and server CPUs have caches of up to 32 to 100 MiB
 COPIED = {"cpu": 192 * 2**20, "cuda": OUTGROWS_CACHES, "interpreter": 1}
 CHECKED_ROWS = 4
-# relative norm error against float64: float32 sums over 11,008 channels; 16-bit weights and outputs, of which some
-# libraries add up parts in 16 bits
+# relative norm error against float64: float32 sums over 11,008 channels; 16-bit weights and outputs, and in some
+# libraries 16-bit partial sums
 TOLERANCE = {torch.float32: 1e-6, torch.float16: 1.5e-3, torch.bfloat16: 6e-3}
 OURS, TORCHS = "int4", "torch's int4 op, bfloat16"
-# what speeds are relative to: the same product without int4. "interpreter": what CUDA has, as far as it runs on a CPU
+# speeds are relative to the same GEMM without int4. "interpreter": CUDA's peers, as far as they run on a CPU
 BASELINE = {"cpu": "float32", "cuda": "float16", "interpreter": "float16"}
 
 
 @dataclass(frozen=True)
 class Peer:
-    """A way to compute x @ W.T: its call on (x, one copy of its weight), its weights, and what x is to be."""
+    """An implementation of x @ W.T."""
 
-    call: Callable[[Any, Any], Tensor]
-    weights: list[Any]
-    bytes_read: int  # of one weight, by one call
-    dtype: torch.dtype
-    prepare: Callable[[Tensor], Any] = lambda x: x  # x as the call takes it; not timed
+    call: Callable[[Any, Any], Tensor]  # on (x, weight)
+    weights: list[Any]  # copies
+    bytes_read: int  # of the weight, per call
+    dtype: torch.dtype  # of x
+    prepare: Callable[[Tensor], Any] = lambda x: x  # of x; not timed
 
 
 def random_weight(in_features: int, out_features: int, device: str = "cpu") -> Int4Weight:
-    """A symmetric int4 weight as the published checkpoint has them, from random levels."""
+    """A symmetric int4 weight, as in the published checkpoint, with random levels."""
     generator = torch.Generator(device).manual_seed(0)
     levels = torch.randint(0, 16, (in_features, out_features), dtype=torch.uint8, generator=generator, device=device)
     shape = (in_features // GROUP_SIZE, out_features)
@@ -68,12 +61,12 @@ def random_weight(in_features: int, out_features: int, device: str = "cpu") -> I
 
 
 def copies(make: Callable[[], Any], size: int, device: str = "cpu") -> list[Any]:
-    """As many separate copies of a weight of `size` bytes as outgrow the caches."""
+    """Enough copies of a weight of `size` bytes to exceed the caches."""
     return [make() for _ in range(-(-COPIED[device] // size))]
 
 
 def cpu_peers(weight: Int4Weight) -> dict[str, Peer]:
-    """Everything that computes this product on a CPU."""
+    """The implementations on a CPU."""
     dense = weight.dequantize()
     half = dense.bfloat16()
     levels = weight.levels().T.to(torch.int32).contiguous()
@@ -83,8 +76,7 @@ def cpu_peers(weight: Int4Weight) -> dict[str, Peer]:
     int4_bytes = weight.qweight.nbytes + weight.scales.nbytes
 
     def operator(x: Tensor, copy: Tensor) -> Tensor:
-        result: Tensor = torch.ops.aten._weight_int4pack_mm_for_cpu(x, copy, GROUP_SIZE, scales_and_zeros)
-        return result
+        return torch.ops.aten._weight_int4pack_mm_for_cpu(x, copy, GROUP_SIZE, scales_and_zeros)
 
     return {
         BASELINE["cpu"]: Peer(F.linear, copies(dense.clone, dense.nbytes), dense.nbytes, torch.float32),
@@ -96,7 +88,7 @@ def cpu_peers(weight: Int4Weight) -> dict[str, Peer]:
 
 
 def cuda_peers(weight: Int4Weight, device: str) -> dict[str, Peer]:
-    """Everything that computes this product on a CUDA device; libraries that are not installed are left out."""
+    """The implementations on a CUDA device, with the libraries that are installed."""
     half = weight.dequantize().half()
     ours = pack_for_triton(weight)
     int4_bytes = ours.words.nbytes + ours.scales.nbytes
@@ -108,7 +100,7 @@ def cuda_peers(weight: Int4Weight, device: str) -> dict[str, Peer]:
 
     peers = {
         BASELINE["cuda"]: Peer(F.linear, copies(half.clone, half.nbytes, device), half.nbytes, torch.float16),
-        # sums come with the rows in the runtime, whose kernels make both at once
+        # the runtime's kernels compute the rows' sums along with the rows
         OURS: Peer(
             partial(int4_gemm, backend="triton"),
             copies(another, int4_bytes, device),
@@ -118,25 +110,24 @@ def cuda_peers(weight: Int4Weight, device: str) -> dict[str, Peer]:
         ),
     }
     with suppress(NotImplementedError):  # a build of torch without it
-        # W = (level - 8) * scale + zero, two levels a byte, the first one on top
+        # W = (level - 8) * scale + zero, two levels per byte, the first in the high nibble
         packed = torch.ops.aten._convert_weight_to_int4pack(levels[:, ::2] << 4 | levels[:, 1::2], 8)
         parts = torch.stack((scales.T, torch.zeros_like(scales.T)), dim=-1).bfloat16().contiguous()
 
         def operator(x: Tensor, copy: Tensor) -> Tensor:
-            result: Tensor = torch.ops.aten._weight_int4pack_mm(x, copy, GROUP_SIZE, parts)
-            return result
+            return torch.ops.aten._weight_int4pack_mm(x, copy, GROUP_SIZE, parts)
 
         peers[TORCHS] = Peer(operator, copies(packed.clone, packed.nbytes, device), int4_bytes, torch.bfloat16)
     if importlib.util.find_spec("gemlite"):
         try:
             peers["gemlite"] = _gemlite_peer(levels, scales, int4_bytes)
-        except Exception as error:  # another version's names, or no GPU: ours is measured all the same
+        except Exception as error:  # another version's names, or no GPU; the others are measured
             peers["gemlite"] = _unable(f"{type(error).__name__}: {error}")
     return peers
 
 
 def _unable(reason: str) -> Peer:
-    """A peer that could not be set up: its first call, which is not timed, raises the reason."""
+    """A peer that could not be set up: its first, untimed call raises the reason."""
 
     def call(x: Tensor, weight: None) -> Tensor:
         raise RuntimeError(reason)
@@ -145,24 +136,19 @@ def _unable(reason: str) -> Peer:
 
 
 def _with_sums(x: Tensor) -> Rows:
-    gemm: Any = importlib.import_module("kernels.gpu.gemm")  # triton is loaded on first use
-    rows: Rows = gemm.rows_triton(x)
-    return rows
+    from kernels.gpu.gemm import rows_triton  # loads triton
+
+    return rows_triton(x)
 
 
 def _gemlite_peer(levels: Tensor, scales: Tensor, int4_bytes: int) -> Peer:
-    """gemlite as its README says, with the tiles that it chooses by itself."""
-    gemlite: Any = importlib.import_module("gemlite.core")  # asks for a GPU when it is imported
+    """gemlite as in its README, with its own choice of tiles."""
+    gemlite: Any = importlib.import_module("gemlite.core")  # looks for a GPU on import
 
     def layer() -> Any:
-        made = gemlite.GemLiteLinear(
-            4,
-            group_size=GROUP_SIZE,
-            in_features=levels.shape[1],
-            out_features=levels.shape[0],
-            input_dtype=gemlite.DType.FP16,
-            output_dtype=gemlite.DType.FP16,
-        )
+        n, k = levels.shape
+        dtypes = {"input_dtype": gemlite.DType.FP16, "output_dtype": gemlite.DType.FP16}
+        made = gemlite.GemLiteLinear(4, group_size=GROUP_SIZE, in_features=k, out_features=n, **dtypes)
         made.pack(levels, scales, torch.full_like(scales, 8), None)
         return made
 
@@ -171,25 +157,18 @@ def _gemlite_peer(levels: Tensor, scales: Tensor, int4_bytes: int) -> Peer:
 
 
 def check(name: str, peer: Peer, x: Tensor, expected: Tensor) -> float:
-    """Relative norm error of the first rows against float64; SystemExit if it is too large to be worth timing."""
+    """Relative norm error of the first rows against float64; SystemExit if it exceeds the tolerance."""
     y = peer.call(peer.prepare(x.to(peer.dtype)), peer.weights[0])[:CHECKED_ROWS]
     error = relative_error(y, expected[: len(y)])
     return expect_below(error, TOLERANCE[peer.dtype], f"{name}, {len(x)} rows")
 
 
 def bench_shape(
-    shape: tuple[int, int],
-    rows: list[int],
-    *,
-    device: str,
-    rounds: int,
-    seconds: float,
-    copy_rate: float | None = None,
+    shape: tuple[int, int], rows: list[int], *, device: str, rounds: int, seconds: float, copy_rate: float | None = None
 ) -> Iterator[dict[str, Any]]:
     """One record per number of rows: every peer's timing, error, GB/s and speed relative to the device's baseline.
 
-    copy_rate: GB/s of a copy of the device's memory, of which each peer's share is then given. A peer that cannot run
-    here is left out and stands under "missing" with the reason.
+    copy_rate: GB/s of a device copy, to give each peer's share of it. "missing" has the reason why a peer cannot run.
     """
     where = "cuda" if device == "cuda" else "cpu"
     weight = random_weight(*shape, where)
@@ -217,17 +196,11 @@ def bench_shape(
         record: dict[str, Any] = {"in_features": shape[0], "out_features": shape[1], "rows": count, "peers": {}}
         for name, timing in timings.items():
             rate = peers[name].bytes_read / timing.median_ms / 1e6
-            record["peers"][name] = asdict(timing) | {
-                "error": errors[name],
-                "gb_per_s": rate,
-                "speed": baseline / timing.median_ms,
-            }
+            figures = {"error": errors[name], "gb_per_s": rate, "speed": baseline / timing.median_ms}
             if copy_rate is not None:
                 flops = 2 * count * shape[0] * shape[1]
-                record["peers"][name] |= {
-                    "share_of_copy": rate / copy_rate,
-                    "tflop_per_s": flops / timing.median_ms / 1e9,
-                }
+                figures |= {"share_of_copy": rate / copy_rate, "tflop_per_s": flops / timing.median_ms / 1e9}
+            record["peers"][name] = asdict(timing) | figures
         yield record | ({"missing": dict(missing)} if missing else {})
 
 
@@ -235,7 +208,7 @@ def _time(peers: dict[str, Peer], x: Tensor, *, device: str, rounds: int, second
     todo, calls = {}, {}
     for name, peer in peers.items():
         calls[name] = 1
-        if device == "cuda":  # with many rows a call is long, and does not profit from a cache
+        if device == "cuda":  # with many rows calls are long, and caches do not matter
             calls[name] = max(len(peer.weights), 16) if len(x) <= 64 else min(len(peer.weights), 4)
         todo[name] = one_after_another([_call(peer, x)] * calls[name], device)
     timings = measure(todo, device=device, rounds=rounds, seconds=seconds)
@@ -256,9 +229,9 @@ def bench_layer(
     device: str = "cuda",
     projections: Sequence[Gemm] = LAYER,
 ) -> dict[str, Any]:
-    """The four projections of a layer as the runtime launches them, norm, bias, SwiGLU and residual included.
+    """The four projections of a layer as launched by the runtime, fused norm, bias, SwiGLU and residual included.
 
-    Each in a graph of its own over weights that outgrow the caches; "layer_us" is their sum. On the CPU: interpreted.
+    Each in its own graph, over enough weights to exceed the caches; "layer_us" is their sum. Interpreted on the CPU.
     """
     calls: dict[str, Callable[[], object]] = {}
     parts: dict[str, dict[str, Any]] = {}
@@ -296,12 +269,11 @@ def table(records: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, print, save."""
     parser = report.command("int4_gemm", __doc__)
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--all", action="store_true", help="the model's other three shapes too")
+    parser.add_argument("--all", action="store_true", help="all four shapes of the model")
     parser.add_argument("--rows", type=int, nargs="+", help="rows of x (default: 1 to 512, on CUDA to 2,048)")
-    parser.add_argument("--rounds", type=int, help="calls of each candidate that count (default: 15, on CUDA 50)")
+    parser.add_argument("--rounds", type=int, help="timed calls per candidate (default: 15, on CUDA 50)")
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, per candidate and rows (default: 3)")
     report.add_save(parser)
     args = parser.parse_args(arguments)

@@ -8,7 +8,6 @@ from qvl_edge.commands import bench
 
 @exits_with_its_message("benchmarks.latency")
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, print, save."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.latency", description=bench.__doc__)
     bench.add_arguments(parser)
     bench.execute(parser.parse_args(arguments))

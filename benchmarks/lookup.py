@@ -1,9 +1,9 @@
-"""What prompt-lookup decoding gains: the same greedy answers with and without it.
+"""Speed-up by prompt-lookup decoding: the same greedy answers with and without it.
 
     python -m benchmarks.lookup PATH [--lookup 7] [--scenes 20] [--json FILE]
 
-Descriptions of synthetic scenes and repeated questions about them; each answer is generated both ways, in turn, and has
-to have the same tokens. The gain depends on how much answers repeat, and on what a step of several tokens costs.
+Descriptions of synthetic scenes and repeated questions about them; each answer is generated both ways, in turn, and
+must have the same tokens. The gain depends on how repetitive answers are, and on the cost of a step of several tokens.
 """
 
 import statistics
@@ -19,7 +19,7 @@ from qvl_edge.options import LoadOptions
 
 def measure(runtimes: dict[str, Runtime], scenes: int, rounds: int) -> dict[str, Any]:
     """Tokens per second and per step of "plain" and "lookup"; SystemExit if a token differs."""
-    seconds: dict[str, list[float]] = {name: [] for name in runtimes}
+    rates: dict[str, list[float]] = {name: [] for name in runtimes}
     tokens, steps = 0, 0
     real = runtimes["lookup"].engine.slots.advance
 
@@ -40,10 +40,8 @@ def measure(runtimes: dict[str, Runtime], scenes: int, rounds: int) -> dict[str,
                 if question is None:
                     continue
                 query = [*([] if history else [{"image": scene.image}]), {"text": question.text}]
-                found = {
-                    name: runtime.answer(query, history, do_sample=False, max_new_tokens=160)
-                    for name, runtime in runtimes.items()
-                }
+                options = {"do_sample": False, "max_new_tokens": 160}
+                found = {name: runtime.answer(query, history, **options) for name, runtime in runtimes.items()}
                 if found["plain"].token_ids != found["lookup"].token_ids:
                     raise SystemExit(f"{found['plain'].text!r} without lookup, {found['lookup'].text!r} with it")
                 for name, answer in found.items():
@@ -51,9 +49,8 @@ def measure(runtimes: dict[str, Runtime], scenes: int, rounds: int) -> dict[str,
                 tokens += found["plain"].timing.decoded_tokens
                 history.append((query, found["plain"].text))
         if turn:
-            for name in runtimes:
-                seconds[name].append(total[name])
-    rates = {name: [tokens / one for one in values] for name, values in seconds.items()}
+            for name, seconds in total.items():
+                rates[name].append(tokens / seconds)
     return {
         "rounds": rounds,
         "tokens": tokens,
@@ -64,7 +61,6 @@ def measure(runtimes: dict[str, Runtime], scenes: int, rounds: int) -> dict[str,
 
 @exits_with_its_message("benchmarks.lookup")
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, print, save."""
     parser = model_command("lookup", __doc__, device="cpu", max_context=2048, lookup=7)
     parser.add_argument("--scenes", type=int, default=20)
     parser.add_argument("--rounds", type=int, default=5)
@@ -75,7 +71,7 @@ def main(arguments: list[str] | None = None) -> None:
     found = measure(runtimes, args.scenes, args.rounds)
     for name, rate in found["tokens_per_s"].items():
         print(f"{name:>6}: {rate['median']:.0f} tokens/s ({rate['low']:.0f} to {rate['high']:.0f})")
-    print(f"{found['tokens']} tokens, {found['tokens_a_step']:.2f} per step with lookup; all answers the same")
+    print(f"{found['tokens']} tokens, {found['tokens_a_step']:.2f} per step with lookup; identical answers")
     device = runtimes["plain"].plan.device
     save(args.json, "lookup", device, model=args.path, lookup=options["lookup"], **found)
 

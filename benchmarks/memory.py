@@ -1,9 +1,9 @@
-"""Memory of a run beside what `qvl-edge fit` estimates.
+"""Measured memory of a run beside the estimate of `qvl-edge fit`.
 
     python -m benchmarks.memory PATH [--profile 8g] [--context 512] [--tokens 16] [--json FILE]
 
-Loads, encodes one image and generates. On a CPU the peak is that of the process (VmHWM), on CUDA what torch allocated
-and what the driver reports as used. A peak cannot be reset in every part: use a process per run.
+Loads the model, encodes one image and generates. On a CPU the peak is the process's VmHWM; on CUDA it is reported both
+by torch and by the driver. Not every peak can be reset: use one process per run.
 """
 
 import time
@@ -22,13 +22,13 @@ from qvl_edge.options import LoadOptions
 
 
 def random_blocks(size: int = 640) -> np.ndarray[Any, Any]:
-    """An image (size, size, 3) of random blocks of 32 pixels."""
+    """An image (size, size, 3) of random 32-pixel blocks."""
     blocks = np.random.default_rng(0).integers(0, 256, (size // 32, size // 32, 3), dtype=np.uint8)
     return blocks.repeat(32, 0).repeat(32, 1)
 
 
 def measure(path: str, options: dict[str, Any], tokens: int) -> dict[str, Any]:
-    """Estimate, stages and peak of one run."""
+    """The estimate, and the stages and peak of one run."""
     device = find_device(options["device"])
     cuda = device.type == "cuda"
     before = device_memory(device).free if cuda else 0
@@ -48,7 +48,7 @@ def measure(path: str, options: dict[str, Any], tokens: int) -> dict[str, Any]:
     answer = runtime.ask(random_blocks(), "What is this?", max_new_tokens=tokens, do_sample=False, ignore_eos=True)
     stage("answer", start)
     positions = answer.usage.prompt_tokens + answer.usage.completion_tokens
-    # a CPU uses the memory of the positions that are filled, a GPU that of the whole context
+    # a CPU commits the memory of filled positions only, a GPU that of the whole context
     plan = runtime.plan if cuda else replace(runtime.plan, context=positions)
     budget = estimate(runtime.config, plan)
     peak = stages["answer"]["driver_bytes" if cuda else "peak_bytes"]
@@ -66,7 +66,6 @@ def measure(path: str, options: dict[str, Any], tokens: int) -> dict[str, Any]:
 
 @exits_with_its_message("benchmarks.memory")
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, run, print, save."""
     parser = model_command("memory", __doc__, leave_out=["max_context"], device="cpu", profile="auto", max_context=512)
     parser.add_argument("--context", dest="max_context", type=int, metavar="N", help="positions (default: 512)")
     parser.add_argument("--tokens", type=int, default=16, help="to generate (default: 16)")

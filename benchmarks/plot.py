@@ -1,15 +1,13 @@
-"""The charts of saved results, drawn from their JSON: python -m benchmarks.plot RESULT.json [OUT.svg]
+"""Draw the chart of a saved result: python -m benchmarks.plot RESULT.json [OUT.svg]
 
-Results of benchmarks.latency, gpu and compression, and the log.jsonl of benchmarks.small_model.train. The commands
-themselves draw with these functions, so that a chart can be drawn again without measuring again.
+For results of benchmarks.latency, gpu and compression, and for the log.jsonl of benchmarks.small_model.train.
 """
 
-import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from benchmarks.report import exits_with_its_message
+from benchmarks.report import command, exits_with_its_message
 from qvl_edge import plot
 from qvl_edge.commands import bench
 from qvl_edge.errors import QvlError
@@ -23,16 +21,13 @@ Result = Mapping[str, Any]
 
 
 def gpu(result: Result) -> "Figure | None":
-    """Up to four panels, as far as `result` holds what they show; None if it holds nothing of them.
+    """Up to four panels, of the data that `result` has; None if it has none.
 
-    The share of memory bandwidth that each product of a layer reaches, int4_gemm's speed beside its peers by rows of x,
-    the same under the roofline of memory and tensor cores, and whole decode steps.
+    Bandwidth of a layer's GEMMs, int4_gemm's speed beside its peers by rows of x, the roofline, and decode steps.
     """
-    records = result.get("int4_gemm", [])
-    shapes = [(record["in_features"], record["out_features"]) for record in records]
-    first = sorted(
-        (record for record, shape in zip(records, shapes, strict=True) if shape == shapes[0]), key=lambda r: r["rows"]
-    )
+    records = sorted(result.get("int4_gemm", []), key=lambda record: record["rows"])
+    shape = [result["int4_gemm"][0][name] for name in ("in_features", "out_features")] if records else []
+    first = [record for record in records if [record["in_features"], record["out_features"]] == shape]
     steps = [record for record in result.get("decode_step", []) if "tokens_per_s" in record and record["batch"] == 1]
     every = [
         (_layer, (result.get("layer"),)),
@@ -76,8 +71,7 @@ def _peers(axes: "Axes", records: Sequence[Result]) -> None:
 
 
 def _roofline(axes: "Axes", records: Sequence[Result], every: Sequence[Result], copy_gb_per_s: float) -> None:
-    """TFLOP/s over operations per byte of weight and rows; the roof is what was measured on the device: the bandwidth
-    of a copy, and the fastest product of all peers."""
+    """TFLOP/s by FLOP per byte; the roof is measured: a copy's bandwidth, and the fastest GEMM of all peers."""
     k, n = records[0]["in_features"], records[0]["out_features"]
     peak = max(peer["tflop_per_s"] for record in every for peer in record["peers"].values())
     intensities = []
@@ -111,7 +105,7 @@ def _steps(axes: "Axes", records: Sequence[Result]) -> None:
 
 
 def compression(result: Result) -> "Figure":
-    """For every variant the difference of right answers and the divergence, each with its 95 % interval."""
+    """Difference in right answers, and divergence, of every variant with 95 % intervals."""
     rows = [row for row in result["variants"] if row["variant"] != "float32"][::-1]  # the first one on top
     rights = [
         next(row for row in entry["rows"] if (row["metric"], row["group"]) == ("right", None))["difference"]["mean"]
@@ -147,7 +141,7 @@ def loss(log: Path) -> "Figure":
 
 
 def draw(result: Result, path: Path) -> bool:
-    """Draw a result into `path`; False if it holds nothing to draw. QvlError for another benchmark's."""
+    """Draw a result into `path`; False if it is empty. QvlError if the benchmark has no chart."""
     footnote = plot.measured_on(result)
     match result["benchmark"]:
         case "latency":
@@ -168,11 +162,8 @@ def draw(result: Result, path: Path) -> bool:
 
 @exits_with_its_message("benchmarks.plot")
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, draw, write."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.plot", description=__doc__)
-    parser.add_argument(
-        "result", type=Path, metavar="RESULT", help="a saved result (.json), or a training log (.jsonl)"
-    )
+    parser = command("plot", __doc__)
+    parser.add_argument("result", type=Path, metavar="RESULT", help="a saved result (.json) or training log (.jsonl)")
     parser.add_argument("out", type=Path, nargs="?", help=".svg or .png (default: beside RESULT)")
     args = parser.parse_args(arguments)
     if args.result.suffix == ".jsonl":

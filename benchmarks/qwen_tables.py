@@ -1,9 +1,9 @@
-"""Qwen-VL's two tables of speed and memory, on this machine: python -m benchmarks.qwen_tables BUNDLE [--tokens 256]
+"""The two tables of Qwen-VL's README on this machine: python -m benchmarks.qwen_tables BUNDLE [--tokens 256]
 
-As its README measures them. Speed: 1,792 and 7,934 tokens generated after one image of 258 tokens, here over the whole
-call, including encoding the image and the prompt. Memory: the peak of a prompt of 1,792 tokens with one image and one
-new token, and of the longer generation. `--tokens` makes all of it shorter; the table then says what was measured,
-which is not comparable: a shorter context is faster and needs less memory. GB are 10^9 bytes.
+Speed: 1,792 and 7,934 tokens generated after one image of 258 tokens, here over the whole call, including encoding the
+image and prefill. Memory: the peak of a prompt of 1,792 tokens with one image and one new token, and of the longer
+generation. `--tokens` shortens all of these; the table then shows the measured lengths, and is not comparable: a
+shorter context is faster and needs less memory. GB are 10^9 bytes.
 """
 
 import time
@@ -23,16 +23,13 @@ GENERATED = {2048: 1792, 8192: 7934}  # tokens, by the column of the table
 SPEEDS = tuple(f"Speed ({total} tokens)" for total in GENERATED)
 MEMORIES = ("Peak Usage for Encoding 2048 Tokens", "Peak Usage for Generating 8192 Tokens")
 # QwenLM/Qwen-VL, README.md, "Inference Speed" and "GPU Memory Usage": A100-SXM4-80G, PyTorch 2.0.1, CUDA 11.4
-PUBLISHED = {
-    "BF16, published": (28.87, 24.32, 22.60, 28.01),
-    "Int4, published": (37.79, 34.34, 11.82, 17.23),
-}
+PUBLISHED = {"BF16, published": (28.87, 24.32, 22.60, 28.01), "Int4, published": (37.79, 34.34, 11.82, 17.23)}
 PUBLISHED_PARAMETERS, PUBLISHED_ON = "9.66 B", "A100-SXM4-80G"
-COUNTED = "host: this process; torch: what torch has allocated; card: what the driver reports as used, by any program."
+COUNTED = "host: this process; torch: allocated by torch; card: used by any program, as reported by the driver."
 
 
 def measure(bench: Bench, *, tokens: int | None = None) -> dict[str, Row]:
-    """One run of each, after a warm-up: column -> tokens asked for, tokens measured, and the figures."""
+    """One run per column, after a warm-up: column -> tokens asked for and measured, and the figures."""
     room = bench.runtime.max_context
     if room <= IMAGE:
         raise ConfigError(f"max_context is {room}, an image and one token take {IMAGE + 1}; raise --max-context")
@@ -48,18 +45,17 @@ def measure(bench: Bench, *, tokens: int | None = None) -> dict[str, Row]:
 
 
 def _run(bench: Bench, length: int, count: int) -> Row:
-    """A new image, text up to `length` tokens, `count` tokens after it."""
+    """A prompt of `length` tokens with a new image, and `count` generated tokens."""
     say(f"{length} tokens in, {count} out")
-    bench.runtime.forget()
-    bench.reset_peaks()
     ids, starts, images = bench.turn(1, length - IMAGE)
+    bench.reset_peaks()
     start = time.perf_counter()
     bench.generate(ids, count, starts, images)
     return {"tokens_per_s": count / (time.perf_counter() - start), "peak_bytes": bench.peaks()}
 
 
 def tables(found: dict[str, Row], about: Row, device: str) -> str:
-    """Both tables as markdown, ours below the published figures, and what was cut short."""
+    """Both tables as markdown, ours below the published figures."""
 
     def markdown(columns: tuple[str, ...], published: slice, unit: str, ours: dict[str, list[str]]) -> str:
         rows = [
@@ -78,10 +74,7 @@ def tables(found: dict[str, Row], about: Row, device: str) -> str:
     }
     speed = markdown(SPEEDS, slice(2), "", {about["model"]: speeds})
     memory = markdown(MEMORIES, slice(2, 4), " GB", peaks)
-    counted = (
-        "host: this process; torch: what torch has allocated; card: what the driver reports as used, by any program"
-    )
-    return f"{speed}\n\n{memory}\n\n{counted}."
+    return f"{speed}\n\n{memory}\n\n{COUNTED}"
 
 
 def _cut(run: Row) -> str:
@@ -90,9 +83,8 @@ def _cut(run: Row) -> str:
 
 @exits_with_its_message("benchmarks.qwen_tables")
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, load, measure, print, save."""
     parser = model_command("qwen_tables", __doc__, save="--output")
-    parser.add_argument("--tokens", type=int, metavar="N", help="generate N tokens at most, and say so")
+    parser.add_argument("--tokens", type=int, metavar="N", help="generate at most N tokens")
     args = parser.parse_args(arguments)
     if args.tokens is not None and args.tokens < 2:
         parser.error("--tokens has to be 2 or more")

@@ -1,4 +1,4 @@
-"""What every benchmark's command shares: its parser, its tables, how it ends, and the result that it saves."""
+"""Shared by the benchmarks' commands: parser, tables, saved results, error exits."""
 
 import argparse
 import contextlib
@@ -14,7 +14,7 @@ from qvl_edge.options import LoadOptions
 
 
 def command(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The parser of `python -m benchmarks.NAME`, whose help is the module's docstring."""
+    """The parser of `python -m benchmarks.NAME`; doc: the module's docstring."""
     return argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -23,30 +23,30 @@ def command(name: str, doc: str | None) -> argparse.ArgumentParser:
 def model_command(
     name: str, doc: str | None, *, leave_out: Sequence[str] = (), save: str = "--json", **defaults: Any
 ) -> argparse.ArgumentParser:
-    """`command` with a model's PATH, how it is loaded (`defaults` are of LoadOptions), and where to save the result."""
+    """`command` with a model's PATH, LoadOptions with other `defaults`, and the option `save`."""
     parser = command(name, doc)
     parser.add_argument("path", metavar="PATH", help="a bundle or a checkpoint")
     add_save(parser, save)
-    here = ", ".join(f"{option} {value}" for option, value in defaults.items() if option not in leave_out)
-    title = f"loading (defaults here: {here})" if here else "loading"
+    shown = ", ".join(f"{option} {value}" for option, value in defaults.items() if option not in leave_out)
+    title = f"loading (defaults here: {shown})" if shown else "loading"
     LoadOptions.add_arguments(parser.add_argument_group(title), leave_out=leave_out)
     parser.set_defaults(**defaults)
     return parser
 
 
 def add_save(parser: argparse.ArgumentParser, flag: str = "--json") -> None:
-    """The option that `save` takes its path from."""
+    """The option with the path for `save`."""
     parser.add_argument(flag, type=Path, metavar="FILE.json", help="save the result, with machine, versions and commit")
 
 
 def save(path: Path | None, name: str, device: str, **figures: Any) -> None:
-    """A result as JSON, with what it was measured on; nothing where no path was given. At once or not at all."""
+    """Write a result and the machine as JSON, atomically; nothing if `path` is None."""
     if path is not None:
         write_json(path, {"benchmark": name, **describe_machine(device), **figures})
 
 
 def print_machine(device: str) -> None:
-    """What a table was measured on, above it."""
+    """The line above a table."""
     machine = describe_machine(device)
     versions = machine["versions"]
     print(f"{machine['device']}, {machine['threads']} of {machine['cores']} cores, torch {versions['torch']}\n")
@@ -60,7 +60,7 @@ def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 @contextlib.contextmanager
 def exits_with_its_message(program: str) -> Iterator[None]:
-    """A QvlError inside ends `python -m program` with its message and exit code 1; also a decorator of a main."""
+    """Exit `python -m program` with the message of a QvlError and code 1; also a decorator."""
     try:
         yield
     except QvlError as error:

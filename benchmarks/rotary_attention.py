@@ -1,9 +1,9 @@
-"""rotary_attention against torch's attention, in one run: python -m benchmarks.rotary_attention [--json FILE]
+"""rotary_attention against torch's attention: python -m benchmarks.rotary_attention [--json FILE]
 
 Decoding one token at several contexts and batches, with a float16 and an int8 cache, and prefill from an empty cache.
-Every candidate is checked against float64 before it is timed. A candidate is timed over as many separate caches as
-outgrow the device's own, all calls of a round captured into one CUDA graph: in a model, too, each layer has its cache,
-and no call waits for Python. `--device cpu --tiny` shows on small shapes, in Triton's interpreter, that it all runs.
+Every candidate is checked against float64, then timed over enough KV caches to exceed L2, all calls of a round in one
+CUDA graph: as in a model, where each layer has its cache and no call waits for Python. `--device cpu --tiny` is a smoke
+test on small shapes in Triton's interpreter.
 """
 
 from collections.abc import Callable, Iterator
@@ -19,11 +19,11 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks import report
 from benchmarks.kernels.problem import attention_error, expect_below, random_attention, random_cache
-from benchmarks.kernels.timing import OUTGROWS_CACHES, copy_gb_per_s, measure, one_after_another, use_device
+from benchmarks.kernels.timing import OUTGROWS_CACHES, add_device, copy_gb_per_s, measure, one_after_another, use_device
 from kernels import AttentionArgs, rotary_attention, rotate
 
 MAX_COPIES = 64
-# relative norm error against float64, over the cache as it is; torch rounds q, k and p to float16 on its way
+# relative norm error against float64 over the same cache; torch rounds q, k and p to float16
 TOLERANCE = 2e-3
 CHECKED_HEADS = 2  # of the first and the last sequence
 OURS, OURS_INT8 = "rotary_attention", "rotary_attention, int8"
@@ -32,11 +32,11 @@ Candidate = Callable[[AttentionArgs], Tensor]
 
 @dataclass(frozen=True)
 class Shapes:
-    """What is measured; Qwen-7B's attention unless tiny."""
+    """What is measured; by default Qwen-7B's attention."""
 
     heads: int = 32
     dim: int = 128
-    contexts: tuple[int, ...] = (2048, 256, 8192)  # the most telling first
+    contexts: tuple[int, ...] = (2048, 256, 8192)  # the most informative first
     batches: tuple[int, ...] = (1, 4, 16)
     prompts: tuple[int, ...] = (256, 512, 1024, 2048)
 
@@ -45,7 +45,7 @@ TINY = Shapes(heads=2, dim=32, contexts=(40,), batches=(2,), prompts=(20,))
 
 
 def separate(args: AttentionArgs, *, backend: SDPBackend | None) -> Tensor:
-    """Rotary and append in torch, then torch's attention by `backend`, torch's own choice if None."""
+    """Rotary and append in torch, then torch's attention; backend None: torch's choice."""
     q, k = rotate(args.q, args.cos, args.sin), rotate(args.k, args.cos, args.sin)
     args.k_cache[:, :, -q.shape[1] :] = k.transpose(1, 2)
     args.v_cache[:, :, -q.shape[1] :] = args.v.transpose(1, 2)
@@ -53,7 +53,7 @@ def separate(args: AttentionArgs, *, backend: SDPBackend | None) -> Tensor:
 
 
 def alone(args: AttentionArgs, *, q: Tensor, backend: SDPBackend | None) -> Tensor:
-    """torch's attention only, of a rotated q over a cache that holds the new tokens."""
+    """torch's attention of a rotated q over a cache that already has the new tokens."""
     context: AbstractContextManager[Any] = nullcontext() if backend is None else sdpa_kernel(backend)
     with context:
         causal = q.shape[1] > 1
@@ -62,23 +62,21 @@ def alone(args: AttentionArgs, *, q: Tensor, backend: SDPBackend | None) -> Tens
 
 
 def candidates(args: AttentionArgs, device: str) -> dict[str, Candidate]:
-    """Everything that computes the attention of `args`, which end where the cache ends, by name; those with int8 in it
-    take an int8 cache."""
+    """By name, implementations of the attention of `args`, whose tokens end the cache; "int8": over an int8 cache."""
     ours = partial(rotary_attention, backend="triton")
     calls: dict[str, Candidate] = {OURS: ours, OURS_INT8: ours}
-    kinds = (
-        {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION} if device == "cuda" else {"": None}
-    )
+    backends: dict[str, SDPBackend | None] = {"sdpa": None}
+    if device == "cuda":
+        backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
     q = rotate(args.q, args.cos, args.sin)
-    for name, kind in kinds.items():
-        label = f"sdpa {name}".strip()
+    for label, kind in backends.items():
         calls[f"rotary, append, {label}"] = partial(separate, backend=kind)
         calls[f"{label} alone"] = partial(alone, q=q, backend=kind)
     return calls
 
 
 def check(name: str, out: Tensor, args: AttentionArgs) -> float:
-    """Largest relative norm error of what is checked; SystemExit if it is too large to be worth timing."""
+    """The largest relative norm error; SystemExit if it exceeds the tolerance."""
     error = max(attention_error(out, args, sequence, CHECKED_HEADS) for sequence in {0, len(out) - 1})
     return expect_below(error, TOLERANCE, f"{name} at {tuple(out.shape)}")
 
@@ -86,10 +84,9 @@ def check(name: str, out: Tensor, args: AttentionArgs) -> float:
 def records(
     device: str, *, tiny: bool = False, rounds: int = 50, seconds: float = 2.0, shapes: Shapes | None = None
 ) -> Iterator[dict[str, Any]]:
-    """One record per decode step and per prompt, each as soon as it is measured: every candidate's microseconds a call.
+    """One record per decode step and per prompt, yielded when measured: every candidate's microseconds per call.
 
-    A candidate that cannot run here stands under "missing" with the reason; what does not fit into memory is a record
-    with "skipped" in it.
+    "missing" has the reason why a candidate cannot run here; "skipped" is in a record that does not fit into memory.
     """
     shapes = shapes or (TINY if tiny else Shapes())
     bandwidth = copy_gb_per_s(device)
@@ -121,14 +118,11 @@ def _measure(
     size = 4 * batch * heads * dim * capacity  # bytes of a float16 cache
     count = max(2, min(MAX_COPIES, OUTGROWS_CACHES // size if device == "cuda" else 2))
     first = random_attention(heads, dim, capacity, [start] * batch, length, device=device, int8=False)
-
-    def another(seed: int, *, int8: bool) -> AttentionArgs:
-        return replace(first, **random_cache(batch, heads, capacity, dim, device=device, int8=int8, seed=seed))
-
-    copies = {
-        False: [first, *(another(seed, int8=False) for seed in range(1, count))],
-        True: [another(seed, int8=True) for seed in range(2 * count)],
-    }
+    copies = {False: [first], True: []}
+    for int8, seeds in ((False, range(1, count)), (True, range(2 * count))):
+        for seed in seeds:
+            cache = random_cache(batch, heads, capacity, dim, device=device, int8=int8, seed=seed)
+            copies[int8].append(replace(first, **cache))
     peers: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
     calls: dict[str, Callable[[], object]] = {}
@@ -150,7 +144,7 @@ def _measure(
 
 
 def cache_bytes(args: AttentionArgs) -> int:
-    """Read by one decoded token."""
+    """Read for one decoded token."""
     parts = (args.k_cache, args.v_cache, args.k_scales, args.v_scales)
     return sum(part.nbytes for part in parts if part is not None)
 
@@ -177,15 +171,13 @@ def table(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, measure, print, save."""
     parser = report.command("rotary_attention", __doc__)
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, to see that it runs")
-    parser.add_argument("--rounds", type=int, default=50, help="graphs of each candidate that count (default: 50)")
+    add_device(parser)
+    parser.add_argument("--rounds", type=int, default=50, help="timed graph replays per candidate (default: 50)")
     parser.add_argument("--seconds", type=float, default=2.0, help="at most, per candidate and task (default: 2)")
     report.add_save(parser)
     args = parser.parse_args(arguments)
-    use_device(parser, args.device, tiny=args.tiny)
+    use_device(parser, args)
     results = []
     with torch.inference_mode():
         for record in records(args.device, tiny=args.tiny, rounds=args.rounds, seconds=args.seconds):

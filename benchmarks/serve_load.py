@@ -1,11 +1,11 @@
-"""The server under load: is every accepted answer right, is the rest rejected with 429, and what does batching gain?
+"""Load test of the server: correct answers, 429 for the rest, and the speed-up by batching.
 
     python -m benchmarks.serve_load PATH [--clients 64] [--seconds 180] [--slots 8] [--json FILE]
 
-Over loopback, each client streams one answer after another, of mixed lengths, about synthetic scenes; a fifth of the
-requests is disconnected at a random moment. Right is what a lone Runtime answers, greedily. Afterwards one client sends
-one request at a time, for the throughput to compare with. The model is small, so a step is mostly overhead: how much
-batching gains depends on the model and the device.
+Over loopback, each client streams answers of mixed lengths about synthetic scenes, one after another; a fifth of the
+requests disconnect at a random moment. Answers must equal those of a Runtime without a server. Afterwards a single
+client measures the throughput of one request at a time. The speed-up depends on the model and the device: a step of the
+small model is mostly overhead.
 """
 
 import base64
@@ -40,7 +40,7 @@ TIMEOUT_S = 60.0  # a request that takes longer counts as hanging
 
 @dataclass
 class Case:
-    """One request, and its right answer."""
+    """A request, and its expected answer."""
 
     body: dict[str, Any]
     text: str
@@ -48,7 +48,7 @@ class Case:
 
 
 def cases(runtime: Runtime, count: int) -> list[Case]:
-    """Requests over a few scenes, so that images and prompts are shared, as in real traffic."""
+    """Requests about a few scenes, so that images and prompts repeat, as in real traffic."""
     rng = np.random.default_rng(0)
     made: list[Case] = []
     while len(made) < count:
@@ -72,7 +72,7 @@ _LOCK = threading.Lock()
 
 @dataclass
 class Tally:
-    """What happened to the requests."""
+    """Outcomes of the requests."""
 
     counts: Counter[str] = field(default_factory=Counter)
     wrong: list[str] = field(default_factory=list)
@@ -90,7 +90,7 @@ class Tally:
 
 
 def ask_once(client: httpx.Client, case: Case, rng: random.Random, tally: Tally, *, disconnect: float) -> None:
-    """One request to its end, or to where its client disconnects."""
+    """One request, to its end or until its client disconnects."""
     start = time.perf_counter()
     leave = start + rng.expovariate(1 / 0.3) if rng.random() < disconnect else None
     text = ""
@@ -119,13 +119,13 @@ def ask_once(client: httpx.Client, case: Case, rng: random.Random, tally: Tally,
 
 
 def run_clients(*arguments: Any) -> tuple[Tally, float]:
-    """`_run_clients` in a process of its own, so that the clients do not hold up the server's threads."""
+    """`_run_clients` in another process, whose GIL the server's threads do not share."""
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         return pool.submit(_run_clients, *arguments).result()
 
 
 def _run_clients(url: str, made: list[Case], clients: int, seconds: float, disconnect: float) -> tuple[Tally, float]:
-    """`clients` at once for `seconds`; the tally and the seconds until the last request had ended."""
+    """`clients` threads for `seconds`; the tally, and the seconds until the last request ended."""
     start = time.perf_counter()
     tally, end = Tally(), start + seconds
 
@@ -151,7 +151,7 @@ def _run_clients(url: str, made: list[Case], clients: int, seconds: float, disco
 
 @contextlib.contextmanager
 def serving(runtime: Runtime, waiting: int) -> Iterator[tuple[str, Worker]]:
-    """The server on a free port of loopback; yields its address and its worker."""
+    """The server on a free loopback port: its address and its worker."""
     import uvicorn
 
     from qvl_edge.commands.serve import UVICORN
@@ -176,26 +176,26 @@ def serving(runtime: Runtime, waiting: int) -> Iterator[tuple[str, Worker]]:
 
 
 def measure(runtime: Runtime, *, clients: int, seconds: float, waiting: int, requests: int) -> dict[str, Any]:
-    """All clients, then one request at a time; SystemExit if an answer was wrong or a request hung."""
+    """All clients, then one request at a time; SystemExit if an answer is wrong or a request hangs."""
     made = cases(runtime, requests)
     runtime.forget()
     short = min(30.0, seconds)
     with serving(runtime, waiting) as (url, worker):
-        run_clients(url, made, clients, short, DISCONNECT)  # warm-up: what is allocated once
+        run_clients(url, made, clients, short, DISCONNECT)  # warm-up: one-time allocations
         trim_heap()
         before = resident_bytes()
         tally, took = run_clients(url, made, clients, seconds, DISCONNECT)
         deadline = time.perf_counter() + 10
         while (worker.running or worker.waiting) and time.perf_counter() < deadline:
             time.sleep(0.05)
-        idle = (worker.running, worker.waiting) == (0, 0)
+        idle = not (worker.running or worker.waiting)
         trim_heap()
         after = resident_bytes()
         lone, lone_took = run_clients(url, made, 1, short, 0.0)
     bad = {name: count for name, count in tally.counts.items() if name not in ("right", "429", "hung up")}
     if bad or not idle or lone.counts["right"] != lone.counts.total():
         raise SystemExit(f"{bad or lone.counts}, idle at the end: {idle}; first wrong ones: {tally.wrong[:3]}")
-    ordered = sorted(tally.seconds)
+    latencies = np.percentile(tally.seconds, (50, 90, 99), method="inverted_cdf")
     return {
         "clients": clients,
         "slots": runtime.plan.slots,
@@ -203,7 +203,7 @@ def measure(runtime: Runtime, *, clients: int, seconds: float, waiting: int, req
         "seconds": took,
         "outcomes": dict(tally.counts),
         "tokens_per_s": tally.tokens / took,
-        "latency_s": {f"p{p}": ordered[min(len(ordered) - 1, len(ordered) * p // 100)] for p in (50, 90, 99)},
+        "latency_s": dict(zip(("p50", "p90", "p99"), latencies.tolist(), strict=True)),
         "one_at_a_time": {"outcomes": dict(lone.counts), "tokens_per_s": lone.tokens / lone_took},
         "before_bytes": before,
         "after_bytes": after,
@@ -213,12 +213,11 @@ def measure(runtime: Runtime, *, clients: int, seconds: float, waiting: int, req
 
 @exits_with_its_message("benchmarks.serve_load")
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, run, print, save."""
     parser = model_command("serve_load", __doc__, device="cpu", max_context=1024)
     parser.add_argument("--clients", type=int, default=64)
     parser.add_argument("--seconds", type=float, default=180.0)
     parser.add_argument("--slots", type=int, default=8)
-    parser.add_argument("--waiting", type=int, default=32, help="requests that may wait for a slot; more get 429")
+    parser.add_argument("--waiting", type=int, default=32, help="queue limit; further requests get 429")
     parser.add_argument("--cases", type=int, default=60, help="different requests")
     args = parser.parse_args(arguments)
     runtime = Runtime.from_pretrained(args.path, **LoadOptions.given(args))
@@ -226,8 +225,8 @@ def main(arguments: list[str] | None = None) -> None:
     latency = ", ".join(f"{name} {value:.2f} s" for name, value in found["latency_s"].items())
     print(
         f"{found['clients']} clients, {found['slots']} slots, {found['seconds']:.0f} s: {found['outcomes']}\n"
-        f"every finished answer is that of a lone run; {latency}\n"
-        f"{found['tokens_per_s']:.0f} tokens/s, one at a time {found['one_at_a_time']['tokens_per_s']:.0f}\n"
+        f"all finished answers are right; {latency}\n"
+        f"{found['tokens_per_s']:.0f} tokens/s, {found['one_at_a_time']['tokens_per_s']:.0f} one at a time\n"
         f"memory {found['before_bytes'] / 1e6:.0f} MB before, {found['after_bytes'] / 1e6:.0f} MB after"
     )
     save(args.json, "serve_load", runtime.plan.device, **found)

@@ -1,12 +1,12 @@
-"""Long conversations: does memory stay flat over a thousand turns, and is every answer that of a fresh run?
+"""Long conversations: memory growth over a thousand turns, and answers compared with fresh runs.
 
     python -m benchmarks.soak PATH [--turns 1000] [--images 100] [--json FILE]
 
 Conversations of one to six turns over the synthetic scenes, each turn a follow-up question or a question about another
-image. The features of 32 images and the keys and values of one conversation are cached, so that both caches turn over
-all the time. Memory is read after every turn, once glibc has returned what was freed, which otherwise varies by 50 MB;
-the slope is a least-squares line through the second half, when everything has been allocated. Every --compare-th
-answer is generated again by a runtime that forgets everything first.
+image. The features of 32 images and the keys and values of one conversation are cached, so both caches keep evicting.
+Memory is read after every turn, after glibc has returned freed memory, which otherwise varies by 50 MB; the slope is a
+least-squares fit of the second half, when everything has been allocated. Every --compare-th answer is generated again
+by a runtime with empty caches.
 """
 
 from collections.abc import Iterator
@@ -25,7 +25,7 @@ MAX_TURNS = 6  # of a conversation
 
 
 def turns(count: int, images: int, seed: int = 0) -> Iterator[tuple[list[dict[str, Any]], bool]]:
-    """(query, whether it starts a new conversation) of every turn."""
+    """(query, starts a new conversation) of every turn."""
     rng = np.random.default_rng(seed)
     scenes: dict[int, Any] = {}
     left = 0
@@ -44,7 +44,7 @@ def turns(count: int, images: int, seed: int = 0) -> Iterator[tuple[list[dict[st
 
 
 def soak(runtime: Runtime, fresh: Runtime, count: int, images: int, compare: int) -> dict[str, Any]:
-    """Run the turns; SystemExit at the first answer that differs from a fresh one."""
+    """Run the turns; SystemExit if an answer differs from a fresh one."""
     memory, reused, prompt, compared = [], 0, 0, 0
     history: list[tuple[Any, str]] = []
     for index, (query, new) in enumerate(turns(count, images)):
@@ -54,7 +54,7 @@ def soak(runtime: Runtime, fresh: Runtime, count: int, images: int, compare: int
             fresh.forget()
             expected = fresh.answer(query, history, do_sample=False, max_new_tokens=96)
             if expected.token_ids != answer.token_ids:
-                raise SystemExit(f"turn {index}: {answer.text!r}, and {expected.text!r} from a fresh run")
+                raise SystemExit(f"turn {index}: {answer.text!r}, but {expected.text!r} from a fresh run")
             compared += 1
         history.append((query, answer.text))
         reused, prompt = reused + answer.usage.cached_tokens, prompt + answer.usage.prompt_tokens
@@ -80,11 +80,10 @@ def soak(runtime: Runtime, fresh: Runtime, count: int, images: int, compare: int
 
 @exits_with_its_message("benchmarks.soak")
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, run, print, save."""
     parser = model_command("soak", __doc__, device="cpu", max_context=4096)
     parser.add_argument("--turns", type=int, default=1000)
     parser.add_argument("--images", type=int, default=100)
-    parser.add_argument("--compare", type=int, default=1, metavar="N", help="every N-th answer with a fresh run's (1)")
+    parser.add_argument("--compare", type=int, default=1, metavar="N", help="every N-th answer with a fresh run (1)")
     args = parser.parse_args(arguments)
     runtime, fresh = (Runtime.from_pretrained(args.path, **LoadOptions.given(args)) for _ in range(2))
     found = soak(runtime, fresh, args.turns, args.images, args.compare)

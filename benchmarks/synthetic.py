@@ -3,8 +3,8 @@
     python -m benchmarks.synthetic OUT [--int4] [--layers N] [--visual-layers N] [--seed S] [--tokenizer qwen.tiktoken]
 
 Settings, names and shapes are those of Qwen-VL-Chat, or with --int4 of Qwen-VL-Chat-Int4. Weights are scaled so that
-activations keep their size from the first to the last block, in float16 too, with some channels of the residual eight
-times as large as the rest, as in language models. Its answers are noise.
+activations keep their magnitude through all blocks, also in float16; as in language models, some channels of the
+residual are eight times as large as the rest. Answers are noise.
 """
 
 import base64
@@ -14,7 +14,6 @@ import shutil
 import time
 import zlib
 from collections.abc import Callable, Iterator
-from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +23,7 @@ from torch import Tensor
 from benchmarks.report import command, exits_with_its_message, say
 from qvl_edge.checkpoint import SAFETENSORS_INDEX, VISUAL
 from qvl_edge.config import Config
+from qvl_edge.demo import SMALL_MODEL
 from qvl_edge.errors import CheckpointError
 from qvl_edge.files import Layout, check_free_space, copy_file, layout_bytes, write_json, write_shard
 from qvl_edge.model.loading import expected_tensors
@@ -31,19 +31,16 @@ from qvl_edge.published import CONFIG, GENERATION, QUANTIZATION
 from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer
 
 SHARD_BYTES = 2_000_000_000
-_POOL = 1 << 22  # random numbers that all tensors are cut from: 16 MiB stay in the processor's cache
+_POOL = 1 << 22  # random numbers that all tensors are cut from: 16 MiB, which fit into a CPU's cache
 _PIECE = _POOL // 2
-_OUTLIER_EVERY, _OUTLIER_SCALE = 512, 8.0  # one channel of so many is so many times as large
-_LEVELS_STD = math.sqrt((16**2 - 1) / 12)  # of levels drawn evenly from 0 … 15
+_OUTLIER_EVERY, _OUTLIER_SCALE = 512, 8.0  # one channel in 512 is 8 times as large
+_LEVELS_STD = math.sqrt((16**2 - 1) / 12)  # of uniform levels 0 … 15
 _INTEGERS = ("qweight", "qzeros", "g_idx")
 _RESIDUAL = ("attn.c_proj", "mlp.c_proj", "attn.out_proj")  # their output is added to the residual
 
-Progress = Callable[[int, int], None]
-"""Bytes written, and bytes in all."""
-
 
 class Values:
-    """Random tensors of a config: windows of one pool, with another start and sign for each piece of each tensor."""
+    """Random tensors of a config: windows of one pool, each piece with its own start and sign."""
 
     def __init__(self, config: Config, seed: int):
         self.config, self.seed = config, seed
@@ -60,14 +57,14 @@ class Values:
         }
 
     def pieces(self, name: str, dtype: torch.dtype, shape: tuple[int, ...]) -> Iterator[Tensor]:
-        """The tensor `name` in pieces of at most 2 Mi values, each valid until the next one is asked for."""
+        """The tensor `name` in pieces of at most 2 Mi values; a piece is overwritten by the next one."""
         part = name.rpartition(".")[2]
         if part == "g_idx":
             assert self.config.quantization is not None
             yield torch.arange(shape[0], dtype=dtype) // self.config.quantization.group_size
             return
         if part == "qzeros":
-            yield torch.full(shape, 0x77777777, dtype=dtype)  # zero 8, stored less one
+            yield torch.full(shape, 0x77777777, dtype=dtype)  # GPTQ stores zero - 1, and zero is 8
             return
         generator = torch.Generator().manual_seed(self.seed << 32 | zlib.crc32(name.encode()))
         row = math.prod(shape[1:])
@@ -79,7 +76,7 @@ class Values:
             if part == "qweight":
                 yield self._words[window].view(rows, row)
                 continue
-            # into the same memory: a fresh 8 MiB each time costs more in page faults than in arithmetic
+            # into the same memory: page faults of a fresh 8 MiB cost more than the arithmetic
             values = torch.mul(self._normal[window], scale if sign % 2 else -scale, out=self._values[: rows * row])
             values = self._with_outliers(name, values.view(rows, *shape[1:]), start)
             if shift:
@@ -105,12 +102,12 @@ class Values:
         return self._weight_scale(owner, shape[0] if part == "proj" else math.prod(shape[1:])), 0.0
 
     def _weight_scale(self, owner: str, inputs: int) -> float:
-        """1 / sqrt(inputs) keeps a variance; all that is added to a residual together adds a variance of one."""
+        """1 / sqrt(inputs) keeps the variance; all additions to a residual together have a variance of one."""
         layers = self.config.visual.layers if owner.startswith(VISUAL) else self.config.num_hidden_layers
         return (inputs * (2 * layers if owner.endswith(_RESIDUAL) else 1)) ** -0.5
 
     def _with_outliers(self, name: str, values: Tensor, start: int) -> Tensor:
-        """Rows (of scales and embeddings: columns) that write to the outlier channels of the residual, enlarged."""
+        """Enlarge the rows (of scales and embeddings: columns) that write to the residual's outlier channels."""
         owner, _, part = name.rpartition(".")
         columns = part == "scales" or owner.endswith("wte")
         if owner.endswith(("wte", *_RESIDUAL)) and values.ndim == 2:
@@ -123,7 +120,7 @@ class Values:
 
 
 def layout_of(config: Config) -> dict[str, tuple[torch.dtype, tuple[int, ...]]]:
-    """dtype and shape of every tensor: float16 and int32 of an int4 model, else all in config's torch_dtype."""
+    """dtype and shape of every tensor: float16 and int32 if quantized, else torch_dtype."""
     floating = getattr(torch, "float16" if config.quantization else config.torch_dtype)
     return {
         name: (torch.int32 if name.rpartition(".")[2] in _INTEGERS else floating, shape)
@@ -142,8 +139,8 @@ def split_layout(layout: Layout) -> list[dict[str, tuple[torch.dtype, tuple[int,
 
 
 def write_vocabulary(path: Path, ranks: int) -> None:
-    """A qwen.tiktoken of `ranks` entries: the published first 4,096, then byte strings that no UTF-8 text contains."""
-    known = files("qvl_edge.demo").joinpath("checkpoint", VOCAB_FILE).read_bytes().splitlines(keepends=True)[:ranks]
+    """A qwen.tiktoken of `ranks` entries: the first 4,096 published ones, then byte strings that are not UTF-8."""
+    known = (SMALL_MODEL / VOCAB_FILE).read_bytes().splitlines(keepends=True)[:ranks]
     filler = (b"\xff" + rank.to_bytes(3, "big") for rank in range(len(known), ranks))  # 0xff never occurs in UTF-8
     lines = (b"%s %d\n" % (base64.b64encode(token), rank) for rank, token in enumerate(filler, len(known)))
     path.write_bytes(b"".join([*known, *lines]))
@@ -156,11 +153,12 @@ def write_synthetic(
     int4: bool,
     seed: int = 0,
     tokenizer: Path | None = None,
-    progress: Progress = lambda written, total: None,
+    progress: Callable[[int, int], None] = lambda written, total: None,
 ) -> None:
-    """Write the checkpoint `folder` of `settings` (a config.json); it appears when it is complete.
+    """Write a checkpoint of `settings` (a config.json); `folder` appears once complete.
 
-    CheckpointError if the folder is there already, or `tokenizer` has another size; BundleError if the disk is full.
+    CheckpointError if it exists, or if `tokenizer` has another size; BundleError if the disk is full. progress: called
+    with the bytes written and their total.
     """
     settings = settings | ({"torch_dtype": "float16", "quantization_config": QUANTIZATION} if int4 else {})
     config = Config.from_dict(settings)
@@ -206,13 +204,12 @@ def write_synthetic(
 
 @exits_with_its_message("benchmarks.synthetic")
 def main(arguments: list[str] | None = None) -> None:
-    """The command."""
     parser = command("synthetic", __doc__)
-    parser.add_argument("folder", type=Path, metavar="OUT", help="folder to make")
+    parser.add_argument("folder", type=Path, metavar="OUT", help="the checkpoint's folder")
     parser.add_argument("--int4", action="store_true", help="as Qwen-VL-Chat-Int4: 9.7 GB (default: bfloat16, 19.3 GB)")
     parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="of the decoder (default: 32)")
     parser.add_argument("--visual-layers", type=int, default=CONFIG["visual"]["layers"], help="default: 48")
-    parser.add_argument("--seed", type=int, default=0, help="other weights (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the weights (default: 0)")
     parser.add_argument("--tokenizer", type=Path, metavar="FILE", help="the published qwen.tiktoken, if you have it")
     args = parser.parse_args(arguments)
     settings = json.loads(json.dumps(CONFIG)) | {"num_hidden_layers": args.layers}

@@ -1,9 +1,8 @@
 """Find the tiles of a GPU and write them into its family's table: python -m benchmarks.tune --device cuda [--write]
 
-Candidates are pruned by shared memory, and each is checked against float64 before it is timed, in a CUDA graph over as
-many weights as outgrow the caches. `--estimate` chooses without a GPU, for those that benchmarks/kernels/offline.py
-lists, from what the kernels compile to, and marks its entries as not measured; it leaves measured ones alone. Nothing
-of this is used while a model runs.
+Candidates are pruned by shared memory; each is checked against float64, then timed in a CUDA graph over enough weights
+to exceed the caches. `--estimate` needs no GPU: for those listed in benchmarks/kernels/offline.py it chooses from the
+compiled kernels and marks the entries as not measured; measured ones stay. The runtime only reads the tables.
 """
 
 import json
@@ -21,7 +20,7 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from benchmarks.kernels.offline import GPUS, Compiled, Gpu, compile_launch, gemm_launch
+from benchmarks.kernels.offline import GPUS, Compiled, Gpu, Launch, compile_launch, gemm_launch
 from benchmarks.kernels.problem import GEMMS, Gemm, Problem
 from benchmarks.kernels.timing import measure, one_after_another
 from benchmarks.report import command, say
@@ -37,6 +36,7 @@ from kernels.gpu.tiles import (
     pipeline_bytes,
 )
 from kernels.gpu.weight import TILE
+from qvl_edge.files import read_json, replacing
 from qvl_edge.machine import describe_machine
 
 ROWS = {8: 1, 16: 16, 32: 32, 64: 64, 128: 512}  # rows at which the tiles of each block_m are compared
@@ -45,7 +45,7 @@ PREFILL_SHAPES = ((128, 4), (128, 8), (64, 4))
 DECODE_STAGES, PREFILL_STAGES = (4, 3, 5), (3, 2, 4)
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 22)
 
-# what the estimate takes for granted; rough, and the reason why a measurement replaces it
+# assumptions of the estimate; rough, which is why a measurement replaces it
 LATENCY_US = 0.8  # of memory under load
 EFFICIENCY = 0.92  # of the published bandwidth, as a copy reaches it
 ISSUE_RATE = 3.2  # of a multiprocessor's four instructions a cycle
@@ -60,7 +60,7 @@ def splits_of(gemm: Gemm) -> list[int]:
 
 
 def candidates(gemm: Gemm, block_m: int, device: DeviceKey) -> list[Tile]:
-    """Every tile worth trying, first those that are most likely good."""
+    """Every tile worth trying, the most promising first."""
     if block_m in DECODE_ROWS:
         tiles = [
             Tile(block_m, block_n, split, warps, stages)
@@ -87,7 +87,7 @@ def shared_bytes(tile: Tile, bits: int) -> int:
 def search(tiles: Iterable[Tile], cost: Callable[[Tile], float]) -> tuple[Tile, float]:
     """The cheapest tile: all shapes and splits at the first number of stages, then all stages of the best of these.
 
-    ValueError if every candidate costs infinitely much, which says that it cannot run.
+    An infinite cost means that a tile cannot run. ValueError if none can.
     """
     known: dict[Tile, float] = {}
 
@@ -108,7 +108,7 @@ def search(tiles: Iterable[Tile], cost: Callable[[Tile], float]) -> tuple[Tile, 
 
 
 def measure_tile(problems: list[Problem], tile: Tile, *, rounds: int) -> float:
-    """Microseconds of one launch; infinite where it cannot run, SystemExit where it computes something else."""
+    """Microseconds of one launch; infinite if it cannot run, SystemExit if its result is wrong."""
     try:
         problems[0].checked(tile)
     except (RuntimeError, TritonError):  # too much shared memory, or more than the assembler can do
@@ -127,11 +127,10 @@ def tune(gemm: Gemm, block_m: int, *, rounds: int) -> tuple[Tile, float]:
 
 
 def estimate(gpu: Gpu, gemm: Gemm, tile: Tile, compiled: Compiled) -> float:
-    """Microseconds of one launch by arithmetic: the slowest of memory, instructions and tensor cores, and the start.
+    """Estimated microseconds of one launch: the slowest of memory, instructions and tensor cores, plus start-up.
 
-    Memory is used in full only if enough of it is on its way at any time, and if no multiprocessor has more to do than
-    the others (half of what it has too much is taken to be made good by the bandwidth that the others leave it, unless
-    some have nothing).
+    Full bandwidth needs enough bytes in flight and evenly loaded multiprocessors. An overloaded one is assumed to make
+    up half of its excess with the bandwidth that the others leave, unless some are idle.
     """
     if compiled.spilled or compiled.loop is None:
         return math.inf
@@ -142,12 +141,12 @@ def estimate(gpu: Gpu, gemm: Gemm, tile: Tile, compiled: Compiled) -> float:
     chunks, tiles = -(-gemm.k // CHUNK), -(-gemm.n // tile.block_n)
     programs = tiles * tile.split_k * -(-rows // tile.block_m)
     share = -(-chunks // tile.split_k)
-    fullest = -(-programs // gpu.multiprocessors)  # programs of the multiprocessor with most of them
+    fullest = -(-programs // gpu.multiprocessors)  # programs of the most loaded multiprocessor
     active = min(resident, fullest)
     step_bytes = tile.block_n * (CHUNK * gemm.bits // 8 + 2)
     memory = tiles * chunks * step_bytes / (gpu.gb_per_s * EFFICIENCY * 1e3)
-    on_its_way = min(programs, resident * gpu.multiprocessors) * (tile.num_stages - 1) * step_bytes
-    memory *= max(1.0, gpu.gb_per_s * 1e3 * LATENCY_US / on_its_way)
+    in_flight = min(programs, resident * gpu.multiprocessors) * (tile.num_stages - 1) * step_bytes
+    memory *= max(1.0, gpu.gb_per_s * 1e3 * LATENCY_US / in_flight)
     balance = fullest * share * gpu.multiprocessors / (programs * share)
     cycles_per_us = gpu.ghz * 1e3
     issue = fullest * share * compiled.loop.length * tile.num_warps / ISSUE_RATE / cycles_per_us
@@ -157,41 +156,35 @@ def estimate(gpu: Gpu, gemm: Gemm, tile: Tile, compiled: Compiled) -> float:
     if tile.split_k > 1:
         start += LATENCY_US * 2 + tile.split_k * tile.block_m * tile.block_n * 4 / 50e3  # 50 GB/s for one program
     if tile.block_m in PREFILL_ROWS:
-        # what one program waits for, others have to fill
+        # other programs fill the time that one waits
         return max(memory, (issue + tensor) / min(active, 2) if active > 1 else issue + tensor, issue, tensor) + start
     waste = balance if fullest == 1 else (1 + balance) / 2
     return max(memory * waste, issue, tensor) + start
 
 
-def _compile(job: tuple[Any, int]) -> Compiled:
-    return compile_launch(*job)
-
-
 def estimate_all(gpus: Sequence[Gpu], gemms: Sequence[Gemm]) -> dict[Gpu, list[dict[str, Any]]]:
     """Entries for each GPU, from one compilation of each shape for its architecture."""
     launch_of = cache(gemm_launch)
-    kinds = [(gemm, m) for gemm in gemms for m in (*DECODE_ROWS, *PREFILL_ROWS) if gemm.bits == 4 or m in DECODE_ROWS]
-    jobs: dict[tuple[int, Any], tuple[Any, int]] = {}
-    for capability in sorted({gpu.capability for gpu in gpus}):
-        device = next(gpu.key for gpu in gpus if gpu.capability == capability)
-        for gemm, block_m in kinds:
-            for tile in candidates(gemm, block_m, device):
-                if tile.num_stages == 3:  # others differ in shared memory only
-                    launch = launch_of(gemm, tile)
-                    jobs.setdefault((capability, launch), (launch, capability))
+    kinds = [(gemm, m) for gemm in gemms for m in ROWS if gemm.bits == 4 or m in DECODE_ROWS]
+    jobs: dict[tuple[Launch, int], None] = {
+        (launch_of(gemm, tile), capability): None
+        for capability, device in {gpu.capability: gpu.key for gpu in gpus}.items()
+        for gemm, block_m in kinds
+        for tile in candidates(gemm, block_m, device)
+        if tile.num_stages == 3  # others differ in shared memory only
+    }
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as pool:
-        results = dict(zip(jobs, pool.map(_compile, jobs.values()), strict=True))
-    entries: dict[Gpu, list[dict[str, Any]]] = {}
+        results = dict(zip(jobs, pool.map(compile_launch, *zip(*jobs, strict=True)), strict=True))
+    entries: dict[Gpu, list[dict[str, Any]]] = {gpu: [] for gpu in gpus}
     for gpu in gpus:
-        entries[gpu] = []
         for gemm, block_m in kinds:
 
             def cost(tile: Tile, gpu: Gpu = gpu, gemm: Gemm = gemm) -> float:
                 three = replace(tile, num_stages=3)
-                compiled = results[gpu.capability, launch_of(gemm, three)]
+                compiled = results[launch_of(gemm, three), gpu.capability]
                 more = shared_bytes(tile, gemm.bits) - shared_bytes(three, gemm.bits)
                 us = estimate(gpu, gemm, tile, replace(compiled, shared=compiled.shared + more))
-                # in steps of 5 %: finer than that it knows nothing, and the first of equal candidates is taken
+                # in steps of 5 %, its accuracy at best; of equal candidates the first is taken
                 return 1.05 ** round(math.log(us, 1.05)) if math.isfinite(us) else us
 
             tile, _ = search(candidates(gemm, block_m, gpu.key), cost)
@@ -205,25 +198,23 @@ def entry_of(gemm: Gemm, tile: Tile) -> dict[str, Any]:
 
 
 def write_card(path: Path, card: dict[str, Any]) -> None:
-    """Put a card's entries into a table, in place of those that it had for the same shapes; at once or not at all."""
-    cards = json.loads(path.read_text())["cards"] if path.exists() else []
+    """Merge a GPU's entries into a table, replacing its entries of the same shapes; atomic."""
+    cards = read_json(path)["cards"] if path.exists() else []
     old = next((c for c in cards if c["device"] == card["device"]), None)
     if old is not None and old["measured"] == card["measured"]:
         keys = ("block_m", "n", "k", "group", "bits")
         listed = {tuple(entry[key] for key in keys) for entry in card["entries"]}
         kept = [entry for entry in old["entries"] if tuple(entry[key] for key in keys) not in listed]
         card = card | {"entries": kept + card["entries"]}
-    cards = [c for c in cards if c is not old] + [card]
-    cards.sort(key=lambda c: c["multiprocessors"])
+    cards = sorted([*(c for c in cards if c is not old), card], key=lambda c: c["multiprocessors"])
     path.parent.mkdir(exist_ok=True)
-    beside = path.with_suffix(".partial")
-    beside.write_text(_readable(cards))
-    parse_table(beside)
-    beside.replace(path)
+    with replacing(path) as partial:
+        partial.write_text(_readable(cards))
+        parse_table(partial)
 
 
 def _readable(cards: list[dict[str, Any]]) -> str:
-    """JSON with one line an entry."""
+    """JSON with one line per entry."""
     parts = []
     for card in cards:
         head = json.dumps({key: value for key, value in card.items() if key != "entries"}, indent=2)
@@ -233,17 +224,16 @@ def _readable(cards: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Parse, search, print, write."""
     names = {gemm.name: gemm for gemm in GEMMS}
     parser = command("tune", __doc__)
     how = parser.add_mutually_exclusive_group(required=True)
     how.add_argument("--device", choices=("cuda",), help="measure on this machine's GPU")
     how.add_argument("--estimate", action="store_true", help="choose for all known GPUs, without one")
     parser.add_argument("--shape", nargs="+", choices=names, default=list(names), help="projections (default: all)")
-    parser.add_argument("--block-m", type=int, nargs="+", choices=ROWS, default=list(ROWS), help="rows of one program")
-    parser.add_argument("--rounds", type=int, default=50, help="graphs of each candidate (default: 50)")
+    parser.add_argument("--block-m", type=int, nargs="+", choices=ROWS, default=list(ROWS), help="rows per program")
+    parser.add_argument("--rounds", type=int, default=50, help="timed graph replays per candidate (default: 50)")
     parser.add_argument("--write", action="store_true", help="write into the tables; without it, only print")
-    parser.add_argument("--folder", type=Path, default=TABLES, help="where the tables are (default: kernels/gpu/tiles)")
+    parser.add_argument("--folder", type=Path, default=TABLES, help="of the tables (default: kernels/gpu/tiles)")
     args = parser.parse_args(arguments)
     chosen = [names[name] for name in args.shape]
     if args.estimate:
@@ -260,25 +250,25 @@ def main(arguments: list[str] | None = None) -> None:
                 tile, us = tune(gemm, block_m, rounds=args.rounds)
                 rate = gemm.n * gemm.k * gemm.bits / 8 / us / 1e3
                 print(f"{gemm.name}, {ROWS[block_m]} rows: {us:.1f} us, {rate:.0f} GB/s, {tile}", flush=True)
-                if args.write:  # one by one, so that a stopped run leaves what it has found
+                if args.write:  # one at a time: a stopped run keeps its results
                     write_card(args.folder / f"{key.family}.json", made | {"entries": [entry_of(gemm, tile)]})
 
 
 def write_estimates(gemms: Sequence[Gemm], folder: Path, *, write: bool) -> None:
-    """Estimate all known GPUs, and put those that nobody has measured into their tables."""
+    """Estimate all known GPUs, and write those without measurements into their tables."""
     made_by = _made_by(describe_machine())
     for gpu, entries in estimate_all(GPUS, gemms).items():
         path = folder / f"{gpu.key.family}.json"
-        cards = json.loads(path.read_text())["cards"] if path.exists() else []
+        cards = read_json(path)["cards"] if path.exists() else []
         measured = any(card["measured"] and card["device"] == gpu.name for card in cards)
-        say(f"{gpu.name}: {len(entries)} entries" + (", left as measured" if measured else ""))
+        say(f"{gpu.name}: {len(entries)} entries" + (", skipped: already measured" if measured else ""))
         if write and not measured:
             made = {"device": gpu.name, "multiprocessors": gpu.multiprocessors, "measured": False}
             write_card(path, made | made_by | {"entries": entries})
 
 
 def _made_by(machine: dict[str, Any]) -> dict[str, Any]:
-    return {"versions": machine["versions"], "commit": machine["commit"], "date": machine["date"]}
+    return {name: machine[name] for name in ("versions", "commit", "date")}
 
 
 if __name__ == "__main__":

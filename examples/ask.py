@@ -1,21 +1,18 @@
-"""Ask about pictures from Python: python examples/ask.py [BUNDLE] [IMAGE]
+"""Ask about an image from Python: python examples/ask.py [BUNDLE] [IMAGE]
 
-BUNDLE is a bundle, a checkpoint or OWNER/NAME on a hub; without one, the small model that ships is asked about a scene
-that it draws. The picture with the boxes of the answer is written to boxes.png.
+BUNDLE is a bundle, a checkpoint or OWNER/NAME on a hub (default: the small model that ships); the default image is a
+synthetic scene. The image with the answer's boxes is written to boxes.png.
 """
 
 import sys
-from pathlib import Path
 
-import qvl_edge.demo
 from qvl_edge import Runtime
+from qvl_edge.demo import SMALL_MODEL
 from qvl_edge.demo.scenes import UNSEEN, make_scene
-
-SMALL_MODEL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 
 
 def main(path: str = str(SMALL_MODEL), image: str | None = None) -> None:
-    """Two turns about one picture; the second one streams."""
+    """Two turns about one image; the second is streamed."""
     picture = make_scene(UNSEEN).image if image is None else image
     runtime = Runtime.from_pretrained(path)
 

@@ -1,6 +1,6 @@
 """Ask `qvl-edge serve BUNDLE` with OpenAI's client: python examples/openai_client.py IMAGE [http://127.0.0.1:8000/v1]
 
-The key, if the server has one, is taken from QVL_EDGE_API_KEY.
+QVL_EDGE_API_KEY is the server's API key, if it has one.
 """
 
 import base64
@@ -12,7 +12,7 @@ from openai import OpenAI
 
 
 def main(image: str, base_url: str = "http://127.0.0.1:8000/v1") -> None:
-    """One question about one picture, streamed; the last delta has the boxes."""
+    """A streamed question about an image; the last delta has the boxes."""
     client = OpenAI(base_url=base_url, api_key=os.environ.get("QVL_EDGE_API_KEY", "none"))
     data = base64.b64encode(Path(image).read_bytes()).decode()
     content = [

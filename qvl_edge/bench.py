@@ -1,7 +1,7 @@
-"""Speed and memory of a whole model: what `qvl-edge bench` measures, each model in a process of its own.
+"""The measurements of `qvl-edge bench`, each model in its own process.
 
-Tokens per second come under llama-bench's names: pp512 is a prompt of 512 tokens, tg128 are 128 tokens after the first,
-"@ d2048" means with 2,048 tokens in the cache before. The other rows have units of their own (`unit_of`).
+Rows of tokens per second have llama-bench's names: pp512, a prompt of 512 tokens; tg128, 128 tokens after the first;
+"@ d2048", after 2,048 cached tokens. The others have their own units (`unit_of`).
 """
 
 import itertools
@@ -35,12 +35,12 @@ IMAGE_SHAPE = (768, 1024, 3)  # height, width, RGB
 MIB = 2**20
 SAMPLE_EVERY_S = 0.02
 Call = tuple[Any, ...]
-"""A method of Bench and its arguments: what a worker repeats."""
+"""The name of a method of Bench, and its arguments."""
 Row = dict[str, Any]
 
 
 class Bench:
-    """A loaded model, and one repetition of each row: name -> value in the row's unit."""
+    """A loaded model. Each method is one repetition of some rows: name -> value in the row's unit."""
 
     def __init__(self, path: str, options: dict[str, Any]):
         device = find_device(options.get("device", "auto"))
@@ -57,10 +57,10 @@ class Bench:
         self.size = weight_bytes(folder)
         self._random = random.Random(0)
         self._fresh = itertools.count()
-        self._cached: tuple[int, int] | None = None  # the (count, depth) of `prompt` whose depth the cache holds
+        self._cached: tuple[int, int] | None = None  # (count, depth) of the `prompt` whose depth is cached
 
     def about(self) -> Row:
-        """What runs: the columns before the test."""
+        """The columns that describe the model."""
         quantization = self.config.quantization
         kind = f"int{quantization.bits} g{quantization.group_size}" if quantization else self.dtype
         return {
@@ -76,11 +76,11 @@ class Bench:
     def prompt(self, count: int, depth: int) -> dict[str, float]:
         """Tokens per second of `count` prompt tokens after `depth` cached ones."""
         ids = [*random.Random(1).choices(range(self._text_ids), k=depth), *self._ids(count)]
-        ids[depth] = next(self._fresh) % self._text_ids  # no two prompts agree past the depth
+        ids[depth] = next(self._fresh) % self._text_ids  # prompts differ from there on
         if depth == 0:
             self.runtime.forget()
         elif self._cached != (count, depth):
-            # a prompt of the same length: its keys in the cache have this length's NTK alpha
+            # of the same length, because the cached keys depend on its NTK alpha
             self.generate([*ids[:depth], next(self._fresh) % self._text_ids, *ids[depth + 1 :]], 1)
             self._cached = (count, depth)
         answer = self.generate(ids, 1)
@@ -88,37 +88,33 @@ class Bench:
         return {row_name("pp", count, depth): count / answer.timing.prefill_s}
 
     def generation(self, count: int, depth: int) -> dict[str, float]:
-        """Tokens per second of `count` tokens after the first, which follows `depth` others (or one)."""
+        """Tokens per second of `count` tokens, the first excluded, after a prompt of max(`depth`, 1)."""
         self._cached = None
         answer = self.generate(self._ids(max(depth, 1)), count + 1)
         return {row_name("tg", count, depth): answer.timing.decode_tokens_per_s}
 
     def pictures(self, count: int) -> dict[str, float]:
-        """Milliseconds per image of `count` images that are encoded at once."""
-        self._cached = None
-        self.runtime.forget()
+        """Milliseconds per image of `count` images encoded at once."""
         ids, starts, images = self.turn(count, 1)
         answer = self.generate(ids, 1, starts, images)
         return {f"img{count}": 1000 * answer.timing.image_s / count}
 
     def turns(self) -> dict[str, float]:
-        """Milliseconds of wall-clock time to the first token, of two turns about one image."""
-        self._cached = None
-        self.runtime.forget()
+        """Milliseconds to the first token, wall clock, of two turns about one image."""
         ids, starts, images = self.turn(1, TEXT)
         first, _ = self._timed(ids, starts, images)
         reply = self.generate(ids, REPLY, starts, images).token_ids
         second, answer = self._timed([*ids, *reply, *self._ids(TEXT)], starts, images)
-        self._expect_cached(answer, len(ids) + REPLY - 1)  # the last token was chosen, but never entered the cache
+        self._expect_cached(answer, len(ids) + REPLY - 1)  # the last token is not in the cache
         return {f"ttft img1+{TEXT}": first, "ttft turn 2": second, "turn 2 of turn 1": 100 * second / first}
 
     def memory(self) -> dict[str, float]:
-        """Load time, and the peak since in MiB: to be called last."""
+        """Load time, and peaks since in MiB; call it last."""
         found = {"load": self.load_s, "load rate": self.size / self.load_s / 1e9}
         return found | {"host before load": self.before / MIB} | {n: size / MIB for n, size in self.peaks().items()}
 
     def peaks(self) -> dict[str, int]:
-        """Bytes since the load, or since `reset_peaks`."""
+        """Bytes, since the load or `reset_peaks`."""
         found = {"peak host": peak_host_bytes()}
         if self.driver is not None:
             found["peak torch"] = torch.cuda.max_memory_allocated(self.device)
@@ -126,7 +122,7 @@ class Bench:
         return found
 
     def reset_peaks(self) -> None:
-        """Start `peaks` again from what is in memory now."""
+        """Start `peaks` again from the current use."""
         reset_peak()
         if self.driver is not None:
             torch.cuda.reset_peak_memory_stats(self.device)
@@ -134,14 +130,16 @@ class Bench:
 
     @property
     def _text_ids(self) -> int:
-        """Ids below it are text."""
+        """Ids below this are text."""
         return min(self.runtime.tokenizer.specials.values())
 
     def _ids(self, count: int) -> list[int]:
         return self._random.choices(range(self._text_ids), k=count)
 
     def turn(self, count: int, length: int) -> tuple[list[int], list[int], list[Image.Image]]:
-        """Ids, image starts and `count` images of noise, new ones each time, of a turn with `length` tokens of text."""
+        """Empty the caches; (ids, image starts, images) of a turn: `count` noise images, `length` text tokens."""
+        self._cached = None
+        self.runtime.forget()
         start = self.config.visual.image_start_id  # <img>, followed by </img> and <imgpad>
         tokens = [start, *[start + 2] * IMAGE_TOKENS, start + 1]
         noise = np.random.default_rng(self._random.getrandbits(32))
@@ -151,7 +149,7 @@ class Bench:
 
     def _timed(self, ids: list[int], starts: list[int], images: list[Image.Image]) -> tuple[float, Answer]:
         start = time.perf_counter()
-        answer = self.generate(ids, 1, starts, images)  # ends with its token on the host
+        answer = self.generate(ids, 1, starts, images)  # returns once its token is on the host
         return 1000 * (time.perf_counter() - start), answer
 
     def generate(
@@ -162,18 +160,18 @@ class Bench:
             ids, list(starts), images, max_new_tokens=count, do_sample=False, ignore_eos=True
         )
         if len(answer.token_ids) != count:
-            raise RuntimeError(f"{len(answer.token_ids)} tokens came where {count} were asked for")
+            raise RuntimeError(f"{len(answer.token_ids)} tokens were generated, expected {count}")
         return answer
 
     @staticmethod
     def _expect_cached(answer: Answer, count: int) -> None:
-        """A prefix that was not reused would be timed under a name that says it was."""
+        """RuntimeError unless `count` prompt tokens were reused, as the row's name says."""
         if answer.usage.cached_tokens != count:
             raise RuntimeError(f"{answer.usage.cached_tokens} prompt tokens were cached where {count} should have been")
 
 
 class DriverPeak(threading.Thread):
-    """Samples the device memory that the driver reports as used, by any program; `bytes` is the peak."""
+    """Samples the device memory in use by any program, as reported by the driver; `bytes` is the peak."""
 
     def __init__(self, device: torch.device):
         super().__init__(daemon=True)
@@ -189,12 +187,12 @@ class DriverPeak(threading.Thread):
 
 
 def row_name(kind: str, count: int, depth: int) -> str:
-    """As llama-bench writes it: "pp512", "tg128 @ d2048"."""
+    """In llama-bench's format: "pp512", "tg128 @ d2048"."""
     return f"{kind}{count}" + (f" @ d{depth}" if depth else "")
 
 
 def unit_of(row: str) -> str:
-    """The unit of a row's values."""
+    """The unit of a row's values, by the beginning of its name."""
     units = {
         "img": "ms/image",
         "ttft": "ms",
@@ -208,13 +206,13 @@ def unit_of(row: str) -> str:
 
 
 def weight_bytes(path: Path) -> int:
-    """Of the weight files in a bundle or a checkpoint."""
+    """Of the weight files of a bundle or checkpoint."""
     names = ("*.safetensors", "pytorch_model*.bin", VIT, VIT_DATA)
     return sum(file.stat().st_size for name in names for file in path.glob(name))
 
 
 def parameters(config: Config) -> int:
-    """Of the model before it was quantized, which is what "7B" counts."""
+    """Of the model before quantization, as counted in "7B"."""
     return sum(math.prod(shape) for shape in expected_tensors(replace(config, quantization=None)).values())
 
 
@@ -222,7 +220,7 @@ _bench: Bench | None = None  # a worker process has one
 
 
 def load_bench(path: str, options: dict[str, Any]) -> Row:
-    """In a worker: load, and say what it is."""
+    """In a worker: load, and return `Bench.about`."""
     global _bench
     _bench = Bench(path, options)
     return _bench.about()
@@ -230,17 +228,14 @@ def load_bench(path: str, options: dict[str, Any]) -> Row:
 
 def call_bench(method: str, *arguments: Any) -> dict[str, float]:
     """In a worker: one repetition."""
-    found: dict[str, float] = getattr(_bench, method)(*arguments)
-    return found
+    return getattr(_bench, method)(*arguments)
 
 
 class Worker:
-    """A model in a process of its own, so that its memory is its own too."""
+    """A model in its own process, so that its memory can be measured."""
 
     def __init__(self, path: str, options: dict[str, Any]):
-        if not is_bundle(
-            Path(path)
-        ):  # may have to be fetched or its vision tower exported, which is not part of a load
+        if not is_bundle(Path(path)):  # a download or an export of the vision tower must not count as loading
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
                 pool.submit(load_bench, path, options).result()
         self._pool = ProcessPoolExecutor(1, mp_context=get_context("spawn"))
@@ -255,14 +250,14 @@ class Worker:
 
 
 def calls(prompts: Sequence[int], generations: Sequence[int], depths: Sequence[int]) -> list[Call]:
-    """Everything that is measured, in order; a count of 0 leaves its rows out."""
+    """All calls, in order; a count of 0 has none."""
     speeds = [("prompt", count, depth) for depth in depths for count in prompts if count]
     speeds += [("generation", count, depth) for depth in depths for count in generations if count]
     return [*speeds, ("pictures", 1), ("pictures", 4), ("turns",)]
 
 
 def positions(call: Call) -> int:
-    """The context that a call needs."""
+    """The context length that a call needs."""
     match call:
         case ("prompt", count, depth):
             return int(depth + count) + 1
@@ -281,18 +276,16 @@ def measure(
     warmup: bool,
     progress: Callable[[str], None],
 ) -> list[dict[str, list[float]]]:
-    """The samples of every row, for each worker.
+    """For each worker, the samples of every row.
 
-    Each repetition goes through all workers before the next one, so that a busy moment of the machine hits them all.
+    Repetitions alternate between the workers, so that other load on the machine affects all of them alike.
     """
     found: list[dict[str, list[float]]] = [{} for _ in workers]
     for number, call in enumerate(todo, 1):
         for run in range(0 if warmup else 1, repetitions + 1):
             for index, worker in enumerate(workers):
-                which = f"run {run} of {repetitions}" if run else "warm-up"
-                progress(
-                    f"test {number} of {len(todo)}, {call[0]} {call[1:]}, model {index + 1} of {len(workers)}: {which}"
-                )
+                test = f"test {number} of {len(todo)}, {call[0]} {call[1:]}, model {index + 1} of {len(workers)}"
+                progress(f"{test}: " + (f"run {run} of {repetitions}" if run else "warm-up"))
                 for row, value in worker(call).items():
                     if run:
                         found[index].setdefault(row, []).append(value)
@@ -302,14 +295,8 @@ def measure(
 
 
 def records(about: Row, samples: dict[str, list[float]]) -> Iterator[Row]:
-    """One record per row: what runs, the row's name, its mean, standard deviation and samples."""
+    """One record per row: the model's columns, the row's name, unit, mean, standard deviation and samples."""
     for row, values in samples.items():
         deviation = statistics.stdev(values) if len(values) > 1 else None
-        yield {
-            **about,
-            "test": row,
-            "unit": unit_of(row),
-            "avg": statistics.fmean(values),
-            "stddev": deviation,
-            "samples": values,
-        }
+        figures = {"avg": statistics.fmean(values), "stddev": deviation, "samples": values}
+        yield {**about, "test": row, "unit": unit_of(row), **figures}

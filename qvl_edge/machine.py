@@ -1,4 +1,4 @@
-"""What a result was measured on: stored with every one."""
+"""The machine that a result was measured on: hardware, versions, commit and date."""
 
 import contextlib
 import datetime
@@ -12,12 +12,12 @@ from typing import Any
 import numpy
 import torch
 
-OPTIONAL = {"triton": ("triton",), "onnxruntime": ("onnxruntime", "onnxruntime-gpu")}
-"""Versions that are stored where a package of that name is installed."""
+OPTIONAL = {"triton": "triton", "onnxruntime": "onnxruntime", "onnxruntime-gpu": "onnxruntime"}
+"""Packages that may be installed, and the name of their version in a result."""
 
 
 def cpu_name() -> str:
-    """The processor's model name."""
+    """The CPU's model name."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -26,7 +26,7 @@ def cpu_name() -> str:
 
 
 def commit() -> str:
-    """The commit of the working tree, with "+changes" if it is not clean; "unknown" outside of git."""
+    """The commit of the working tree, with "+changes" if it is dirty; "unknown" outside of git."""
     try:
         head = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True)
         dirty = subprocess.run(["git", "status", "--porcelain"], capture_output=True, text=True, check=True)
@@ -36,15 +36,11 @@ def commit() -> str:
 
 
 def describe_machine(device: str = "cpu") -> dict[str, Any]:
-    """Device, versions, commit and date; of a GPU also what its kernels depend on, driver and clocks.
-
-    device: as torch names it; of cuda:1, the second GPU is described.
-    """
+    """Device, versions, commit and date; for a CUDA `device` also its size, driver and clocks."""
     versions = {"python": platform.python_version(), "torch": torch.__version__, "numpy": numpy.__version__}
-    for name, packages in OPTIONAL.items():
-        for package in packages:
-            with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-                versions[name] = importlib.metadata.version(package)
+    for package, name in OPTIONAL.items():
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(package)
     machine: dict[str, Any] = {
         "device": cpu_name(),
         "cores": os.cpu_count(),
@@ -72,8 +68,7 @@ def describe_machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def nvidia_smi(what: str, *names: str) -> list[list[str]]:
-    """Rows of `nvidia-smi --query-WHAT=names`; none if it is not installed or fails. Only the last name may have
-    commas in its values."""
+    """Rows of `nvidia-smi --query-WHAT=names`, none if it fails. Only values of the last name may have commas."""
     command = ["nvidia-smi", f"--query-{what}={','.join(names)}", "--format=csv,noheader"]
     try:
         output = subprocess.run(command, capture_output=True, text=True, check=True, timeout=20).stdout

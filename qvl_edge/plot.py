@@ -1,4 +1,4 @@
-"""Charts of measured results. matplotlib is imported when one is drawn: pip install 'qvl-edge[plot]'."""
+"""Charts of measured results. Needs matplotlib: pip install 'qvl-edge[plot]'."""
 
 import contextlib
 import sys
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 COLOURS = ("#1b6ca8", "#d1495b", "#edae49", "#66a182", "#7d5ba6", "#8d99ae")
 MAX_COLUMNS = 3
-MAX_LABELLED_BARS = 24  # of a panel; more values on top of bars would overlap
+MAX_LABELLED_BARS = 12  # of a panel; more values would overlap
 
 
 class MissingMatplotlib(QvlError):
@@ -24,7 +24,7 @@ class MissingMatplotlib(QvlError):
 
 @contextlib.contextmanager
 def optional() -> Iterator[None]:
-    """For commands whose result is saved already: without matplotlib the chart is skipped, and stderr says so."""
+    """Without matplotlib, skip the chart with a message on stderr: for commands that have saved their result."""
     try:
         yield
     except MissingMatplotlib as error:
@@ -32,13 +32,13 @@ def optional() -> Iterator[None]:
 
 
 def panels(count: int, *, width: float = 4.5, height: float = 3.8) -> "tuple[Figure, list[Axes]]":
-    """A figure of `count` panels, width x height inches each. MissingMatplotlib says what to install."""
+    """A figure of `count` panels, width x height inches each."""
     try:
         from cycler import cycler
         from matplotlib.figure import Figure
     except ImportError as error:
         raise MissingMatplotlib(f"charts need matplotlib ({error}); pip install 'qvl-edge[plot]'") from None
-    columns = min(count, MAX_COLUMNS)
+    columns = count if count <= MAX_COLUMNS else -(-count // 2)
     rows = -(-count // columns)
     figure = Figure(figsize=(columns * width, rows * height), layout="constrained")
     axes: list[Axes] = [figure.add_subplot(rows, columns, 1 + index) for index in range(count)]
@@ -51,7 +51,7 @@ def panels(count: int, *, width: float = 4.5, height: float = 3.8) -> "tuple[Fig
 
 
 def bars(axes: "Axes", groups: Sequence[str], series: Mapping[str, Sequence[float | None]]) -> None:
-    """A bar per group and series with its value on top; None leaves a gap. The legend goes below the panel."""
+    """Grouped bars with their values on top; None leaves a gap. The legend is below the panel."""
     width = 0.8 / max(1, len(series))
     labelled = len(groups) * len(series) <= MAX_LABELLED_BARS
     for index, (name, values) in enumerate(series.items()):
@@ -72,19 +72,19 @@ def short(value: float) -> str:
 
 
 def measured_on(result: Mapping[str, Any]) -> str:
-    """Device, threads, versions, date and commit of a result, as they stand below its chart."""
+    """The footnote of a result's chart: device, threads, versions, date and commit."""
     versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items())
     threads = "1 thread" if result["threads"] == 1 else f"{result['threads']} threads"
     return f"{result['device']}, {threads}, {versions}, {result['date']}, commit {result['commit']}"
 
 
 def save(figure: "Figure", path: Path, footnote: str = "") -> None:
-    """Write `figure` to `path`, .svg or .png, with a line of small print below it."""
+    """Write `figure` to `path`, .svg or .png."""
     import matplotlib
 
     if footnote:
         figure.supxlabel(footnote, x=0.01, ha="left", fontsize=8)
     form = path.suffix.removeprefix(".")
-    # text stays text, and equal figures give equal files
+    # text stays text, and files are reproducible
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "qvl_edge"}), replacing(path) as partial:
         figure.savefig(partial, format=form, dpi=110, metadata={"Date": None} if form == "svg" else None)

@@ -4,7 +4,7 @@ import base64
 import contextlib
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ with contextlib.suppress(ImportError):  # the interop tests have an environment 
     hypothesis.settings.register_profile("tests", derandomize=True, database=None, deadline=None)
     hypothesis.settings.load_profile("tests")
 
+from qvl_edge import vit_cache as vit_cache_module
+from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.model.loading import expected_tensors
 from qvl_edge.text.tokenizer import SPECIALS, Tokenizer
@@ -86,12 +88,25 @@ def byte_tokenizer() -> Tokenizer:
 
 
 @pytest.fixture(scope="session")
-def vit_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The cache of exported vision towers, once for all tests: an export is a process of its own that loads torch.
+def vit_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """The cache of exported vision towers, once for all tests. Its parent is an XDG_CACHE_HOME.
 
-    Its parent is an XDG_CACHE_HOME. A test about exporting takes a folder of its own.
+    Exports into it run in this process: one of its own spends seconds on importing torch and onnx. A test about
+    exporting takes another folder.
     """
-    return tmp_path_factory.mktemp("xdg") / "qvl_edge"
+    from export.part import export_vit
+
+    cache, in_its_own_process = tmp_path_factory.mktemp("xdg") / "qvl_edge", vit_cache_module._export
+
+    def export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Any) -> None:
+        if folder.parent == cache:
+            export_vit(checkpoint, folder, dtype=dtype)
+        else:
+            in_its_own_process(checkpoint, folder, dtype, progress)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(vit_cache_module, "_export", export)
+        yield cache
 
 
 @pytest.fixture(scope="session")

@@ -121,6 +121,7 @@ def test_importing_the_package_stays_light() -> None:
     assert not modules_after("import qvl_edge") & heavy
 
 
+@pytest.mark.slow
 def test_a_hubs_client_is_loaded_when_a_model_is_fetched_only() -> None:
     assert not modules_after(EVERYTHING) & {"huggingface_hub", "modelscope_hub", "requests"}
 
@@ -132,6 +133,7 @@ def test_importing_the_kernels_loads_neither_triton_nor_cuda() -> None:
     assert run.stdout.split() == ["False", "False"]
 
 
+@pytest.mark.slow
 def test_the_runtime_needs_neither_onnx_nor_triton_nor_transformers() -> None:
     assert not modules_after(EVERYTHING) & {"onnx", "triton", "transformers", "matplotlib"}
 

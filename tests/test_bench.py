@@ -223,7 +223,7 @@ def test_what_the_context_cannot_hold_is_left_out_and_said(
 
 
 def test_a_model_that_cannot_be_loaded_is_said_in_one_line() -> None:
-    with pytest.raises(SystemExit, match="not a folder"):
+    with pytest.raises(SystemExit, match="neither a local folder"):
         main(["no/such/folder", "--device", "cpu"])
 
 

@@ -21,7 +21,19 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
 # a plain checkout has nothing but torch, triton and numpy
-FORBIDDEN = ("PIL", "safetensors", "tiktoken", "onnxruntime", "onnx", "transformers", "matplotlib", "pytest")
+FORBIDDEN = (
+    "PIL",
+    "safetensors",
+    "tiktoken",
+    "onnxruntime",
+    "onnx",
+    "transformers",
+    "matplotlib",
+    "psutil",
+    "filelock",
+    "pydantic",
+    "pytest",
+)
 RUN = f"""
 import runpy, sys
 class Finder:

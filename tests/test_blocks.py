@@ -27,6 +27,8 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenBlock
 from qvl_edge.model.loading import QUANTIZED, load_decoder
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-5  # float32 on both sides; sums of a few hundred terms in another order
 LENGTHS = (40, 23, 9)
 QUANT = QuantConfig(group_size=32)

@@ -96,6 +96,7 @@ class LiveBytes(TorchDispatchMode):
 
 @pytest.mark.parametrize("desc_act", [False, True])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.slow
 def test_packing_takes_what_was_estimated(device: str, desc_act: bool) -> None:
     quant = QuantConfig(desc_act=desc_act)
     published = published_config("Qwen/Qwen-VL-Chat-Int4")

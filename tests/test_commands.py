@@ -24,6 +24,7 @@ def cache(vit_cache: Path):
         yield
 
 
+@pytest.mark.slow
 def test_run_prints_the_answer_on_stdout_and_the_speed_on_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["run", CHECKPOINT, "--image", PICTURE, "这是什么?", *SHORT]) == 0
     said = capsys.readouterr()

@@ -37,7 +37,9 @@ def merged_tokenizer() -> Tokenizer:
     return Tokenizer({token: rank for rank, token in enumerate(tokens)})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tokenizer", [byte_tokenizer(), merged_tokenizer()], ids=["bytes", "merged"])
+@pytest.mark.slow
 def test_every_walk_that_the_grammar_allows_is_well_formed_and_none_gets_stuck(tokenizer: Tokenizer) -> None:
     stop = tokenizer.specials[IM_END]
     rng = random.Random(0)

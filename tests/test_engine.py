@@ -6,6 +6,7 @@ import threading
 import weakref
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,10 +27,9 @@ LONG = {"max_new_tokens": 900, "ignore_eos": True, "do_sample": False}
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Runtime]:
-    folder = tmp_path_factory.mktemp("engine")
-    path = write_small_checkpoint(folder / "checkpoint")
-    return lambda **options: Runtime.from_pretrained(path, cache_dir=folder / "cache", max_context=1024, **options)
+def made(tmp_path_factory: pytest.TempPathFactory, vit_cache: Path) -> Callable[..., Runtime]:
+    path = write_small_checkpoint(tmp_path_factory.mktemp("engine") / "checkpoint")
+    return lambda **options: Runtime.from_pretrained(path, cache_dir=vit_cache, max_context=1024, **options)
 
 
 @pytest.fixture(scope="module")
@@ -286,6 +286,7 @@ def test_a_bad_request_ends_alone(runtime: Runtime) -> None:
     runtime.engine.abort(good)
 
 
+@pytest.mark.slow
 def test_scoring_keeps_one_part_of_the_logits_at_a_time(runtime: Runtime, monkeypatch: pytest.MonkeyPatch) -> None:
     model, parts, alive = runtime.decoder, list[int](), list[weakref.ref[Tensor]]()
     forward = type(model).forward

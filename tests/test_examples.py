@@ -30,6 +30,7 @@ def test_each_is_under_forty_lines() -> None:
 
 
 @pytest.mark.parametrize("arguments", [[], [str(ask.SMALL_MODEL), "street.png"]])
+@pytest.mark.slow
 def test_asking_names_the_shapes_and_draws_them(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     ask.main(*arguments)
     output = capsys.readouterr().out

@@ -1,11 +1,14 @@
 """The fused int4 decoder against the one in torch, its kernels interpreted (or on a GPU where there is one)."""
 
+import shutil
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import SMALL, write_small_checkpoint
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quantize.job import quantize_checkpoint
@@ -14,7 +17,7 @@ from qvl_edge.config import Config, QuantConfig
 from qvl_edge.engine.engine import Engine
 from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
-from qvl_edge.errors import ConfigError
+from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
@@ -159,6 +162,20 @@ def test_desc_act_runs_in_the_order_of_activations(tmp_path: Path) -> None:
         ids = ids_of(sum(parts)).split(parts, dim=1)
         expected = logits_of(load_decoder(checkpoint, dtype=torch.float32), ids, torch.float32)
         assert error(logits_of(fused, ids, torch.float16), expected) < TOLERANCE
+
+
+def test_a_damaged_projection_is_named_with_its_checkpoint(models, tmp_path: Path) -> None:
+    checkpoint, _, _ = models
+    folder = shutil.copytree(checkpoint.path, tmp_path / "damaged")
+    name = "transformer.h.1.mlp.w2"
+    for shard in folder.glob("*.safetensors"):
+        tensors = load_file(shard)
+        if f"{name}.g_idx" in tensors:
+            tensors[f"{name}.g_idx"][0] = 99
+            save_file(tensors, shard, metadata={"format": "pt"})
+    for load in (load_decoder, partial(load_fused, device=DEVICE)):
+        with pytest.raises(CheckpointError, match=rf"damaged: {name}.g_idx lies in \[0, 99\]"):
+            load(Checkpoint(folder), dtype=torch.float16)
 
 
 def test_a_random_decoder_has_the_shapes_of_its_config() -> None:

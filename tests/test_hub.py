@@ -28,6 +28,8 @@ from qvl_edge.compat import AutoModelForCausalLM, AutoTokenizer, GenerationConfi
 from qvl_edge.files import sha256_of
 from qvl_edge.hub import fetch, local_folder
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent
 DEMO = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 PICTURE = GOLDEN / "tiny-a/images/scene0_RGB.png"
@@ -75,12 +77,6 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "getaddrinfo", refuse)
 
 
-@pytest.fixture(scope="module")
-def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where vision towers are exported to, so that it is done once."""
-    return tmp_path_factory.mktemp("vit")
-
-
 def same(folder: Path, hub: Hub, name: str) -> bool:
     files = hub.repos[name]["main"]
     found = {path.name for path in folder.iterdir() if not path.name.startswith(".")}
@@ -96,17 +92,17 @@ def names(hub: Hub) -> set[str]:
 
 @pytest.mark.slow
 def test_a_name_is_fetched_and_answers_and_then_needs_no_network(
-    hub: Hub, vit: Path, request: pytest.FixtureRequest
+    hub: Hub, vit_cache: Path, request: pytest.FixtureRequest
 ) -> None:
     said: list[str] = []
-    runtime = Runtime.from_pretrained(NAME, device="cpu", cache_dir=vit, progress=said.append)
+    runtime = Runtime.from_pretrained(NAME, device="cpu", cache_dir=vit_cache, progress=said.append)
     answer = runtime.ask(PICTURE, "这是什么?", max_new_tokens=8, do_sample=False)
     assert names(hub) == NEEDED  # no code, no pictures, no font, and the weights in one format
     assert any(f"{len(NEEDED)} files" in line for line in said) and any(SHARD in line for line in said)
     request.getfixturevalue("no_network")
     asked = len(hub.requests)
-    again = Runtime.from_pretrained(NAME, device="cpu", cache_dir=vit)
-    local = Runtime.from_pretrained(DEMO, device="cpu", cache_dir=vit)
+    again = Runtime.from_pretrained(NAME, device="cpu", cache_dir=vit_cache)
+    local = Runtime.from_pretrained(DEMO, device="cpu", cache_dir=vit_cache)
     for other in (again, local):
         assert other.ask(PICTURE, "这是什么?", max_new_tokens=8, do_sample=False).token_ids == answer.token_ids
     assert len(hub.requests) == asked
@@ -142,12 +138,12 @@ def test_what_is_neither_a_folder_nor_a_name_is_said(no_network: None, path: str
 
 
 @pytest.mark.slow
-def test_upstreams_snippets_take_names_and_fetch_only_what_they_read(hub: Hub, vit: Path) -> None:
+def test_upstreams_snippets_take_names_and_fetch_only_what_they_read(hub: Hub, vit_cache: Path) -> None:
     tokenizer = AutoTokenizer.from_pretrained(NAME, trust_remote_code=True)
     assert names(hub) == {"qwen.tiktoken"}
     config = GenerationConfig.from_pretrained(NAME, trust_remote_code=True)
     assert names(hub) == {"qwen.tiktoken", "generation_config.json"} and config.chat_format == "chatml"
-    model = AutoModelForCausalLM.from_pretrained(NAME, device_map="cpu", cache_dir=vit).eval()
+    model = AutoModelForCausalLM.from_pretrained(NAME, device_map="cpu", cache_dir=vit_cache).eval()
     response, _ = model.chat(tokenizer, query="hi", history=None, max_new_tokens=2)
     assert isinstance(response, str) and names(hub) == NEEDED
     assert len(hub.fetched()) == len(NEEDED)  # none of them twice
@@ -467,7 +463,7 @@ def test_pull_of_something_else_than_a_name_is_refused(capsys: pytest.CaptureFix
 
 
 def test_modelscopes_snippet_runs_and_then_needs_no_network(
-    hub: Hub, vit: Path, request: pytest.FixtureRequest
+    hub: Hub, vit_cache: Path, request: pytest.FixtureRequest
 ) -> None:
     model_dir = snapshot_download(NAME)
     assert {path.name for path in Path(model_dir).iterdir()} == NEEDED == names(hub) and same(
@@ -475,7 +471,7 @@ def test_modelscopes_snippet_runs_and_then_needs_no_network(
     )
     request.getfixturevalue("no_network")
     assert snapshot_download(NAME) == model_dir
-    runtime = Runtime.from_pretrained(NAME, source="modelscope", device="cpu", cache_dir=vit)
+    runtime = Runtime.from_pretrained(NAME, source="modelscope", device="cpu", cache_dir=vit_cache)
     assert runtime.generate("hi", max_new_tokens=1).usage.completion_tokens == 1
 
 

@@ -98,5 +98,5 @@ def test_the_command_prints_and_saves(
 def test_a_context_without_room_is_said(make_checkpoint: Callable[..., Path]) -> None:
     with pytest.raises(SystemExit, match="max_context is 100"):
         main([str(make_checkpoint("model")), "--device", "cpu", "--max-context", "100"])
-    with pytest.raises(SystemExit, match="not a folder"):
+    with pytest.raises(SystemExit, match="neither a local folder"):
         main(["no/such/folder", "--device", "cpu"])

@@ -15,6 +15,8 @@ from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CheckpointError
 from qvl_edge.model.loading import load_decoder, read_projection
 
+pytestmark = pytest.mark.slow
+
 LAYER = "transformer.h.1.mlp.w1"
 
 

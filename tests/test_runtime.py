@@ -3,9 +3,9 @@
 import dataclasses
 import itertools
 import json
-import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,7 +16,13 @@ from PIL import Image
 from qvl_edge import BundleError, CheckpointError, ConfigError, ImageError, PromptError, Runtime
 from qvl_edge.answer import Answer
 from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import Config
+from qvl_edge.engine.budget import estimate
+from qvl_edge.engine.device import find_device
 from qvl_edge.engine.request import Request
+from qvl_edge.options import LoadOptions
+from qvl_edge.published import CONFIG, QUANTIZATION
+from qvl_edge.runtime import _plan
 from qvl_edge.vit_cache import exported_vit
 
 TOLERANCE = 1e-4  # nats: golden logits agree to 1e-4, and so do their log-probabilities
@@ -170,7 +176,7 @@ def test_the_latest_picture_of_the_history_is_drawn_on(runtime: Runtime, in_gold
 
 
 def test_what_cannot_be_loaded_is_refused_with_the_way_out(tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match="not a folder"):
+    with pytest.raises(CheckpointError, match="neither a local folder nor the name of a model"):
         Runtime.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(ConfigError, match="device is 'tpu'"):
         Runtime.from_pretrained(tmp_path, device="tpu")
@@ -190,7 +196,7 @@ def test_the_vision_tower_is_exported_once_and_again_when_the_weights_change(tmp
         assert any("exporting the vision tower" in line for line in said) is expected
     make_checkpoint("a", seed=2)
     Runtime.from_pretrained(checkpoint, cache_dir=cache, progress=said.append)
-    assert said and len(os.listdir(cache)) == 2
+    assert said and len(list(cache.glob("vit-*"))) == 2
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, make_checkpoint) -> None:
@@ -243,3 +249,23 @@ def test_streams_that_take_turns_do_not_disturb_each_other(runtime: Runtime) -> 
 def test_generation_goes_on_past_the_end_where_it_is_told_to(runtime: Runtime) -> None:
     answer = runtime.answer("Stop at once?", do_sample=False, max_new_tokens=40, ignore_eos=True)
     assert (len(answer.token_ids), answer.finish_reason) == (40, "length")
+
+
+@pytest.mark.parametrize(("device", "vision_device"), [("auto", "cuda:0"), ("cuda", None), ("cuda:0", "cuda")])
+def test_a_vision_device_that_is_the_models_own_counts_in_its_budget(
+    device: str, vision_device: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    card = SimpleNamespace(name="a card", major=8, minor=6, uuid="GPU-1")
+    for name, value in {
+        "is_available": True,
+        "device_count": 1,
+        "current_device": 0,
+        "get_device_properties": card,
+        "mem_get_info": (12 << 30, 12 << 30),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    place = find_device(device)
+    encoding = place if vision_device is None else find_device(vision_device, option="vision_device", kernels=False)
+    plan = _plan(Config.from_dict(CONFIG, QUANTIZATION), LoadOptions(), place, encoding, None, lambda _: None)
+    assert plan.vision == "resident"
+    assert estimate(Config.from_dict(CONFIG, QUANTIZATION), plan).vision > 3 * 10**9

@@ -57,6 +57,7 @@ NONE = float("-inf")
         ({"top_k": 2, "top_p": 0.7}, [2.0, NONE, NONE, NONE, NONE]),
     ],
 )
+@pytest.mark.slow
 def test_draws_follow_the_described_distribution(options: dict, logits: list[float]) -> None:
     for found, wanted in zip(shares(**options), expected(logits), strict=True):
         assert abs(found - wanted) < TOLERANCE

@@ -424,6 +424,7 @@ def test_a_guess_is_what_followed_the_latest_longest_match(elements: list, most:
 
 
 @pytest.mark.parametrize("lookup", [1, 3, 7])
+@pytest.mark.slow
 def test_guessing_changes_no_token(model, long_model, lookup: int) -> None:
     for kind, length in ((model, 30), (long_model, 120)):
         text = ids_of(length // 3)

@@ -12,6 +12,8 @@ from quantize.solver import PLAIN, Hessian, Method, descend, inverse_factor, qua
 from qvl_edge.config import QuantConfig
 from qvl_edge.errors import CalibrationError, CheckpointError
 
+pytestmark = pytest.mark.slow
+
 GOLDEN = Path(__file__).parent / "data" / "gptq"
 CASES = json.loads((GOLDEN / "cases.json").read_text())
 GPTQ_ALONE = Method(by_activity=False, sweeps=0)
@@ -295,6 +297,7 @@ def test_no_sweep_makes_the_error_of_any_output_larger(quant: QuantConfig) -> No
 
 
 @pytest.mark.parametrize("quant", QUANTS, ids=IDS)
+@pytest.mark.slow
 def test_it_ends_where_no_level_and_no_scale_alone_would_do_better(quant: QuantConfig) -> None:
     weight, state, damped, ridge = gptq_result(quant)
     sweep(weight, state, damped, ridge, 60)

@@ -17,6 +17,8 @@ from qvl_edge.text.prompt import chat_prompt
 from qvl_edge.text.tokenizer import Tokenizer
 from qvl_edge.vision.image import MEAN, STD, to_pixels
 
+pytestmark = pytest.mark.slow
+
 CHECKPOINT = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 TOLERANCE = 1e-4  # float32, sums in another order
 
@@ -91,7 +93,6 @@ def test_the_position_table_is_the_written_formula() -> None:
     assert float(table[row * 4 + column, 12 + k]) == pytest.approx(torch.tensor(row / 10000 ** (k / 4)).cos().item())
 
 
-@pytest.mark.slow
 def test_a_stopped_run_resumes_and_writes_a_checkpoint_in_the_published_layout(tmp_path: Path) -> None:
     source = CHECKPOINT / "qwen.tiktoken"
     Trainer(source, tmp_path, {"vision": 1, "joint": 0}).run()

@@ -19,10 +19,9 @@ LONG = {"max_new_tokens": 900, "ignore_eos": True}
 
 
 @pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> Runtime:
-    folder: Path = tmp_path_factory.mktemp("worker")
-    path = write_small_checkpoint(folder / "checkpoint")
-    return Runtime.from_pretrained(path, cache_dir=folder / "cache", slots=2, max_context=1024)
+def tiny(tmp_path_factory: pytest.TempPathFactory, vit_cache: Path) -> Runtime:
+    path = write_small_checkpoint(tmp_path_factory.mktemp("worker") / "checkpoint")
+    return Runtime.from_pretrained(path, cache_dir=vit_cache, slots=2, max_context=1024)
 
 
 @pytest.fixture

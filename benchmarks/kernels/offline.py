@@ -20,6 +20,7 @@ from unittest import mock
 import torch
 import triton
 from torch import Tensor
+from triton._utils import canonicalize_dtype
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
@@ -29,38 +30,27 @@ from kernels.gpu.tiles import DeviceKey, Tile
 from kernels.reference import MAX_DECODE_ROWS, SPAN, AttentionArgs, Rows
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-TYPES = {
-    torch.float32: "fp32",
-    torch.float16: "fp16",
-    torch.bfloat16: "bf16",
-    torch.int64: "i64",
-    torch.int32: "i32",
-    torch.int16: "i16",
-    torch.int8: "i8",
-    torch.uint8: "u8",
-}
 HEADS, HEAD_DIM, CAPACITY = 32, 128, 2048  # of Qwen-7B's attention, and a cache
 SQUARES = 32  # parts of a row's sum of squares, as attn.c_proj's 32 tiles of 128 leave them
 CONVERSIONS = ("I2F", "I2FP", "I2HP")  # integer to float, on a pipe with a fraction of the others' rate
 LOADS = ("LDG", "LDGSTS")  # from global memory
 
-# bytes of shared memory that one program may use, by compute capability, and per multiprocessor; warps and programs
-# that a multiprocessor holds (CUDA programming guide, technical specifications per compute capability)
+# by compute capability: bytes of shared memory that one program may use (a multiprocessor has 1 KiB more); resident
+# warps and programs per multiprocessor (CUDA programming guide, technical specifications per compute capability)
 SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
-SHARED_PER_MULTIPROCESSOR = {80: 167_936, 86: 102_400, 87: 167_936, 89: 102_400, 90: 233_472, 120: 102_400}
 WARPS = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 120: 48}
 PROGRAMS = {80: 32, 86: 16, 87: 16, 89: 24, 90: 32, 120: 24}
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """A GPU as its maker publishes it: compute capability, multiprocessors, memory bandwidth and clock under load."""
+    """A GPU's published specifications."""
 
     name: str
     capability: int  # 86 for sm_86
     multiprocessors: int
-    gb_per_s: float
-    ghz: float
+    gb_per_s: float  # of memory
+    ghz: float  # boost clock
 
     @property
     def key(self) -> DeviceKey:
@@ -68,15 +58,13 @@ class Gpu:
         return DeviceKey(divmod(self.capability, 10), self.multiprocessors, SHARED[self.capability])
 
     def resident(self, registers: int, shared: int, num_warps: int) -> int:
-        """Programs that one multiprocessor runs at once: limited by registers (in units of 8 per thread), shared memory
-        (1 KiB of it is the system's for each program) and warps."""
-        limits = (
-            65_536 // (-(-registers // 8) * 8 * 32 * num_warps),
-            SHARED_PER_MULTIPROCESSOR[self.capability] // (shared + 1024),
+        """Programs resident on one multiprocessor."""
+        return min(
+            65_536 // (-(-registers // 8) * 8 * 32 * num_warps),  # registers are allocated 8 at a time
+            (SHARED[self.capability] + 1024) // (shared + 1024),  # the system takes 1 KiB per program
             WARPS[self.capability] // num_warps,
             PROGRAMS[self.capability],
         )
-        return min(limits)
 
 
 # one or two of each family; another GPU takes the tiles of the nearest, with splits that fill it (kernels/gpu/tiles.py)
@@ -94,7 +82,7 @@ GPUS = (
 
 @dataclass(frozen=True)
 class Launch:
-    """What `triton.compile` needs to know of one launch; picklable, equal launches compile to the same code."""
+    """The arguments of `triton.compile` for one launch; picklable, and equal launches compile to the same code."""
 
     kernel: str  # "module:function"
     signature: tuple[tuple[str, str], ...]
@@ -109,20 +97,10 @@ class Launch:
         function: JITFunction = getattr(import_module(module), name)
         return function
 
-    def constant(self, name: str) -> Any:
-        """The value of a constexpr argument."""
-        return dict(self.constants)[name]
-
-    @property
-    def num_warps(self) -> int:
-        """Warps a program."""
-        warps: int = dict(self.options)["num_warps"]
-        return warps
-
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Inside, kernels are not run: every launch is appended to the yielded list."""
+    """Append kernel launches to the yielded list instead of running them."""
     launches: list[Launch] = []
 
     def record(self: JITFunction, *arguments: Any, grid: Any, warmup: bool, **named: Any) -> None:
@@ -141,7 +119,7 @@ def record_one(kernel: str, launcher: Callable[..., Any], *arguments: Any, **nam
 
 
 def _launch(function: JITFunction, arguments: tuple[Any, ...], named: dict[str, Any]) -> Launch:
-    """As JITFunction.run specializes: None and 1 become constants, multiples of 16 are known as such."""
+    """Specialized as by JITFunction.run: None and 1 become constants, multiples of 16 are marked as aligned."""
     values = dict(zip(function.arg_names, arguments, strict=False))
     values |= {name: named.pop(name) for name in list(named) if name in function.arg_names}
     signature, constants, aligned = [], [], []
@@ -152,7 +130,7 @@ def _launch(function: JITFunction, arguments: tuple[Any, ...], named: dict[str, 
             # the launchers widen for the interpreter where a tensor is not on CUDA, which "meta" is not
             constants.append((name, False if name == "WIDEN" else value))
         elif isinstance(value, Tensor):
-            signature.append((name, "*" + TYPES[value.dtype]))
+            signature.append((name, "*" + canonicalize_dtype(value.dtype)))
             aligned.append(name)  # torch's allocator aligns to 512 bytes, and the views that are passed keep 16
         elif isinstance(value, float):
             signature.append((name, "fp32"))
@@ -263,19 +241,19 @@ def _products(name: str) -> int:
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the assembler made of one launch for one architecture."""
+    """One launch compiled for one architecture."""
 
-    registers: int  # a thread
-    shared: int  # bytes a program
-    spilled: int  # bytes a thread, stores and loads
-    loop: Loop | None  # the longest loop, or None where there is none or it was not read
+    registers: int  # per thread
+    shared: int  # bytes per program
+    spilled: int  # bytes per thread, stores and loads
+    loop: Loop | None  # the longest loop; None if there is none or the kernel was not disassembled
     instructions: int | None
 
 
-def compile_launch(launch: Launch, capability: int, *, disassemble: bool = True) -> Compiled:
+def compile_launch(launch: Launch, capability: int, disassemble: bool = True) -> Compiled:
     """Compile for `capability` (86 for sm_86) through Triton's own cache; RuntimeError if it cannot be compiled.
 
-    disassemble: read the main loop too, which takes the disassembler a fifth of a second.
+    disassemble: read the main loop too, which takes another 0.2 s.
     """
     names = launch.function.arg_names
     source = ASTSource(
@@ -291,16 +269,16 @@ def compile_launch(launch: Launch, capability: int, *, disassemble: bool = True)
         usage = _run("cuobjdump", "--dump-resource-usage", cubin)
         found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
         if not found:
-            raise RuntimeError(f"cuobjdump says nothing of registers: {usage[:200]!r}")
+            raise RuntimeError(f"cuobjdump reports no registers: {usage[:200]!r}")
         registers, stack = int(found[1]), int(found[2])
-        # what is spilled lies on the stack; only where there is one does the assembler have to be asked again
+        # spills go to the stack: without one there is no need to run the assembler again
         spilled = _spilled(kernel.asm["ptx"], Path(folder), capability) if stack else 0
         length, loop = read_loop(_run("nvdisasm", "-c", cubin)) if disassemble else (None, None)
     return Compiled(registers, kernel.metadata.shared, spilled, loop, length)
 
 
 def read_loop(listing: str) -> tuple[int, Loop | None]:
-    """How many instructions a nvdisasm listing has, and the loop with most of them: the longest backward branch."""
+    """Instructions in an nvdisasm listing, and its longest loop, found by its backward branch."""
     names: list[str] = []
     labels: dict[str, int] = {}
     longest: list[str] = []
@@ -318,7 +296,7 @@ def read_loop(listing: str) -> tuple[int, Loop | None]:
 
 
 def _spilled(ptx: str, folder: Path, capability: int) -> int:
-    """Bytes of spill stores and loads a thread, as the assembler's -v says."""
+    """Bytes of spill stores and loads per thread, from `ptxas -v`."""
     path = folder / "kernel.ptx"
     path.write_text(ptx)
     target = re.search(r"\.target (sm_\w+)", ptx)
@@ -326,8 +304,8 @@ def _spilled(ptx: str, folder: Path, capability: int) -> int:
     assembler = "ptxas-blackwell" if capability >= 100 else "ptxas"
     # as Triton calls it: other options would spill otherwise
     extra = [] if triton.__version__.startswith("3.6") else ["--regAllocOptLevel=2"]
-    said = _run(assembler, "-v", "-lineinfo", *extra, f"--gpu-name={target[1]}", path, "-o", folder / "again")
-    return sum(int(size) for size in re.findall(r"(\d+) bytes spill", said))
+    output = _run(assembler, "-v", "-lineinfo", *extra, f"--gpu-name={target[1]}", path, "-o", folder / "again")
+    return sum(int(size) for size in re.findall(r"(\d+) bytes spill", output))
 
 
 def _run(tool: str, *arguments: object) -> str:

@@ -1,10 +1,8 @@
-"""What the kernels are checked and timed on: the products of Qwen-7B's decoder and its attention, in float64 too."""
+"""What the kernels are checked and timed on: Qwen-7B's GEMMs and attention, with float64 references."""
 
-import importlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,19 +22,18 @@ from kernels.gpu.tiles import Tile
 from kernels.gpu.weight import CHUNK, SMALLEST_TILE, TILE
 
 EPS = 1e-6
-CHECKED = 128  # first, last, and about as many other outputs are compared with float64
-# relative norm error of what is stored, in 16 bits from sums in float32: the rounding of the result, and for more than
-# 16 rows that of each weight too
+CHECKED = 128  # outputs at the start, at the end and in between that are compared with float64
+# relative norm error of 16-bit results of float32 sums: the result is rounded, past 16 rows each weight is too
 TOLERANCE = {torch.float16: 7e-4, torch.bfloat16: 6e-3, torch.float32: 1e-4}
 
 
 @dataclass(frozen=True)
 class Gemm:
-    """x (M, k) times W (n, k), and what is fused with it."""
+    """x (M, k) times W (n, k), with its fused operations."""
 
     name: str
     k: int
-    n: int  # of w1 and w2: both, interleaved
+    n: int  # w1 and w2 count as one, interleaved
     epilogue: str = "plain"  # or "swiglu", "residual"
     norm: bool = False
     bias: bool = False
@@ -66,33 +63,24 @@ def relative_error(found: Tensor, expected: Tensor) -> float:
 
 
 def expect_below(error: float, allowed: float, what: str) -> float:
-    """`error`; SystemExit if it is too large (or NaN) for a timing to mean anything."""
+    """`error`; SystemExit if it is too large, or NaN: a wrong result is not worth timing."""
     if not error < allowed:
         raise SystemExit(f"{what} is off by {error:.1e}, allowed is {allowed:.1e}")
     return error
 
 
 def weight_of(gemm: Gemm, *, device: torch.device | str, seed: int = 0) -> TritonWeight:
-    """A weight of random levels made in kernel order on the device itself (also on "meta", where nothing is made).
-
-    Scales are such that a product of normal x is normal.
-    """
+    """Random levels in kernel order, made on the device (or on "meta"); scaled so that normal x gives normal y."""
     in_features, out_features, bits, group = gemm.k, gemm.n, gemm.bits, gemm.group
-    on_meta = torch.device(device).type == "meta"
-    generator = None if on_meta else torch.Generator(device).manual_seed(seed)
+    generator = None if torch.device(device).type == "meta" else torch.Generator(device).manual_seed(seed)
     chunks, padded = -(-in_features // CHUNK), -(-out_features // TILE) * TILE
     shape = (chunks, padded, CHUNK * bits // 32)
     groups = 1 if group == in_features else -(-chunks * CHUNK // group)
-    if on_meta:
-        words = torch.empty(shape, dtype=torch.int32, device=device)
-    else:
-        words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
+    words = torch.randint(-(2**31), 2**31, shape, dtype=torch.int32, device=device, generator=generator)
     deviation = 4.6 if bits == 4 else 74.0  # of a uniform level
     scales = torch.full((groups, padded), in_features**-0.5 / deviation, device=device)
     scales[:, out_features:] = 0
-    off_middle = None
-    if gemm.zeros:
-        off_middle = torch.full((groups, padded), 1.0, dtype=torch.float16, device=device)
+    off_middle = torch.ones(groups, padded, dtype=torch.float16, device=device) if gemm.zeros else None
     return TritonWeight(
         words,
         scales if bits == 8 else scales.half(),
@@ -107,7 +95,7 @@ def weight_of(gemm: Gemm, *, device: torch.device | str, seed: int = 0) -> Trito
 
 
 def formula(weight: TritonWeight, outputs: Tensor) -> Tensor:
-    """W (len(outputs), K) float64 of some output features, level by level from the words (gpu/weight.py)."""
+    """W (len(outputs), K) float64 of some output features, unpacked from the words (gpu/weight.py)."""
     part = replace(weight, words=weight.words[:, outputs], out_features=len(outputs))
     levels = part.levels().double() - (8 if weight.bits == 4 else 128)
     group = torch.arange(weight.in_features, device=weight.device) // weight.group_size
@@ -124,14 +112,14 @@ class Problem:
     rows: Rows
     weight: TritonWeight
     bias: Tensor | None
-    residual: Tensor | None  # (M, N) float32; every run adds to it
+    residual: Tensor | None  # (M, N) float32; `run` adds to it in place
     norm_weight: Tensor | None
 
     @classmethod
     def random(
         cls, gemm: Gemm, count: int, *, dtype: torch.dtype = torch.float16, device: str, seed: int = 0
     ) -> "Problem":
-        """Operands for `count` rows."""
+        """Random operands, `count` rows."""
         generator = torch.Generator(device).manual_seed(seed)
 
         def normal(*shape: int) -> Tensor:
@@ -154,20 +142,21 @@ class Problem:
         )
 
     def copies(self, count: int | None = None) -> "list[Problem]":
-        """The same rows with `count` weights of their own (None: as many as outgrow the caches), this one's first."""
+        """`count` problems with the same rows and separate weights (None: enough to exceed the caches), self first."""
         count = count or -(-OUTGROWS_CACHES // self.bytes_read)
         others = (weight_of(self.gemm, device=self.weight.device, seed=seed) for seed in range(1, count))
         return [self, *(replace(self, weight=weight) for weight in others)]
 
     @property
     def bytes_read(self) -> int:
-        """What one run has to read of the weight."""
+        """Of the weight, by one run."""
         return self.weight.words.nbytes + self.weight.scales.nbytes
 
     def run(self, tile: Tile | None = None) -> Rows:
         """One launch."""
-        gemm: Any = importlib.import_module("kernels.gpu.gemm")
-        result: Rows = gemm.gemm_triton(
+        from kernels.gpu.gemm import gemm_triton  # loads triton
+
+        return gemm_triton(
             self.rows,
             self.weight,
             self.bias,
@@ -178,12 +167,11 @@ class Problem:
             out_dtype=torch.float32 if self.gemm.bits == 8 else None,
             tile=tile,
         )
-        return result
 
     def error(self, tile: Tile | None = None) -> float:
-        """Run once and compare with float64: relative norm error over the first, the last and many other outputs.
+        """Run once; relative norm error against float64 over the first, the last and a spread of other outputs.
 
-        NaN if any output at all is not finite. A residual is compared as well as the rows that come from it.
+        NaN if any output is not finite. The residual is compared too.
         """
         before = None if self.residual is None else self.residual.double()
         y = self.run(tile).x.double()
@@ -191,7 +179,7 @@ class Problem:
         if not bool(y.isfinite().all()):
             return math.nan
         chosen = torch.arange(outputs, device=y.device)
-        spread = chosen[:: max(1, outputs // CHECKED) | 1]  # an odd step: no tile is always met in the same place
+        spread = chosen[:: max(1, outputs // CHECKED) | 1]  # an odd step: other places in each tile
         chosen = torch.cat((chosen[:CHECKED], spread, chosen[-CHECKED:])).unique()
         x = self.rows.x.double()
 
@@ -216,20 +204,20 @@ class Problem:
         return max(added, relative_error(y[:, chosen], expected))
 
     def checked(self, tile: Tile | None = None) -> float:
-        """`error`; SystemExit if rounding does not explain it."""
+        """`error`; SystemExit if it exceeds the tolerance."""
         with_tile = f" with {tile}" if tile else ""
         return expect_below(self.error(tile), self.tolerance, f"{self.gemm.name}, {len(self.rows.x)} rows{with_tile}")
 
     @property
     def tolerance(self) -> float:
-        """The largest `error` that rounding explains."""
+        """The largest `error` that rounding can cause."""
         return TOLERANCE[torch.float32 if self.gemm.bits == 8 else self.rows.x.dtype]
 
 
 def random_attention(
     heads: int, dim: int, capacity: int, starts: Sequence[int], length: int, *, device: str, int8: bool, seed: int = 0
 ) -> AttentionArgs:
-    """`length` tokens of each sequence, on top of `starts` cached ones; q, k and v are views of one tensor."""
+    """`length` new tokens per sequence after `starts` cached ones; q, k and v are views of one tensor."""
     batch, generator = len(starts), torch.Generator(device).manual_seed(seed)
 
     def normal(*shape: int) -> Tensor:
@@ -256,6 +244,11 @@ def random_cache(*shape: int, device: str, int8: bool, seed: int) -> dict[str, T
     return {"k_cache": k, "v_cache": v, "k_scales": k_scales, "v_scales": v_scales}
 
 
+def cached(cache: Tensor, scales: Tensor | None, where: tuple[int | slice, ...]) -> Tensor:
+    """Rows of a cache (B, H, capacity, D), dequantized if they have scales, in float64."""
+    return (cache[where] if scales is None else dequantize_rows(cache[where], scales[where])).double()
+
+
 def rotate_exactly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """x (T, H, D) rotated by cos and sin (T, D), in float64."""
     x1, x2 = x.double().chunk(2, -1)
@@ -263,20 +256,13 @@ def rotate_exactly(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def attention_error(attended: Tensor, args: AttentionArgs, sequence: int, heads: int | None = None) -> float:
-    """Relative norm error of one sequence's result (its first `heads`) against float64, over the cache as it is now."""
+    """Relative norm error of one sequence's output (its first `heads`) against float64 over the current cache."""
     q = rotate_exactly(args.q[sequence, :, :heads], args.cos[sequence], args.sin[sequence])
     if args.q_scale is not None:
         q *= args.q_scale[sequence, :, None, None].double()
     start, length = int(args.start[sequence]), len(q)
-    keys, values = (
-        rows[:, : start + length].double()
-        if scales is None
-        else dequantize_rows(rows[:, : start + length], scales[sequence, :heads, : start + length]).double()
-        for rows, scales in (
-            (args.k_cache[sequence, :heads], args.k_scales),
-            (args.v_cache[sequence, :heads], args.v_scales),
-        )
-    )
+    where = (sequence, slice(heads), slice(start + length))
+    keys, values = cached(args.k_cache, args.k_scales, where), cached(args.v_cache, args.v_scales, where)
     logits = q.transpose(0, 1) @ keys.mT / math.sqrt(q.shape[-1])
     positions = torch.arange(start + length, device=q.device)
     visible = positions <= positions[start:, None]

@@ -1,4 +1,4 @@
-"""Timing several candidates against one another: interleaved, so that a busy moment of the machine hits all of them."""
+"""Interleaved timing of several candidates, so that other load on the machine affects all of them alike."""
 
 import argparse
 import os
@@ -6,16 +6,17 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 
-# bytes of weights or caches that are used in turn, so that none is found in a cache: the largest L2 of a GPU, an
-# RTX PRO 6000's, holds 128 MiB
+# bytes of weights or KV caches to cycle through, so that none stays cached: the largest L2 of a GPU, an RTX PRO 6000's,
+# has 128 MiB
 OUTGROWS_CACHES = 512 * 2**20
 
 
 @dataclass(frozen=True)
 class Timing:
-    """Milliseconds of one call over `rounds` of them: the median, and the quartiles as its spread."""
+    """Median and quartiles over `rounds`, in milliseconds per call."""
 
     median_ms: float
     low_ms: float
@@ -24,18 +25,16 @@ class Timing:
 
     @classmethod
     def of(cls, seconds: Sequence[float]) -> "Timing":
-        """Of one call each."""
-        ordered = sorted(1000 * value for value in seconds)
-        last = len(ordered) - 1
-        low, median, high = (ordered[round(last * share)] for share in (0.25, 0.5, 0.75))
-        return cls(median, low, high, len(ordered))
+        """Of rounds of one call each."""
+        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75), method="nearest").tolist()
+        return cls(1000 * median, 1000 * low, 1000 * high, len(seconds))
 
     def of_one(self, calls: int) -> "Timing":
-        """Of one call, where each round was `calls` of them."""
+        """Per call, where each round was `calls` calls."""
         return replace(self, median_ms=self.median_ms / calls, low_ms=self.low_ms / calls, high_ms=self.high_ms / calls)
 
     def us(self) -> dict[str, float]:
-        """In microseconds, as results have it."""
+        """In microseconds, by the names in saved results."""
         return {"us": 1000 * self.median_ms, "low_us": 1000 * self.low_ms, "high_us": 1000 * self.high_ms}
 
     def __str__(self) -> str:
@@ -45,10 +44,10 @@ class Timing:
 def measure(
     candidates: Mapping[str, Callable[[], object]], *, device: str, rounds: int, seconds: float
 ) -> dict[str, Timing]:
-    """Time each candidate `rounds` times in turn, after one call of each that does not count.
+    """Time the candidates in turn, `rounds` times each, after a warm-up call of each.
 
-    On "cuda" by the device's own clock, from the start of a candidate's work to its end, else by the host's. A
-    candidate that has used up its `seconds` is left out of further rounds, but not before its third.
+    By CUDA events on "cuda", else by the host's clock. A candidate that has used up its `seconds` skips further rounds,
+    from its fourth on.
     """
     clock = _device_seconds if device == "cuda" else _host_seconds
     times: dict[str, list[float]] = {name: [] for name in candidates}
@@ -78,27 +77,27 @@ def _device_seconds(call: Callable[[], object]) -> float:
 
 
 def one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
-    """All calls as one; on "cuda" the replay of a CUDA graph of them, which are run once before it is captured.
+    """All calls as one; on "cuda" as a CUDA graph, captured after a warm-up, so that no call waits for Python."""
 
-    What is timed so waits for the device only, never for Python, and for the launches that a model's graph has too.
-    """
+    def run() -> None:
+        for call in calls:
+            call()
+
     if device != "cuda":
-        return lambda: [call() for call in calls]
+        return run
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for call in calls:
-            call()  # compiles, and lets libraries allocate
+        run()  # compiles, and lets libraries allocate
     torch.cuda.current_stream().wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
-        for call in calls:
-            call()
-    return lambda kept=calls: graph.replay()  # kept, because the graph reads the tensors that the calls hold
+        run()
+    return lambda kept=run: graph.replay()  # keeps the tensors that the graph reads
 
 
 def copy_gb_per_s(device: str, size: int = 2**30) -> float | None:
-    """What a GPU's memory does at best: bytes that a copy of `size` bytes reads and writes, per second. CPU: None."""
+    """Measured memory bandwidth: GB/s, read and written, of a device copy of `size` bytes. None on the CPU."""
     if device != "cuda":
         return None
     source = torch.zeros(size, dtype=torch.uint8, device="cuda")
@@ -107,10 +106,16 @@ def copy_gb_per_s(device: str, size: int = 2**30) -> float | None:
     return 2 * size / timing.median_ms / 1e6
 
 
-def use_device(parser: argparse.ArgumentParser, device: str, *, tiny: bool) -> None:
-    """End with a way out if `device` cannot run the GPU kernels; on the CPU they are interpreted, small shapes only."""
-    if device == "cpu":
-        if not tiny:
+def add_device(parser: argparse.ArgumentParser) -> None:
+    """--device and --tiny, of a benchmark of the GPU kernels."""
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, as a smoke test")
+
+
+def use_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Exit with an error if the device cannot run the GPU kernels. On the CPU: interpreted, with --tiny only."""
+    if args.device == "cpu":
+        if not args.tiny:
             parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
         os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
     elif not torch.cuda.is_available():

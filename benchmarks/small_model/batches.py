@@ -1,38 +1,40 @@
 """Scenes turned into training batches for the small model."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.demo.scenes import COLOURS, GRID, KINDS, SHAPES, Question, Scene, ask, ask_which, make_scene
+from qvl_edge.published import SYSTEM
 from qvl_edge.text.tokenizer import IM_END, IM_START, IMG, IMG_END, IMG_PAD, Tokenizer
 
-SYSTEM = "You are a helpful assistant."
 IGNORE = -100  # label of a token that is not part of an answer (torch's default ignore_index)
 COORDINATES = GRID + 1  # grid lines a box edge can lie on
-# of find, at, count, colour, read, describe; while numbers were not read yet, 0.3 of the questions asked for one
+# of find, at, count, colour, read, describe; read was 0.3 until numbers were learned
 SHARES = (0.45, 0.10, 0.12, 0.13, 0.05, 0.15)
-CHINESE = 0.7  # share of questions: at half, all wrong shapes were found in Chinese, which has a token for each byte
+CHINESE = 0.7  # share of questions: at half, all wrong shapes were in Chinese, which takes a token per byte
 TWO_TURNS = 0.25  # share of branches that ask a second question after the first answer
 
 
 @dataclass
 class CellTargets:
-    """What each of the 256 grid cells of B pictures shows, as class indices (B, 256); 0 is nothing of the kind."""
+    """Class indices (B, 256) of what each grid cell of B pictures shows; 0: nothing."""
 
     colour: Tensor
     shape: Tensor
     digit: Tensor
     place: Tensor  # 1 on the first digit of a number, 2 on the second, …
-    centre: Tensor  # 1 on the cell in the middle of a shape, so that shapes can be counted
+    centre: Tensor  # 1 on the middle cell of a shape, so that shapes can be counted
     edges: Tensor  # (B, 256, 4): grid lines of the shape's box
 
     @property
     def subject(self) -> Tensor:
-        """The colour of a shape's cell, and one class more for every digit: what a question calls it by."""
+        """What a question calls a cell: the colour of its shape, or one more class for all digits."""
         return torch.where(self.digit > 0, len(COLOURS) + 1, self.colour)
 
 
@@ -56,7 +58,7 @@ def cell_targets(scenes: list[Scene]) -> CellTargets:
 
 
 def pixels_of(scenes: list[Scene], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalized pixels (B, 3, 448, 448) float32; a scene has the model's input size already."""
+    """Normalized pixels (B, 3, 448, 448) float32; scenes are drawn at the model's input size."""
     raw = torch.from_numpy(np.stack([np.asarray(scene.image) for scene in scenes])).permute(0, 3, 1, 2)
     scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
     shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
@@ -65,11 +67,11 @@ def pixels_of(scenes: list[Scene], mean: tuple[float, ...], std: tuple[float, ..
 
 @dataclass
 class Batch:
-    """B packed sequences of one prefix (system turn and pictures) and many question branches that see only the prefix.
+    """B packed sequences: a prefix (system turn and pictures), and question branches that attend only to it.
 
     ids, labels, positions and weights (B, L); attention (B, 1, L, L) is 0 where a token is seen and -inf elsewhere.
-    A label's weight is 1 / sqrt(tokens of its answer), so that long boxes do not drown one-word answers.
-    image_starts lists where each picture's 256 features go, the same in every sequence.
+    A label weighs 1 / sqrt(tokens of its answer), so that long boxes do not outweigh one-word answers. image_starts
+    are the positions of each picture's 256 features, the same in every sequence.
     """
 
     scenes: list[Scene]  # pictures of sequence 0, then of sequence 1, …
@@ -83,7 +85,7 @@ class Batch:
 
 @dataclass
 class Branch:
-    """Question turns and answers that follow the pictures."""
+    """The tokens of some turns."""
 
     ids: list[int] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
@@ -97,7 +99,7 @@ class BatchBuilder:
         self.tokenizer = tokenizer
         special = tokenizer.specials
         self.start, self.end = special[IM_START], special[IM_END]
-        # the last token of what things are called, by the name of the target: English, Chinese and digits
+        # (target of CellTargets, last tokens of the names of its classes)
         self.words = [
             (target, torch.tensor([tokenizer.encode(word)[-1] for word in words]))
             for target, words in (
@@ -111,7 +113,7 @@ class BatchBuilder:
         self.image = [special[IMG], *[special[IMG_PAD]] * IMAGE_TOKENS, special[IMG_END]]
 
     def prefix(self, pictures: int) -> tuple[list[int], list[int]]:
-        """Token ids up to the last picture, and where the features of each go."""
+        """Token ids up to the last picture, and the start of each picture's features."""
         encode = self.tokenizer.encode
         ids = [self.start, *encode("system\n" + SYSTEM), self.end, *encode("\n"), self.start, *encode("user\n")]
         starts = []
@@ -126,10 +128,12 @@ class BatchBuilder:
         encode = self.tokenizer.encode
         branch = Branch()
         for index, question in enumerate(questions):
-            ask = encode("\n" + question.text) if index == 0 else [*encode("\n"), self.start]
-            if index:
-                ask += encode("user\n" + question.text)
-            ask += [self.end, *encode("\n"), self.start, *encode("assistant\n")]
+            turn = (
+                [*encode("\n"), self.start, *encode("user\n" + question.text)]
+                if index
+                else encode("\n" + question.text)
+            )
+            ask = [*turn, self.end, *encode("\n"), self.start, *encode("assistant\n")]
             answer = [*encode(question.answer), self.end]
             branch.ids += ask + answer
             branch.labels += [IGNORE] * len(ask) + answer
@@ -171,26 +175,20 @@ class BatchBuilder:
 
     def _pack(self, scenes: list[Scene], rows: list[list[Branch]], pictures: int) -> Batch:
         prefix, starts = self.prefix(pictures)
-        length = len(prefix) + max(sum(len(branch.ids) for branch in row) for row in rows)
-        shape = (len(rows), length)
-        ids = torch.full(shape, self.end)
-        labels = torch.full(shape, IGNORE)
-        weights = torch.zeros(shape)
-        positions = torch.zeros(shape, dtype=torch.int64)
-        causal = torch.ones(length, length, dtype=torch.bool).tril()
-        seen = torch.zeros(len(rows), 1, length, length, dtype=torch.bool)
-        for index, row in enumerate(rows):
-            ids[index, : len(prefix)] = torch.tensor(prefix)
-            positions[index, : len(prefix)] = torch.arange(len(prefix))
-            seen[index, 0, :, : len(prefix)] = causal[:, : len(prefix)]
-            at = len(prefix)
-            for branch in row:
-                end = at + len(branch.ids)
-                ids[index, at:end] = torch.tensor(branch.ids)
-                labels[index, at:end] = torch.tensor(branch.labels)
-                weights[index, at:end] = torch.tensor(branch.weights)
-                positions[index, at:end] = torch.arange(len(prefix), len(prefix) + len(branch.ids))
-                seen[index, 0, at:end, at:end] = causal[at:end, at:end]
-                at = end
-        attention = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))
+        length = len(prefix)
+        shared = Branch(prefix, [IGNORE] * length, [0.0] * length)
+        sequences = [[shared, *row] for row in rows]
+
+        def packed(values: Callable[[int, Branch], Sequence[float]], padding: float) -> Tensor:
+            joined = [[value for part in enumerate(sequence) for value in values(*part)] for sequence in sequences]
+            return pad_sequence([torch.tensor(row) for row in joined], batch_first=True, padding_value=padding)
+
+        ids = packed(lambda _, part: part.ids, self.end)
+        labels = packed(lambda _, part: part.labels, IGNORE)
+        weights = packed(lambda _, part: part.weights, 0.0)
+        owner = packed(lambda number, part: [number] * len(part.ids), -1)  # 0: the prefix
+        positions = packed(lambda _, part: range(len(part.ids)), 0) + length * (owner > 0)
+        causal = torch.ones(ids.shape[1], ids.shape[1], dtype=torch.bool).tril()
+        seen = causal & ((owner == 0)[:, None] | (owner[:, None] == owner[:, :, None]))
+        attention = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf"))[:, None]
         return Batch(scenes, ids, labels, weights, positions, attention, starts)

@@ -1,18 +1,19 @@
 """Train the small model that ships: python -m benchmarks.small_model.train QWEN_TIKTOKEN FOLDER
 
-Two stages, because joint training from scratch stays on the plateau of guessed digits:
+Two stages, because joint training from scratch does not get past guessing digits:
 1. the vision tower alone, against what each grid cell shows;
 2. decoder and vision together, a dozen questions per picture packed behind one copy of its 256 features, vision at a
    quarter of the learning rate.
 FOLDER receives state.pt (training resumes from it), log.jsonl, loss.png and, at every save, checkpoint/ in the
-published layout. QWEN_TIKTOKEN is the published qwen.tiktoken, of which the first ranks become the vocabulary. Needs
-torch 2.9 or newer, for its Muon.
+published layout. QWEN_TIKTOKEN is the published qwen.tiktoken, whose first ranks become the vocabulary. Needs torch 2.9
+or newer, for Muon.
 """
 
 import contextlib
 import json
 import math
 import time
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,60 +37,20 @@ from kernels import rotate
 from qvl_edge import plot
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
+from qvl_edge.demo import SMALL_MODEL
 from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, make_scene
-from qvl_edge.files import append_jsonl, read_jsonl, write_jsonl, write_tensors
+from qvl_edge.files import append_jsonl, copy_file, read_jsonl, replacing, write_jsonl, write_tensors
 from qvl_edge.model.decoder import QWenLMHeadModel, rotary_tables
 from qvl_edge.model.loading import load_decoder, load_visual
 from qvl_edge.model.vit import VisionTransformer
-from qvl_edge.plot import optional
 from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer
 from qvl_edge.vision.image import MEAN, STD
 
-RANKS = 4096  # entries of qwen.tiktoken that the small model keeps
-WIDTH = 256
-CONFIG = {
-    "architectures": ["QWenLMHeadModel"],
-    "model_type": "qwen",
-    "hidden_size": WIDTH,
-    "intermediate_size": 1536,
-    "kv_channels": 128,
-    "num_attention_heads": WIDTH // 128,
-    "num_hidden_layers": 4,
-    "vocab_size": -(-(RANKS + len(SPECIALS)) // 64) * 64,
-    "seq_length": 2048,
-    "max_position_embeddings": 8192,
-    "layer_norm_epsilon": 1e-6,
-    "no_bias": True,
-    "rotary_emb_base": 10000,
-    "rotary_pct": 1.0,
-    "scale_attn_weights": True,
-    "tie_word_embeddings": False,
-    "use_dynamic_ntk": True,
-    "use_logn_attn": True,
-    "tokenizer_type": "QWenTokenizer",
-    "torch_dtype": "float16",
-    "visual": {
-        "heads": 4,
-        "image_size": 448,
-        "image_start_id": RANKS + len(SPECIALS) - 3,
-        "layers": 3,
-        "mlp_ratio": 4.0,
-        "output_dim": WIDTH,
-        "patch_size": 28,
-        "width": 128,
-    },
-}
-GENERATION = {
-    "chat_format": "chatml",
-    "eos_token_id": RANKS,
-    "pad_token_id": RANKS,
-    "max_window_size": 6144,
-    "max_new_tokens": 256,
-    "do_sample": False,
-    "top_k": 0,
-    "top_p": 0.3,
-}
-BATCH_VISION, BATCH_JOINT, BUDGET = 16, 4, 480  # pictures a step, pictures a step, question tokens a picture
+SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")  # copied from SMALL_MODEL
+CONFIG = Config.from_folder(SMALL_MODEL)
+RANKS = CONFIG.visual.image_start_id + 3 - len(SPECIALS)  # entries of qwen.tiktoken that the small model keeps
+WIDTH = CONFIG.hidden_size
+BATCH_VISION, BATCH_JOINT, BUDGET = 16, 4, 480  # pictures per step of either stage, question tokens per picture
 SAVE_EVERY = 100  # steps
 RATES: dict[str, dict[str, Any]] = {
     "vision": {"peak": 1.5e-3, "warmup": 50, "decay": 0.5},
@@ -110,10 +71,10 @@ def sine_cosine_positions(width: int, grid: int) -> Tensor:
 
 
 def initialize(model: QWenLMHeadModel, visual: VisionTransformer) -> None:
-    """Random weights in place.
+    """Random weights, in place.
 
     The resampler starts position-aligned: q and k share one random orthogonal matrix, v and out are the identity, so a
-    query attends mostly to its own cell. Without it the cell loss hardly moved in 400 steps.
+    query attends mostly to its own cell. Otherwise the cell loss hardly moved in 400 steps.
     """
     depth = model.config.num_hidden_layers
     for name, parameter in [*model.named_parameters(), *visual.named_parameters()]:
@@ -126,7 +87,7 @@ def initialize(model: QWenLMHeadModel, visual: VisionTransformer) -> None:
             nn.init.normal_(parameter, std=fan_in**-0.5 / (math.sqrt(2 * depth) if "c_proj" in name else 1))
     pool = visual.attn_pool
     with torch.no_grad():
-        # learned from here on; from a random start it had found columns but not rows after 600 steps
+        # learned; from random values it had found columns but not rows after 600 steps
         visual.positional_embedding.copy_(sine_cosine_positions(visual.positional_embedding.shape[1], 16))
         pool.pos_embed.copy_(sine_cosine_positions(pool.pos_embed.shape[1], 16))
         pool.query.normal_(std=0.02)
@@ -138,7 +99,7 @@ def initialize(model: QWenLMHeadModel, visual: VisionTransformer) -> None:
 
 
 class CellReader(nn.Module):
-    """Linear read-outs of the features: used in training only, not shipped."""
+    """Linear probes of the features, for training only."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -146,20 +107,15 @@ class CellReader(nn.Module):
         self.read = nn.Linear(WIDTH, sum(self.sizes))
 
     def forward(self, features: Tensor, targets: CellTargets) -> tuple[Tensor, float]:
-        """The cell loss, and the share of covered cells whose box is read exactly."""
+        """The cell loss, and the share of shapes' cells whose box is exact."""
         colour, shape, digit, centre, *edges, place = self.read(features).split(self.sizes, dim=-1)
-        pairs = (
-            (colour, targets.colour),
-            (shape, targets.shape),
-            (digit, targets.digit),
-            (centre, targets.centre),
-            (place, targets.place),
-        )
+        classes = {"colour": colour, "shape": shape, "digit": digit, "centre": centre, "place": place}
         loss = features.new_zeros(())
-        for logits, target in pairs:
-            # most cells show nothing: what is there weighs as much as all that is not
-            each = F.cross_entropy(logits.flatten(0, 1), target.flatten(), reduction="none")
-            some = target.flatten() > 0
+        for name, logits in classes.items():
+            target = getattr(targets, name).flatten()
+            # most cells are empty: the others weigh as much as all of these together
+            each = F.cross_entropy(logits.flatten(0, 1), target, reduction="none")
+            some = target > 0
             loss = loss + each[~some].mean() + (each[some].mean() if bool(some.any()) else 0.0)
         covered = targets.colour > 0
         exact = torch.ones(int(covered.sum()), dtype=torch.bool)
@@ -171,7 +127,7 @@ class CellReader(nn.Module):
 
 
 def vision_step(seed: int, visual: VisionTransformer, reader: CellReader) -> dict[str, Any]:
-    """One step of stage 1: loss with gradients, and figures for the log."""
+    """Forward and backward of stage 1; figures for the log."""
     scenes = [make_scene(seed * BATCH_VISION + index) for index in range(BATCH_VISION)]
     loss, exact = reader(visual(pixels_of(scenes, MEAN, STD)), cell_targets(scenes))
     loss.backward()
@@ -196,7 +152,7 @@ def answer_loss(model: QWenLMHeadModel, batch: Batch, features: Tensor) -> Tenso
 
     for block in model.transformer.h:
         x = block(x, attend)
-    # a token predicts its follower; the last token of a branch has no label after it
+    # a token predicts the next one; that of a branch's last token begins another branch, and has no label
     following = batch.labels.roll(-1, dims=1)
     following[:, -1] = IGNORE
     answers = following != IGNORE
@@ -207,10 +163,10 @@ def answer_loss(model: QWenLMHeadModel, batch: Batch, features: Tensor) -> Tenso
 
 
 def alignment(features: Tensor, targets: CellTargets, words: list[tuple[str, Tensor]]) -> Tensor:
-    """Cross-entropy of naming a cell's subject, shape and digit by the nearest word embedding.
+    """Cross-entropy of a cell's subject, shape and digit, classified by the nearest word embedding.
 
-    words: name of the target, and embeddings (classes, hidden). Attention finds "red" among features sooner when a red
-    cell and the word lie in one direction: before this, questions for a colour stayed at chance for 800 steps.
+    words: target of CellTargets, embeddings (classes, hidden). Aligning "red" with red cells helps attention find them:
+    without it, questions for a colour stayed at chance for 800 steps.
     """
     loss = features.new_zeros(())
     for name, names in words:
@@ -225,7 +181,7 @@ def alignment(features: Tensor, targets: CellTargets, words: list[tuple[str, Ten
 def joint_step(
     seed: int, builder: BatchBuilder, model: QWenLMHeadModel, visual: VisionTransformer, reader: CellReader
 ) -> dict[str, Any]:
-    """One step of stage 2; every eighth batch is about two pictures."""
+    """Forward and backward of stage 2; every eighth batch is about two pictures."""
     two = seed % 8 == 7
     half = 2 if two else 1
     batch = builder.build(seed, size=BATCH_JOINT // half, budget=BUDGET // half, pictures=1 + two)
@@ -240,13 +196,9 @@ def joint_step(
 
 
 def write_checkpoint(folder: Path, model: QWenLMHeadModel, visual: VisionTransformer) -> None:
-    """The published layout beside its qwen.tiktoken: settings, and safetensors in float16."""
-    for name, content in (
-        ("config.json", CONFIG),
-        ("generation_config.json", GENERATION),
-        ("tokenizer_config.json", {"model_max_length": 8192, "tokenizer_class": "QWenTokenizer"}),
-    ):
-        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    """Settings and float16 safetensors in the published layout."""
+    for name in SETTINGS:
+        copy_file(SMALL_MODEL / name, folder / name)
     tensors = {name: value.half().contiguous() for name, value in model.state_dict().items()}
     tensors |= {f"transformer.visual.{name}": value.half().contiguous() for name, value in visual.state_dict().items()}
     write_tensors(folder / "model.safetensors", tensors)
@@ -259,12 +211,12 @@ def learning_rate(step: int, steps: int, *, peak: float, warmup: int, decay: flo
 
 @contextlib.contextmanager
 def flushed_denormals() -> Iterator[None]:
-    """Denormals are zero meanwhile: optimizer moments fade into them, and they are slow on x86."""
+    """Flush denormals to zero: optimizer moments decay into them, and they are slow on x86."""
     torch.set_flush_denormal(True)
     try:
         yield
     finally:
-        torch.set_flush_denormal(False)  # the default; torch cannot be asked what it was
+        torch.set_flush_denormal(False)  # the default; torch has no getter
 
 
 class Trainer:
@@ -283,30 +235,29 @@ class Trainer:
         lines = tiktoken_file.read_bytes().splitlines(keepends=True)
         (checkpoint / VOCAB_FILE).write_bytes(b"".join(lines[:RANKS]))
         self.builder = BatchBuilder(Tokenizer.from_file(checkpoint / VOCAB_FILE))
-        config = Config.from_dict(CONFIG)
-        self.model, self.visual, self.reader = QWenLMHeadModel(config), VisionTransformer(config.visual), CellReader()
+        self.model, self.visual, self.reader = QWenLMHeadModel(CONFIG), VisionTransformer(CONFIG.visual), CellReader()
         initialize(self.model, self.visual)
         self.modules = nn.ModuleDict({"model": self.model, "visual": self.visual, "reader": self.reader})
         self.stage, self.step, self.fresh = 0, 0, 0  # fresh: the step at which the optimizers were new
         state = folder / "state.pt"
-        if not state.exists() and start is not None:
+        saved = torch.load(state, weights_only=True) if state.exists() else None
+        if saved is not None:
+            self.stage, self.step, self.fresh = saved["stage"], saved["step"], saved["fresh"]
+            self.modules.load_state_dict(saved["modules"])
+        elif start is not None:
             weights, step = start
             source = Checkpoint(weights)
             self.model.load_state_dict(load_decoder(source, dtype=torch.float32).state_dict())
             self.visual.load_state_dict(load_visual(source, dtype=torch.float32).state_dict())
             self.stage, self.step, self.fresh = self.STAGES.index("joint"), step, step
         self.optimizers = self._new_optimizers()
-        if state.exists():
-            saved = torch.load(state, weights_only=True)
-            self.stage, self.step, self.fresh = saved["stage"], saved["step"], saved["fresh"]
-            self.modules.load_state_dict(saved["modules"])
-            self.optimizers = self._new_optimizers()
+        if saved is not None:
             for optimizer, content in zip(self.optimizers, saved["optimizers"], strict=True):
                 optimizer.load_state_dict(content)
-        self._cut_log()  # also makes an empty one
+        self._cut_log()  # also creates it
 
     def _cut_log(self) -> None:
-        """Drop the rows that a stopped run logged after its last save: those steps are taken again."""
+        """Drop the rows that a stopped run logged after its last save: those steps are repeated."""
         log = self.folder / "log.jsonl"
         rows = [row for _, row in read_jsonl(log, resuming=True)]
         here = (self.stage, self.step)
@@ -343,25 +294,25 @@ class Trainer:
         return figures
 
     def save(self) -> None:
-        """state.pt, written beside and renamed; checkpoint/ and loss.png as they stand."""
-        partial = self.folder / "state.pt.partial"
+        """Write state.pt, checkpoint/ and loss.png."""
         state = {"stage": self.stage, "step": self.step, "fresh": self.fresh, "modules": self.modules.state_dict()}
-        torch.save(state | {"optimizers": [optimizer.state_dict() for optimizer in self.optimizers]}, partial)
-        partial.replace(self.folder / "state.pt")
+        state["optimizers"] = [optimizer.state_dict() for optimizer in self.optimizers]
+        with replacing(self.folder / "state.pt") as partial:
+            torch.save(state, partial)
         write_checkpoint(self.folder / "checkpoint", self.model, self.visual)
-        with optional():
+        with plot.optional():
             plot.save(loss_chart(self.folder / "log.jsonl"), self.folder / "loss.png")
 
     @flushed_denormals()
     def run(self) -> None:
-        """Train to the end of the last stage, with a line of progress every 20 steps and a save every SAVE_EVERY."""
+        """Train to the end of the last stage; log every 20 steps, save every SAVE_EVERY."""
         while self.stage < len(self.STAGES):
             name = self.STAGES[self.stage]
-            recent: dict[str, list[float]] = {}
+            recent = defaultdict[str, list[float]](list)
             began, first = time.perf_counter(), self.step
             while self.step < self.steps[name]:
                 for key, value in self._train_step().items():
-                    recent.setdefault(key, []).append(value)
+                    recent[key].append(value)
                 self.step += 1
                 if self.step % 20 == 0:
                     seconds = (time.perf_counter() - began) / (self.step - first)
@@ -370,7 +321,7 @@ class Trainer:
                     append_jsonl(self.folder / "log.jsonl", [row])
                     left = seconds * (self.steps[name] - self.step) / 60
                     say(f"{json.dumps(row)} {left:.0f} min left in this stage")
-                    recent = {}
+                    recent.clear()
                 if self.step % SAVE_EVERY == 0:
                     self.save()
             self.stage, self.step, self.fresh = self.stage + 1, 0, 0
@@ -380,14 +331,13 @@ class Trainer:
 
 
 def main() -> None:
-    """The command."""
     parser = command("small_model.train", __doc__)
     parser.add_argument("tiktoken", type=Path, metavar="QWEN_TIKTOKEN")
     parser.add_argument("folder", type=Path)
     parser.add_argument("--vision-steps", type=int, default=1200)
     parser.add_argument("--joint-steps", type=int, default=7500)
-    parser.add_argument("--weights", type=Path, metavar="CHECKPOINT", help="begin with these at --from-step of stage 2")
-    parser.add_argument("--from-step", type=int, default=0, help="of the joint stage, with --weights (default: 0)")
+    parser.add_argument("--weights", type=Path, metavar="CHECKPOINT", help="start the joint stage with these weights")
+    parser.add_argument("--from-step", type=int, default=0, help="first joint step, with --weights (default: 0)")
     args = parser.parse_args()
     start = None if args.weights is None else (args.weights, args.from_step)
     Trainer(args.tiktoken, args.folder, {"vision": args.vision_steps, "joint": args.joint_steps}, start=start).run()

@@ -1,7 +1,7 @@
 """The same question about every image of a folder, on Ray Data: python -m examples.ray.batch IMAGES OUT --question "…"
 
-OUT gets Parquet files with a row for each image: path (below IMAGES), text, boxes (JSON), tokens, seconds, error.
-Stopped and run again, the job answers what has no row yet.
+OUT gets Parquet files with a row per image: path (below IMAGES), text, boxes (JSON), tokens, seconds, error. Run again
+after a stop, the job resumes with the images that have no row.
 """
 
 import argparse
@@ -25,7 +25,7 @@ from qvl_edge.files import read_json, replacing, write_json
 from qvl_edge.runtime import Runtime
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
-JOB = "_job.json"  # what the rows answer; readers of Parquet folders skip names that begin with _
+JOB = "_job.json"  # the job's parameters; readers of Parquet folders skip names that begin with _
 PARTS = "part-*.parquet"
 SCHEMA = pa.schema(
     [
@@ -33,31 +33,30 @@ SCHEMA = pa.schema(
         ("text", pa.string()),
         ("boxes", pa.string()),  # JSON: the boxes of Answer.to_dict()
         ("tokens", pa.int32()),  # of the answer
-        ("seconds", pa.float64()),  # image, prompt and decoding, beside the others of the batch
+        ("seconds", pa.float64()),  # encoding, prefill and decoding, within a batch
         ("error", pa.string()),  # null, or why there is no answer
     ]
 )
 
 
 class Writer:
-    """An actor: one Runtime. Called with the paths of a batch it answers all of them and writes their rows."""
+    """An actor with one Runtime: answers a batch of paths, and writes their rows."""
 
     def __init__(self, loading: dict[str, Any], images: Path, out: Path, question: str, generation: dict[str, Any]):
         self._runtime = Runtime.from_pretrained(**loading)
         self._images, self._out, self._question, self._generation = images, out, question, generation
 
     def __call__(self, batch: "dict[str, np.ndarray[Any, Any]]") -> dict[str, list[int]]:
-        """How many rows were written, and how many of them have an error.
+        """Rows written, and how many have an error.
 
-        The rows are written here, not by a sink after this: what is on the disk counts as done, and a sink would need
-        cores beside those of the actors. The file is named after its images, so a batch that is run again because
-        its actor died writes the same file.
+        Written here, not by a sink: what is on disk is done, and a sink would need further cores. The file is named
+        after its images, so that a batch repeated after its actor died replaces the same file.
         """
         paths = [str(path) for path in batch["path"]]
         requests = [self._request(path) for path in paths]
         for request in self._runtime.run(requests):
             if request.error is not None and not isinstance(request.error, QvlError):
-                raise request.error  # not this image's fault: it ends the job
+                raise request.error  # not an error of this image: end the job
         rows = [_row(path, request) for path, request in zip(paths, requests, strict=True)]
         name = hashlib.sha256("\n".join(paths).encode()).hexdigest()[:16]
         with replacing(self._out / PARTS.replace("*", name)) as partial:
@@ -84,31 +83,31 @@ def _row(path: str, request: Request) -> dict[str, Any]:
 
 
 def find_images(folder: Path) -> list[str]:
-    """Paths of the images below `folder`. ConfigError if there is no folder, or for a name that no column can hold."""
+    """Paths of the images below `folder`. ConfigError if it is missing, or a name cannot be stored as text."""
     if not folder.is_dir():
         raise ConfigError(f"{folder} is not a folder; give the one that holds the images")
     paths = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.suffix.lower() in SUFFIXES)
     for path in paths:
-        if not path.isprintable():  # half a surrogate, which stands for a byte that is not UTF-8, or a line's end
+        if not path.isprintable():  # a lone surrogate (a byte that is not UTF-8), or a control character
             raise ConfigError(f"the name {path!r} in {folder} is not plain UTF-8 text; rename the file")
     return paths
 
 
 def resume(out: Path, job: dict[str, Any]) -> set[str]:
-    """Paths that have a row in `out`. ConfigError if its rows are those of another job."""
+    """Paths that have a row in `out`. ConfigError if `out` belongs to another job."""
     out.mkdir(parents=True, exist_ok=True)
     if not (out / JOB).exists():
         write_json(out / JOB, job)
     for name, value in read_json(out / JOB).items():
         if job.get(name) != value:
             raise ConfigError(f"{out} holds a job with {name} {value!r}, not {job.get(name)!r}; choose another folder")
-    for partial in out.glob(f"{PARTS}.partial"):  # of a job that was killed; readers of the folder would open it
+    for partial in out.glob(f"{PARTS}.partial"):  # left by a killed job; readers of the folder would open it
         partial.unlink()
     return {path for part in out.glob(PARTS) for path in pq.read_table(part, columns=["path"])["path"].to_pylist()}
 
 
 def run(args: argparse.Namespace) -> None:
-    """Answer what has no row yet."""
+    """Answer the images that have no row yet."""
     images, out = args.images.resolve(), args.out.resolve()
     paths = find_images(images)
     generation = {"do_sample": False, "max_new_tokens": args.max_new_tokens}
@@ -120,7 +119,7 @@ def run(args: argparse.Namespace) -> None:
         return
     batch = min(args.batch, math.ceil(len(left) / args.actors))  # work for every actor
     start_ray(args.address)
-    ray.data.DataContext.get_current().enable_progress_bars = False  # the lines below say it
+    ray.data.DataContext.get_current().enable_progress_bars = False  # progress is printed below
     written = ray.data.from_items(
         [{"path": path} for path in left], override_num_blocks=math.ceil(len(left) / batch)
     ).map_batches(
@@ -140,15 +139,15 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the job; a QvlError becomes its message and exit code 1."""
+    """Run the job; print a QvlError and return 1."""
     parser = argparse.ArgumentParser(prog="python -m examples.ray.batch", description=__doc__)
-    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder; those below it count too")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the rows; every machine has to see both")
+    parser.add_argument("images", type=Path, metavar="IMAGES", help="a folder, searched recursively")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder for the rows; all machines need access to both")
     parser.add_argument("--question", required=True)
     add_arguments(parser)
-    parser.add_argument("--actors", type=int, default=1, metavar="N", help="processes with a model each (1)")
-    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images in one file of rows (64)")
-    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="of an answer (256)")
+    parser.add_argument("--actors", type=int, default=1, metavar="N", help="processes, each with a model (1)")
+    parser.add_argument("--batch", type=int, default=64, metavar="N", help="images per file (64)")
+    parser.add_argument("--max-new-tokens", type=int, default=256, metavar="N", help="per answer (256)")
     args = parser.parse_args(arguments)
     try:
         run(args)

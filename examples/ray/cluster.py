@@ -1,4 +1,4 @@
-"""What the service and the batch job have in common: the model's options, and a Ray cluster."""
+"""Shared by the service and the batch job: the model's options, and a Ray cluster."""
 
 import argparse
 import os
@@ -7,24 +7,22 @@ from typing import Any
 
 import ray
 
-import qvl_edge
-
-SMALL_MODEL = Path(qvl_edge.__file__).with_name("demo") / "checkpoint"
+from qvl_edge.demo import SMALL_MODEL
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The model, and what each of its processes gets of a machine."""
+    """The model, and the resources of each process."""
     parser.add_argument("--bundle", type=Path, default=SMALL_MODEL, help="or a checkpoint (the small model that ships)")
-    parser.add_argument("--slots", type=int, default=4, metavar="N", help="answers that a process decodes at once (4)")
-    parser.add_argument("--num-cpus", type=float, default=1, metavar="N", help="cores for each process (1)")
-    parser.add_argument("--num-gpus", type=float, default=0, metavar="N", help="GPUs for each process (0: on the CPU)")
-    parser.add_argument("--max-context", type=int, metavar="N", help="positions for each slot (as many as fit)")
-    parser.add_argument("--max-memory", metavar="8GB", help="for each process; needed where several share a GPU")
-    parser.add_argument("--address", default="local", help="a Ray cluster: auto or HOST:PORT (one of its own, here)")
+    parser.add_argument("--slots", type=int, default=4, metavar="N", help="batch size of a process (4)")
+    parser.add_argument("--num-cpus", type=float, default=1, metavar="N", help="cores per process (1)")
+    parser.add_argument("--num-gpus", type=float, default=0, metavar="N", help="GPUs per process (0: on the CPU)")
+    parser.add_argument("--max-context", type=int, metavar="N", help="positions per slot (as many as fit)")
+    parser.add_argument("--max-memory", metavar="8GB", help="per process; needed if several share a GPU")
+    parser.add_argument("--address", default="local", help="a Ray cluster: auto or HOST:PORT (default: start one here)")
 
 
 def loading_of(args: argparse.Namespace) -> dict[str, Any]:
-    """Arguments of Runtime.from_pretrained. Ray shows each process its own GPUs only, so "cuda" is the right one."""
+    """Arguments of Runtime.from_pretrained. Ray hides other processes' GPUs, so "cuda" is the right one."""
     return {
         "path": args.bundle.resolve(),
         "slots": args.slots,
@@ -35,6 +33,6 @@ def loading_of(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def start_ray(address: str) -> None:
-    """Join a cluster, or start one on this machine, which ends with this process. Nothing is reported to anybody."""
+    """Join a cluster, or start one on this machine that ends with this process. Telemetry is off."""
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     ray.init(address=address, include_dashboard=False if address == "local" else None, log_to_driver=True)

@@ -33,12 +33,12 @@ from qvl_edge.server.media import Media
 from qvl_edge.server.refusal import RATE_LIMIT, SERVER, Refusal, engine_refusal
 
 NAME, ROUTE = "qvl-edge", "/answer"
-TIME_LIMIT_S = 300.0  # for a request, all its tries together
-TRIES = 3  # replicas that one request may see die: a request that kills them must not take down all, one by one
-PAUSE_S = 0.1  # before another try: a replica that cannot be reached for a moment must not use up all tries at once
+TIME_LIMIT_S = 300.0  # per request, including all tries
+TRIES = 3  # replicas per request: one that crashes them must not take down all
+PAUSE_S = 0.1  # between tries: a replica that is briefly unreachable must not use up all of them
 MAX_BODY_BYTES = 32 << 20
 MAX_IMAGES = 16
-MEDIA = Media()  # data URIs and nothing else: no files, nothing is fetched
+MEDIA = Media()  # data URIs only: no files, no downloads
 
 Query: TypeAlias = list[dict[str, Any]]
 log = logging.getLogger("ray.serve")
@@ -48,18 +48,18 @@ class Question(protocol.Model):
     """The body of a request."""
 
     images: Annotated[list[str], Field(max_length=MAX_IMAGES)] = []
-    question: protocol.Text
+    question: str
     options: protocol.Sampling = protocol.Sampling()
 
 
 class Model:
-    """A replica: one Runtime, whose worker batches the requests that are here at the same time."""
+    """A replica: one Runtime, whose worker batches concurrent requests."""
 
     def __init__(self, loading: dict[str, Any]):
-        self._worker = Worker(Runtime.from_pretrained(**loading), max_waiting=sys.maxsize)  # Ingress has the bound
+        self._worker = Worker(Runtime.from_pretrained(**loading), max_waiting=sys.maxsize)  # Ingress has the limit
 
     async def answer(self, query: Query, generation: dict[str, Any], seconds: float) -> tuple[int, dict[str, Any]]:
-        """Status and body of the response. When the caller leaves, Serve cancels this, and that ends the decoding."""
+        """Status and body of the response. Serve cancels this when the client disconnects, which stops the decoding."""
         asked = Asked(query, generation=generation, time_limit_s=seconds)
         try:
             async with contextlib.aclosing(self._worker.stream([asked])) as events:
@@ -71,10 +71,10 @@ class Model:
 
 
 class Ingress:
-    """What HTTP reaches: checks a request, hands it to a replica, and to another one if that dies over it.
+    """The HTTP endpoint: checks a request, sends it to a replica, and to another one if that dies.
 
-    Serve itself sends a request again only if it had not reached its replica. An answer changes nothing anywhere, so
-    here it may be made twice.
+    Serve itself retries only requests that had not reached their replica. Answering has no side effects, so here all
+    may be retried.
     """
 
     def __init__(self, model: DeploymentHandle, access: Access, room: int):
@@ -82,13 +82,13 @@ class Ingress:
         self._here = 0
 
     async def __call__(self, request: Request) -> Response:
-        """One request. The header x-tries says how many replicas worked on it."""
+        """One request. The header x-tries has the number of replicas that worked on it."""
         self._here += 1
         try:
             self._access.check(ROUTE, dict(request.scope["headers"]))
             if request.method != "POST":
                 raise Refusal(405, "send a POST", headers={"allow": "POST"})
-            if self._here > self._room:  # before the body is read: what waits is in memory
+            if self._here > self._room:  # before the body is read into memory
                 message = f"{self._room} requests are here already; try again later"
                 raise Refusal(429, message, kind=RATE_LIMIT, headers={"retry-after": "1"})
             query, generation = await read_question(await read_body(request, MAX_BODY_BYTES))
@@ -102,7 +102,7 @@ class Ingress:
         deadline = time.monotonic() + TIME_LIMIT_S
         for tries in range(1, TRIES + 1):
             try:
-                async with asyncio.timeout(deadline - time.monotonic()):  # also while there is no replica at all
+                async with asyncio.timeout(deadline - time.monotonic()):  # includes the wait for a replica
                     left = deadline - time.monotonic()
                     status, body = await self._model.answer.remote(query, generation, left)
                 return JSONResponse(body, status, {"x-tries": str(tries)})
@@ -110,39 +110,32 @@ class Ingress:
                 log.warning("%s with a request in flight, which goes to another replica", type(error).__name__)
                 await asyncio.sleep(PAUSE_S)
             except TimeoutError:
-                raise _too_slow() from None
+                message = f"the request exceeded its time limit of {TIME_LIMIT_S:g} s"
+                raise Refusal(503, message, kind=SERVER) from None
         raise Refusal(503, f"{TRIES} replicas died while they worked on this request", kind=SERVER)
 
 
 async def read_question(body: bytes) -> tuple[Query, dict[str, Any]]:
-    """(query, generation options) of a request's JSON; an image is bytes from here on. Refusal 400 names the field."""
+    """(query with images as bytes, generation options) of a request's JSON. Refusal 400 names the field."""
     asked = Question.parse(parse_json(body))
     pictures = [{"image": await MEDIA.load(url, f"images[{index}]")} for index, url in enumerate(asked.images)]
     return [*pictures, {"text": asked.question}], asked.options.generation()
 
 
-def _too_slow() -> Refusal:
-    return Refusal(503, f"the request took longer than the {TIME_LIMIT_S:g} s that are allowed", kind=SERVER)
-
-
 def application(args: argparse.Namespace, access: Access) -> serve.Application:
-    """The two deployments. Replicas grow with the queue: a replica more for every `slots` requests."""
+    """The two deployments. Autoscaling aims at `slots` requests per replica."""
     most = max(args.replicas, args.max_replicas or 0)
     model = serve.deployment(
-        autoscaling_config={
-            "min_replicas": args.replicas,
-            "max_replicas": most,
-            "target_ongoing_requests": args.slots,
-        },
-        # what a replica can decode or prepare; the others wait in Ingress, free to go where there is room first
+        autoscaling_config={"min_replicas": args.replicas, "max_replicas": most, "target_ongoing_requests": args.slots},
+        # as many as a replica can decode or prefetch; the others wait in Ingress for the first free replica
         max_ongoing_requests=args.slots + PREFETCH,
-        graceful_shutdown_timeout_s=TIME_LIMIT_S,  # a replica that is no longer needed ends its answers first
+        graceful_shutdown_timeout_s=TIME_LIMIT_S,  # a replica finishes its answers before it stops
         ray_actor_options={"num_cpus": args.num_cpus, "num_gpus": args.num_gpus},
     )(Model)
-    room = 4 * most * args.slots  # three waiting for one that is decoded
+    room = 4 * most * args.slots  # three waiting per decoded one
     ingress = serve.deployment(
-        max_ongoing_requests=10 * room,  # those without room get their 429 at once
-        ray_actor_options={"num_cpus": 0},  # it waits nearly all the time
+        max_ongoing_requests=10 * room,  # the excess gets 429 immediately
+        ray_actor_options={"num_cpus": 0},  # mostly idle
     )(Ingress)
     return ingress.bind(model.bind(loading_of(args)), access, room)
 
@@ -151,9 +144,9 @@ def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGINT or SIGTERM."""
     parser = argparse.ArgumentParser(prog="python -m examples.ray.serve", description=__doc__)
     add_arguments(parser)
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="at least so many (1)")
-    parser.add_argument("--max-replicas", type=int, metavar="N", help="when requests wait, up to so many (--replicas)")
-    parser.add_argument("--host", default="127.0.0.1", help="any other one needs a key in QVL_EDGE_API_KEY (127.0.0.1)")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="minimum (1)")
+    parser.add_argument("--max-replicas", type=int, metavar="N", help="maximum, when requests queue (--replicas)")
+    parser.add_argument("--host", default="127.0.0.1", help="others need a key in QVL_EDGE_API_KEY (127.0.0.1)")
     parser.add_argument("--port", type=int, default=8000)
     args = parser.parse_args(arguments)
     try:

@@ -1,21 +1,21 @@
 """Speed and memory of a model, in llama-bench's format: qvl-edge bench BUNDLE [-p 512] [-n 128] [-d 0,2048]
 
 Tokens per second, under llama-bench's names: pp512, a prompt of 512 tokens; tg128, 128 tokens after the first one;
-"@ d2048", with 2,048 tokens in the cache before. Prompts are token ids, so nothing is tokenized; decoding is greedy,
-and its argmax is part of a step. Other rows, each with its unit:
+"@ d2048", after 2,048 cached tokens. Prompts are token ids, so nothing is tokenized; decoding is greedy, including the
+argmax. Other rows, with their units:
 
-    img1, img4        one image, and each of four at once: resized and encoded
-    ttft img1+32      time to the first token of an image and 32 tokens of text, nothing cached, wall clock
-    ttft turn 2       the same of 32 more tokens about the same image, after an answer of 32
+    img1, img4        resizing and encoding: one image, and per image of four at once
+    ttft img1+32      time to first token of an image and 32 text tokens, nothing cached, wall clock
+    ttft turn 2       the same for 32 more tokens about that image, after an answer of 32
     turn 2 of turn 1  the second as a share of the first
-    load              from nothing to a Runtime, with the files in the page cache if the system has them there
+    load              time to a Runtime, with the files in the page cache if they are there
     host before load  memory of Python and the libraries
-    peak host         peak memory of the process, those included (VmHWM)
-    peak torch        on CUDA: peak of what torch has allocated
-    peak card         on CUDA: peak of what the driver reports as used, by any program, sampled every 20 ms
+    peak host         peak memory of the process, including these (VmHWM)
+    peak torch        on CUDA: peak allocated by torch
+    peak card         on CUDA: peak used by any program, as reported by the driver, sampled every 20 ms
 
-Each model has a process of its own, and every repetition of a row goes through all models before the next one, so that
-a busy moment of the machine hits all. --peer is a float checkpoint; on a CPU it computes in float32, as the original.
+Each model runs in its own process, and repetitions alternate between the models, so that other load on the machine
+affects all of them alike. --peer is a float checkpoint, computed in float32 on a CPU, as in the original.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import csv
 import io
 import json
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,40 +34,38 @@ from qvl_edge.options import LoadOptions
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-    from qvl_edge.bench import Row, Worker
+    from qvl_edge.bench import Row
 
 MIB, GIB = 2**20, 2**30
-PEER_OPTIONS = ("device", "max_context", "source")  # of the models beside it; the others say how int4 ones are loaded
-SHOWN_OPTIONS = ("profile", "kv_cache", "head")  # have a column where they are given
+PEER_OPTIONS = ("device", "max_context", "source")  # that also hold for the float peer
+SHOWN_OPTIONS = ("profile", "kv_cache", "head")  # have a column if given
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge bench`."""
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("path", nargs="*", metavar="PATH", help="bundles or checkpoints, measured in turn")
+    parser.add_argument("path", nargs="*", metavar="PATH", help="bundles or checkpoints")
     parser.add_argument("-m", "--model", action="append", default=[], metavar="PATH", help="same, as in llama-bench")
-    parser.add_argument("--peer", metavar="CHECKPOINT", help="a float checkpoint beside it (float32 on a CPU)")
+    parser.add_argument("--peer", metavar="CHECKPOINT", help="a float checkpoint to compare with (float32 on a CPU)")
     parser.add_argument(
         "-p", "--n-prompt", type=counts, default=[512], metavar="N,…", help="prompt tokens (default: 512; 0: none)"
     )
     parser.add_argument(
         "-n", "--n-gen", type=counts, default=[128], metavar="N,…", help="generated tokens (default: 128; 0: none)"
     )
-    parser.add_argument(
-        "-d", "--n-depth", type=counts, default=[0], metavar="N,…", help="tokens cached before (default: 0)"
-    )
-    parser.add_argument(
-        "-r", "--repetitions", type=repetitions, default=5, metavar="N", help="of every row (default: 5)"
-    )
+    parser.add_argument("-d", "--n-depth", type=counts, default=[0], metavar="N,…", help="cached tokens (default: 0)")
+    parser.add_argument("-r", "--repetitions", type=repetitions, default=5, metavar="N", help="per row (default: 5)")
     parser.add_argument("-o", "--output-format", choices=FORMATS, default="md", help="of stdout (default: md)")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="save it, with the machine, and FILE.svg")
-    parser.add_argument("--no-warmup", action="store_true", help="count the first repetition too")
-    parser.add_argument("--progress", action="store_true", help="a line on stderr for every repetition")
+    parser.add_argument(
+        "--output", type=Path, metavar="FILE.json", help="save the result, with the machine, and its chart FILE.svg"
+    )
+    parser.add_argument("--no-warmup", action="store_true", help="no repetition before the timed ones")
+    parser.add_argument("--progress", action="store_true", help="print every repetition to stderr")
     LoadOptions.add_arguments(parser.add_argument_group("loading, of PATH"))
 
 
 def execute(args: argparse.Namespace) -> int:
-    """Load, measure, print, save."""
+    """Measure all models; print, and save with --output."""
     from qvl_edge import bench, plot
     from qvl_edge.files import write_json
     from qvl_edge.machine import describe_machine
@@ -76,10 +75,8 @@ def execute(args: argparse.Namespace) -> int:
         raise ConfigError("no model to measure; give a bundle or a checkpoint")
     options = LoadOptions.given(args)
     models = [(path, options) for path in paths] + ([(args.peer, peer_options(options))] if args.peer else [])
-    workers: list[Worker] = []
-    try:
-        for path, given in models:
-            workers.append(bench.Worker(path, given))
+    with ExitStack() as stack:
+        workers = [stack.enter_context(closing(bench.Worker(path, given))) for path, given in models]
         room = min(worker.about["context"] for worker in workers)
         todo = bench.calls(args.n_prompt, args.n_gen, args.n_depth)
         needs = [(call, bench.positions(call)) for call in todo]
@@ -93,9 +90,6 @@ def execute(args: argparse.Namespace) -> int:
             warmup=not args.no_warmup,
             progress=say if args.progress else lambda _: None,
         )
-    finally:
-        for worker in workers:
-            worker.close()
     found: list[Row] = []
     for (path, given), worker, sampled in zip(models, workers, samples, strict=True):
         about = worker.about | {name: given.get(name) for name in SHOWN_OPTIONS}
@@ -113,7 +107,7 @@ def execute(args: argparse.Namespace) -> int:
 
 
 def peer_options(options: dict[str, Any]) -> dict[str, Any]:
-    """How a float checkpoint beside models loaded with `options` is loaded."""
+    """Load options of the float peer of models loaded with `options`."""
     import torch
 
     shared = {name: value for name, value in options.items() if name in PEER_OPTIONS}
@@ -122,7 +116,7 @@ def peer_options(options: dict[str, Any]) -> dict[str, Any]:
 
 
 def counts(text: str) -> list[int]:
-    """A comma-separated list of counts; ValueError, which argparse reports, for anything else."""
+    """A comma-separated list of counts; ValueError, reported by argparse, for anything else."""
     found = [int(part) for part in text.split(",")]
     if min(found) < 0:
         raise ValueError(f"{text} holds a negative count")
@@ -130,7 +124,7 @@ def counts(text: str) -> list[int]:
 
 
 def repetitions(text: str) -> int:
-    """A count of at least 1; ValueError, which argparse reports, for anything else."""
+    """A count of at least 1; ValueError, reported by argparse, for anything else."""
     count = int(text)
     if count < 1:
         raise ValueError(f"{count} repetitions")
@@ -138,14 +132,13 @@ def repetitions(text: str) -> int:
 
 
 def markdown(found: "Sequence[Row]") -> str:
-    """Two tables: tokens per second as llama-bench prints them, and the rows with units of their own."""
+    """Two tables: tokens per second as printed by llama-bench, and the rows with other units."""
     speeds = [record for record in found if record["unit"] == "t/s"]
     others = [record for record in found if record["unit"] != "t/s"]
-    tables = [_table(speeds, "t/s", with_unit=False)] if speeds else []
-    return "\n\n".join([*tables, _table(others, "value", with_unit=True)])
+    return "\n\n".join(_table(rows, last) for rows, last in ((speeds, "t/s"), (others, "value")) if rows)
 
 
-def _table(found: "Sequence[Row]", last: str, *, with_unit: bool) -> str:
+def _table(found: "Sequence[Row]", last: str) -> str:
     own = ("model", "size", "params", "backend", "test", "unit", "avg", "stddev", "samples")
     options = [name for name in found[0] if name not in own and any(record.get(name) is not None for record in found)]
     head = ["model", "size", "params", "backend", *options, "test", last]
@@ -154,29 +147,25 @@ def _table(found: "Sequence[Row]", last: str, *, with_unit: bool) -> str:
         size = f"{record['size'] / MIB:.2f} MiB" if record["size"] < GIB else f"{record['size'] / GIB:.2f} GiB"
         cells = [record["model"], size, parameters_text(record["params"]), record["backend"]]
         cells += [str(record.get(name) or "") for name in options]
-        lines.append([*cells, record["test"], _value(record, with_unit=with_unit)])
-    widths = [max(len(line[column]) for line in lines) for column in range(len(head))]
-    left = {head.index(name) for name in ("model", "backend")}
-    rows = [
-        " | ".join(cell.ljust(w) if column in left else cell.rjust(w) for column, (cell, w) in enumerate(pairs))
-        for pairs in (list(zip(line, widths, strict=True)) for line in lines)
-    ]
-    rule = " | ".join("-" * w if column in left else "-" * (w - 1) + ":" for column, w in enumerate(widths))
-    return "\n".join(f"| {row} |" for row in (rows[0], rule, *rows[1:]))
-
-
-def _value(record: "Row", *, with_unit: bool) -> str:
-    spread = "" if record["stddev"] is None else f" ± {record['stddev']:.2f}"
-    return f"{record['avg']:.2f}{spread}" + (f" {record['unit']}" if with_unit else "")
+        spread = "" if record["stddev"] is None else f" ± {record['stddev']:.2f}"
+        unit = "" if record["unit"] == last else f" {record['unit']}"
+        lines.append([*cells, record["test"], f"{record['avg']:.2f}{spread}{unit}"])
+    columns = []
+    for name, *cells in zip(*lines, strict=True):
+        width = max(map(len, (name, *cells)))
+        left = name in ("model", "backend")
+        rule = "-" * width if left else "-" * (width - 1) + ":"
+        columns.append([cell.ljust(width) if left else cell.rjust(width) for cell in (name, rule, *cells)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
 
 
 def parameters_text(count: int) -> str:
-    """As llama-bench writes it: "7.06 M", "9.66 B"."""
+    """In llama-bench's format: "7.06 M", "9.66 B"."""
     return f"{count / 1e6:.2f} M" if count < 1e9 else f"{count / 1e9:.2f} B"
 
 
 def as_csv(found: "Sequence[Row]") -> str:
-    """All records under their columns' names; the samples in one field, separated by spaces."""
+    """With a header; samples are one field, separated by spaces."""
     out = io.StringIO()
     names = list(dict.fromkeys(name for record in found for name in record))
     writer = csv.DictWriter(out, names, lineterminator="\n")

@@ -33,13 +33,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Checkpoint → int4 bundle → ONNX vision tower → answers, step by step."""
-    import qvl_edge.demo
+    from qvl_edge.demo import SMALL_MODEL as checkpoint
     from qvl_edge.demo.conversations import write_conversations
     from qvl_edge.demo.scenes import UNSEEN
     from qvl_edge.errors import QvlError
 
     began = time.perf_counter()
-    checkpoint = Path(qvl_edge.demo.__file__).parent / "checkpoint"
     if not (checkpoint / "config.json").exists():
         raise QvlError(f"{checkpoint} is missing; the package was installed without its data, install it again")
     output: Path = args.output

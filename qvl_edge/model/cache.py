@@ -11,15 +11,15 @@ class KVCache:
     """Keys and values of every layer, and how much of each sequence is filled.
 
     k, v (layers, B, H, capacity, D) in `dtype`, a head's positions one after another; for torch.int8 also k_scales,
-    v_scales (layers, B, H, capacity) float16, otherwise None. lengths (B,) int64 on the device, filled (B,) int64 the
-    same on the host, so that nobody has to wait for the device to know. locks (B * H,) int32: what attention counts in.
+    v_scales (layers, B, H, capacity) float16, otherwise None. lengths (B,) int64 on the device, and filled (B,) int64,
+    the same on the host, so that reading it does not wait for the device. locks (B * H,) int32: see AttentionArgs.
     """
 
     def __init__(
         self, config: Config, batch: int, capacity: int, *, dtype: torch.dtype, device: torch.device | str = "cpu"
     ):
         shape = (config.num_hidden_layers, batch, config.num_attention_heads, capacity, config.kv_channels)
-        # not zeroed: on a CPU memory is taken as positions are filled, and nobody looks past those
+        # not zeroed: on a CPU memory is taken as positions are filled, and nothing reads past those
         self.k = torch.empty(shape, dtype=dtype, device=device)
         self.v = torch.empty(shape, dtype=dtype, device=device)
         self.k_scales: Tensor | None = None
@@ -30,7 +30,7 @@ class KVCache:
         self.lengths = torch.zeros(batch, dtype=torch.int64, device=device)
         self.filled = torch.zeros(batch, dtype=torch.int64)
         self.placed = torch.zeros(batch, dtype=torch.bool)  # on the host: whether a sequence has its frequencies
-        # radians a position (B, D), of the NTK alpha that is chosen at prefill and kept
+        # radians per position (B, D), of the NTK alpha that is chosen at prefill and kept
         self.frequencies = torch.zeros(batch, config.kv_channels, dtype=torch.float32, device=device)
         self.locks = torch.zeros(batch * config.num_attention_heads, dtype=torch.int32, device=device)
 
@@ -49,12 +49,12 @@ class KVCache:
         return self.sequences(index, index + 1)
 
     def sequences(self, first: int, end: int) -> "KVCache":
-        """A view on the neighbours first to end - 1 of the batch."""
+        """A view on sequences first to end - 1 of the batch."""
         heads = self.k.shape[2]
         return self._view(slice(first, end), self.capacity, slice(first * heads, end * heads))
 
     def window(self, capacity: int) -> "KVCache":
-        """A view on the first `capacity` positions of every sequence: attention splits its work by what it may meet."""
+        """A view on the first `capacity` positions of every sequence: attention splits its work by capacity."""
         return self._view(slice(None), min(capacity, self.capacity), slice(None))
 
     def _view(self, rows: slice, capacity: int, locks: slice) -> "KVCache":
@@ -67,10 +67,10 @@ class KVCache:
         return view
 
     def copy(self, source: int, target: int, positions: int) -> None:
-        """Give sequence `target` the first `positions` keys and values of `source`."""
+        """Copy the first `positions` keys and values of sequence `source` to `target`."""
         for tensor in (self.k, self.v, self.k_scales, self.v_scales):
             if tensor is not None:
-                for layer in tensor:  # layer by layer: no temporary of a whole sequence's size
+                for layer in tensor:  # one layer at a time: no temporary of a whole sequence's size
                     layer[target, :, :positions] = layer[source, :, :positions]
 
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:

@@ -20,7 +20,7 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.linear import linear_for
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""q, k, v (B, T, H, D) -> (B, T, H, D): the attention of one layer, positions and cache bound in."""
+"""q, k, v (B, T, H, D) -> (B, T, H, D): the attention of one layer, with its positions and cache bound."""
 
 
 class Decoder(Protocol):
@@ -110,7 +110,7 @@ def rotary_tables(config: Config, positions: Tensor, alpha: Tensor) -> tuple[Ten
 
 
 def rotary_frequencies(config: Config, alpha: Tensor) -> Tensor:
-    """Radians a position (B, head size) float32 for NTK `alpha` (B,): that of pair i stands at i and i + D / 2."""
+    """Radians per position (B, head size) float32 for NTK `alpha` (B,): that of pair i is at i and i + D / 2."""
     dim = config.kv_channels
     base = config.rotary_emb_base * alpha.to(torch.float64) ** (dim / (dim - 2))
     exponents = torch.arange(0, dim, 2, device=alpha.device, dtype=torch.float64) / dim
@@ -130,12 +130,12 @@ def logn_scale(config: Config, positions: Tensor) -> Tensor:
 
 
 def prompt_alpha(config: Config, prompt_length: int) -> float:
-    """The NTK alpha of a sequence whose whole prompt has `prompt_length` tokens; it is kept while decoding."""
+    """The NTK alpha of a sequence from the tokens of its whole prompt; it is kept while decoding."""
     return ntk_alpha(prompt_length, config.seq_length) if config.use_dynamic_ntk else 1.0
 
 
 def place_sequence(config: Config, cache: KVCache, index: int, prompt_length: int) -> None:
-    """Give sequence `index` of a cache the frequencies for its whole prompt's length, before its first chunk."""
+    """Set the frequencies of sequence `index` of a cache from its whole prompt's length, before its first chunk."""
     alpha = torch.full((1,), prompt_alpha(config, prompt_length), device=cache.frequencies.device)
     cache.frequencies[index] = rotary_frequencies(config, alpha)[0]
     cache.placed[index] = True
@@ -143,7 +143,7 @@ def place_sequence(config: Config, cache: KVCache, index: int, prompt_length: in
 
 @dataclass(frozen=True, eq=False)
 class Placement:
-    """Where the new tokens of a call are: start (B,), cos and sin (B, T, head size), q_scale (B, T) or None."""
+    """Positions of the new tokens: start (B,), cos and sin (B, T, head size), q_scale (B, T) or None."""
 
     cache: KVCache
     start: Tensor
@@ -161,11 +161,11 @@ class Placement:
 
 
 def place_tokens(config: Config, tokens: int, cache: KVCache) -> Placement:
-    """Where `tokens` more stand in every sequence of the cache.
+    """The positions of the next `tokens` tokens of every sequence of the cache. PromptError if they do not fit.
 
-    A sequence that nobody has placed takes these tokens for its whole prompt. A decode step is four launches here: what
-    stays the same from one to the next was computed at prefill, and a cache that ends before seq_length needs no log-n.
-    Nothing waits for the device, so that a CUDA graph can hold this. PromptError if the cache has no room.
+    For a sequence that has no frequencies yet these tokens are its whole prompt. A decode step takes four launches
+    here: what does not change between steps is computed at prefill, and a cache that ends before seq_length needs no
+    log-n. Nothing waits for the device, so that a CUDA graph can hold this.
     """
     cache.check_room(tokens)
     for index, placed in enumerate(cache.placed.tolist()):

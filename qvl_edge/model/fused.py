@@ -1,7 +1,7 @@
 """The int4 decoder on a GPU: the arithmetic of decoder.py, in five launches a layer (docs/kernels.md).
 
-The residual stream is float32; every kernel leaves the rows that the next one reads. Policy (dynamic NTK, log-n) is
-decoder.py's own.
+The residual stream is float32; every kernel leaves the rows that the next one reads. Positions, dynamic NTK and log-n
+are those of decoder.py.
 """
 
 from collections.abc import Callable
@@ -154,7 +154,7 @@ class FusedDecoder:
                 rows = rotary_attention_rows(args, backend=backend)
             else:
                 attended = rotary_attention(args, backend=backend)
-                if block is self.blocks[-1] and not all_logits:  # nobody reads what the other positions would become
+                if block is self.blocks[-1] and not all_logits:  # the other positions are not read after this
                     attended, residual = attended[:, -1:], residual.view(batch, length, width)[:, -1].contiguous()
                 rows = Rows(attended.reshape(-1, width))
             attn, mlp = block.attn_c_proj, block.mlp_c_proj

@@ -1,4 +1,4 @@
-"""Checkpoint tensors into modules: strict about names and shapes, one tensor in memory beyond what stays."""
+"""Checkpoint tensors into modules: strict about names and shapes, with one extra tensor in memory at a time."""
 
 from collections.abc import Callable
 
@@ -88,7 +88,7 @@ def check_tensors(checkpoint: Checkpoint, *, decoder: bool = True, visual: bool 
 
 
 class _Reader:
-    """Reads tensors onto a device, each one's mapped pages given back once it is there."""
+    """Reads tensors to a device and releases their mapped pages."""
 
     def __init__(
         self, checkpoint: Checkpoint, dtype: torch.dtype, device: torch.device | str, on_bytes: OnBytes | None
@@ -98,14 +98,14 @@ class _Reader:
         self._untrimmed = 0
 
     def __call__(self, name: str) -> Tensor:
-        """The tensor in `dtype`. Always a copy: a mapped one would be read from the disk while the model runs."""
+        """The tensor in `dtype`, always a copy: a mapped one would be read from the disk while the model runs."""
         tensor = self.checkpoint[name]
         copy = tensor.to(device=self.device, dtype=self.dtype, copy=True).contiguous()
         self.done(name)
         return copy
 
     def int4(self, name: str) -> Int4Projection:
-        """A projection quantized to 4 bits; `done_gptq` when it has been packed. CheckpointError if it is damaged."""
+        """A projection with 4 bits; call `done_gptq` when it has been packed. CheckpointError if it is damaged."""
         quant = self.checkpoint.config.quantization
         assert quant is not None
         *parts, bias = (self.checkpoint[f"{name}.{part}"].to(self.device) for part in GPTQ_TENSORS)
@@ -141,7 +141,7 @@ class _Reader:
         return self.checkpoint[_WTE]
 
     def done(self, name: str) -> None:
-        """Count a tensor that was read, and give its pages back."""
+        """Count a tensor that was read, and release its pages."""
         size = self.checkpoint[name].nbytes
         self._on_bytes(size)
         self.checkpoint.release(name)
@@ -165,7 +165,7 @@ def load_decoder(
     read = _Reader(checkpoint, dtype, device, on_bytes)
     with torch.device("meta"):
         model = QWenLMHeadModel(checkpoint.config)
-    lm_head = read.head(head)  # first: turning it into int8 takes more than it leaves
+    lm_head = read.head(head)  # first, as quantizing it takes more than it keeps
     if isinstance(lm_head, Int8Weight):
         model.lm_head = Int8Linear(lm_head)
     else:
@@ -177,7 +177,7 @@ def load_decoder(
         if isinstance(module, Int4Linear):
             weight, module.bias = read.int4(name)
             module.weight = packed(weight)
-            del weight  # its pages are given back
+            del weight  # before its pages are released
             read.done_gptq(name)
             continue
         if module in outer:
@@ -213,7 +213,7 @@ def load_fused(
             f"  python -m quantize.gptq {checkpoint.path} BUNDLE --calibration conversations.json"
         )
     read = _Reader(checkpoint, dtype, device, on_bytes)
-    lm_head: Tensor | Int8Weight | TritonWeight = read.head(head)  # first: it takes more than it leaves
+    lm_head: Tensor | Int8Weight | TritonWeight = read.head(head)  # first, as above
     if isinstance(lm_head, Int8Weight):
         lm_head = pack_for_triton(lm_head)
     blocks = []

@@ -7,7 +7,6 @@ from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -16,6 +15,7 @@ from pydantic import (
     TypeAdapter,
     ValidationError,
     create_model,
+    field_validator,
     model_validator,
 )
 from pydantic_core import PydanticCustomError
@@ -23,7 +23,7 @@ from pydantic_core import PydanticCustomError
 from qvl_edge.answer import FinishReason
 from qvl_edge.engine.constraint import Format
 from qvl_edge.options import GenerationOptions, Option
-from qvl_edge.server.refusal import LONE_SURROGATE, invalid, validation_refusal
+from qvl_edge.server.refusal import invalid, validation_refusal
 from qvl_edge.text.boxes import GRID
 
 MAX_STOPS = 4  # as OpenAI
@@ -44,16 +44,7 @@ class Model(BaseModel):
             raise validation_refusal(error, NEUTRAL) from None
 
 
-def _unicode(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise PydanticCustomError("unicode", LONE_SURROGATE) from None
-    return text
-
-
-Text = Annotated[str, AfterValidator(_unicode)]
-StopText = Annotated[str, Field(min_length=1), AfterValidator(_unicode)]
+StopText = Annotated[str, Field(min_length=1)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Count = Annotated[int, Field(ge=0)]
 
@@ -62,13 +53,13 @@ class TextPart(Model):
     """Text of a message."""
 
     type: Literal["text"]
-    text: Text
+    text: str
 
 
 class ImageURL(Model):
     """An image as a data URI, or as a URL or path where the server allows it. `detail` has no effect."""
 
-    url: Text
+    url: str
     detail: Literal["auto", "low", "high", "original"] = "auto"
 
 
@@ -82,7 +73,7 @@ class ImagePart(Model):
 def _listed(content: Any) -> Any:
     if not isinstance(content, str | list):
         raise PydanticCustomError("content", "expected text or a list of parts")
-    return content if isinstance(content, list) else [{"type": "text", "text": _unicode(content)}]
+    return content if isinstance(content, list) else [{"type": "text", "text": content}]
 
 
 def _stops(stop: Any) -> Any:
@@ -150,6 +141,11 @@ class Sampling(Model):
     repetition_penalty: Number | None = _option("repetition_penalty")
     seed: int | None = _option("seed")
     stop: Annotated[Stops, BeforeValidator(_stops, json_schema_input_type=StopText | Stops)] | None = None
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any) -> Any:
+        return int(value) if isinstance(value, float) and value.is_integer() else value  # JSON may write 1 as 1.0
 
     def generation(self) -> dict[str, Any]:
         """The options that were given, under the names of GenerationOptions."""

@@ -16,13 +16,10 @@ INVALID, AUTHENTICATION, RATE_LIMIT, SERVER = (
 )
 MAX_SHOWN = 40  # characters of a wrong value that a message repeats
 
-# messages that need no value
-_COMPLETE = ("missing", "too_short", "too_long", "union_tag_not_found", "string_unicode", "unicode")
-LONE_SURROGATE = "a lone surrogate is not valid Unicode"
+_COMPLETE = ("missing", "too_short", "too_long", "union_tag_not_found")  # messages that need no value
 _MESSAGES = {
     "model_type": "expected an object",
     "model_attributes_type": "expected an object",
-    "string_unicode": LONE_SURROGATE,
     "union_tag_not_found": "Field required",
 }
 
@@ -61,9 +58,7 @@ class Refusal(Exception):
     @property
     def body(self) -> ErrorResponse:
         """The body of the response."""
-        param = None if self.param is None else _encodable(self.param)
-        detail = ErrorDetail(message=_encodable(str(self)), type=self.kind, param=param, code=self.code)
-        return ErrorResponse(error=detail)
+        return ErrorResponse(error=ErrorDetail(message=str(self), type=self.kind, param=self.param, code=self.code))
 
 
 def invalid(param: str | None, message: str, *, code: str | None = None) -> Refusal:
@@ -100,9 +95,9 @@ def validation_refusal(error: ValidationError, unsupported: Container[str] = ())
     message = _MESSAGES.get(kind, first["msg"])
     if kind == "extra_forbidden":
         return invalid(_param(path), "this field is not known", code="unknown_parameter")
-    if kind == "model_type" and not path:
+    if not path:
         return invalid(None, "the body must be a JSON object")
-    if path and path[0] in unsupported:
+    if path[0] in unsupported:
         return invalid(_param(path[:1]), "this is not supported yet", code="unsupported_parameter")
     if kind.startswith("union_tag"):
         path.append(context["discriminator"].strip("'"))
@@ -112,7 +107,7 @@ def validation_refusal(error: ValidationError, unsupported: Container[str] = ())
         message = f"{message}, not {_short(value)}"
     if path == ["model"] and kind == "literal_error" and isinstance(value, str):
         return Refusal(404, f"model: {message}", code="model_not_found", param="model")
-    return invalid(_param(path) or None, message)
+    return invalid(_param(path), message)
 
 
 def _param(path: list[Any]) -> str:
@@ -126,13 +121,8 @@ def _param(path: list[Any]) -> str:
 
 
 def _short(value: Any) -> str:
-    """A wrong value for its message: text is cut, lists and objects are only named."""
+    """A wrong value for its message: JSON that is cut; lists and objects are only named."""
     if isinstance(value, dict | list):
         return "an object" if isinstance(value, dict) else "a list"
-    cut = isinstance(value, str) and len(value) > MAX_SHOWN
-    return json.dumps(value[:MAX_SHOWN] if cut else value, ensure_ascii=False) + "…" * cut
-
-
-def _encodable(text: str) -> str:
-    """A message or a field's name may quote half of a surrogate pair, which UTF-8 cannot encode."""
-    return text.encode("utf-8", "backslashreplace").decode()
+    text = json.dumps(value[:MAX_SHOWN] if isinstance(value, str) else value, ensure_ascii=False)
+    return text if len(text) <= MAX_SHOWN else text[:MAX_SHOWN] + "…"

@@ -14,7 +14,7 @@ PACKAGES = {  # pip requirements by torch's CUDA; before 1.22 there is no 8-bit 
 
 
 def cuda_mismatch(ort_version: str, torch_cuda: str | None) -> str | None:
-    """Why the two do not go together, ending in the command that mends it; None if they do.
+    """Why the two do not go together, ending in the command that fixes it; None if they do.
 
     ort_version: of onnxruntime-gpu, as "1.31.1". torch_cuda: `torch.version.cuda`, as "12.8"; None for a torch without
     CUDA.

@@ -26,6 +26,8 @@ from qvl_edge.evaluate.task import Item, QualityDataError
 
 from .miniature import MAKERS, Miniature, make
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parent.parent.parent
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 
@@ -72,7 +74,6 @@ def test_every_task_has_a_miniature_data_set() -> None:
 
 
 @pytest.mark.parametrize("task", sorted(TASKS))
-@pytest.mark.slow
 def test_every_task_runs_from_its_file_to_a_report(
     task: str, home: Path, loaded: dict, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
@@ -106,7 +107,6 @@ def test_every_task_runs_from_its_file_to_a_report(
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
 
 
-@pytest.mark.slow
 def test_a_killed_evaluation_started_again_gives_the_report_of_an_uninterrupted_one(home: Path, tmp_path: Path) -> None:
     data = miniature("synthetic", tmp_path / "data")
     whole = run(home, tmp_path / "whole", "synthetic", data)

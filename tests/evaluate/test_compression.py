@@ -47,7 +47,7 @@ def test_float_diverges_from_itself_by_nothing_and_the_others_by_something(resul
 
 
 def test_the_perplexity_is_that_of_the_runtime_s_own_scores(out: Path, vit_cache: Path) -> None:
-    runtime = Runtime.from_pretrained(compression.CHECKPOINT, cache_dir=vit_cache)
+    runtime = Runtime.from_pretrained(compression.SMALL_MODEL, cache_dir=vit_cache)
     items = {item.id: item for item in SYNTHETIC.read(out / "scenes-4/scenes.jsonl", None)}
     lines = [json.loads(line) for line in next(out.glob(f"*-4/{FLOAT}.divergence.jsonl")).read_text().splitlines()]
     assert {line["id"].split("-")[0] for line in lines} == {"0", "3"}
@@ -84,13 +84,13 @@ def test_the_table_and_the_picture_hold_every_variant(out: Path, result: dict) -
 
 
 def test_work_is_kept_under_the_checkpoint_the_commit_and_the_number_of_scenes(out: Path) -> None:
-    mark = f"{Checkpoint(compression.CHECKPOINT).fingerprint[:12]}-{commit()}"
+    mark = f"{Checkpoint(compression.SMALL_MODEL).fingerprint[:12]}-{commit()}"
     assert {path.name for path in out.iterdir() if path.is_dir()} == {mark, f"{mark}-4", "scenes-4"}
 
 
 def test_a_variant_whose_build_was_killed_is_resumed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compression, "CALIBRATION_SCENES", 2)
-    builder = compression.VariantBuilder(Checkpoint(compression.CHECKPOINT), tmp_path)
+    builder = compression.VariantBuilder(Checkpoint(compression.SMALL_MODEL), tmp_path)
     quantize = compression.quantize_checkpoint
 
     class Killed(Exception):

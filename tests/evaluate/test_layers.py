@@ -19,6 +19,8 @@ from qvl_edge.errors import ConfigError
 from qvl_edge.model.loading import QUANTIZED
 from qvl_edge.text.conversations import Sample
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # relative: float32 there, float64 here
 LENGTHS = (40, 23)
 

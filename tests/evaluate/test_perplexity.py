@@ -17,6 +17,8 @@ from qvl_edge.model.cache import KVCache
 from qvl_edge.model.loading import load_decoder
 from qvl_edge.text.tokenizer import Tokenizer
 
+pytestmark = pytest.mark.slow
+
 TOLERANCE = 1e-4  # nats a token, as the golden logits agree; pictures here are as the original tower sees them
 TEXT = "Grün ist die Wiese, 蓝色的天空, and nobody asked for more than that. " * 12
 SYSTEM = "You are a helpful assistant."

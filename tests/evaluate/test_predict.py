@@ -15,6 +15,8 @@ from qvl_edge.evaluate.predict import Predictor, content_of, predict_all
 from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
 from qvl_edge.text.prompt import raw_prompt
 
+pytestmark = pytest.mark.slow
+
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 EXACT = 1e-4  # log-probabilities in float32, of a batch of another shape
 
@@ -44,7 +46,6 @@ def predictor(runtime: Runtime, **generation) -> Predictor:
     return Predictor(runtime, chat_format="chatml", generation={"max_new_tokens": 48, **generation})
 
 
-@pytest.mark.slow
 def test_predictions_are_those_of_lone_runs(runtime: Runtime, items: list[Item]) -> None:
     found = predictor(runtime).predict(items)
     assert [one.id for one in found] == [item.id for item in items]
@@ -83,7 +84,6 @@ class Stops(Exception):
 
 @pytest.mark.parametrize("after", [0, 1, 2])
 @pytest.mark.parametrize("torn", [False, True])
-@pytest.mark.slow
 def test_an_interrupted_run_ends_in_the_same_file(
     runtime: Runtime, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, torn: bool
 ) -> None:

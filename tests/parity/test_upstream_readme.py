@@ -164,12 +164,17 @@ def modelscope(
             files = (path for path in SMALL.iterdir() if path.is_file())
             return [SimpleNamespace(path=f.name, size=f.stat().st_size, sha256=None, type="blob") for f in files]
 
-        def download_repo(self, name: str, kind: str, *, revision: str, **options: object) -> str:
-            asked.append((name, revision))
+        def download_repo(
+            self, name: str, kind: str, *, revision: str, local_files_only: bool = False, **options: object
+        ) -> str:
+            if local_files_only and not asked:
+                raise errors.CacheNotFound
+            if not local_files_only:
+                asked.append((name, revision))
             return str(SMALL)
 
-    errors = SimpleNamespace(**dict.fromkeys("NotExistError PermissionDeniedError".split(), KeyError))
-    errors.NetworkError = errors.RequestTimeoutError = TimeoutError
+    names = ("NotExistError", "AuthenticationError", "PermissionDeniedError", "CacheNotFound")
+    errors = SimpleNamespace(**{name: type(name, (Exception,), {}) for name in names})
     client = SimpleNamespace(
         HubApi=HubApi, errors=errors, get_default_config=lambda: SimpleNamespace(cache_dir=str(tmp_path / "hub"))
     )

@@ -15,11 +15,13 @@ from qvl_edge.engine.worker import Worker
 
 from .harness import ScriptedWorker, serving
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
-def tiny(tmp_path: Path) -> Iterator[Runtime]:
+def tiny(tmp_path: Path, vit_cache: Path) -> Iterator[Runtime]:
     path = write_small_checkpoint(tmp_path / "checkpoint")
-    yield Runtime.from_pretrained(path, cache_dir=tmp_path / "cache", slots=2, max_context=1024)
+    yield Runtime.from_pretrained(path, cache_dir=vit_cache, slots=2, max_context=1024)
 
 
 def test_memory_that_runs_out_in_a_step_is_a_503_for_who_runs_and_the_next_request_works(

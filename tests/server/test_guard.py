@@ -16,6 +16,8 @@ from qvl_edge.server.refusal import Refusal
 
 from .harness import MODEL, ScriptedWorker, Server, serving
 
+pytestmark = pytest.mark.slow
+
 KEY = "sesame-ключ"
 API = ("/v1/models", "/v1/models/small", "/v1/chat/completions", "/metrics", "/openapi.json", "/nothing", "/docs")
 
@@ -139,6 +141,7 @@ def test_a_compressed_body_is_not_unpacked(open_server: Server) -> None:
         b"", b"{", b"nonsense", b"{} {}", b"\xff\xfe{}", b"\xef\xbb\xbf{}", b'{"a": NaN}', b'{"a": -Infinity}',
         b'{"a": ' + b"9" * 5000 + b"}",
         b"[" * 100_000, b'{"a":' * 50 + b"1" + b"}" * 50, b"[" + b"1," * 200_000 + b"1]",
+        b'{"a": "\\ud800"}', b'{"\\udfff": 1}', b'{"a": "\xed\xa0\x80"}', b'{"a": "\xff"}', b'{"a": "\n"}', b"[1,]",
         b'"' + b"\\" * 99_999, b'{"a": "' + b'\\"' * 50_000,
     ],
 )  # fmt: skip

@@ -22,6 +22,8 @@ from qvl_edge.server.refusal import Refusal
 
 from .harness import MODEL, ScriptedWorker, Server, data_uri, picture, serving, text
 
+pytestmark = pytest.mark.slow
+
 SECRET = "/etc/passwd"
 
 

@@ -38,6 +38,7 @@ def user(*parts: Any) -> list[dict[str, Any]]:
         ({"top_p": 0}, "top_p: Input should be greater than 0, not 0"),
         ({"max_tokens": 1.5}, "max_tokens: Input should be a valid integer, not 1.5"),
         ({"max_tokens": True}, "max_tokens: Input should be a valid integer, not true"),
+        ({"max_tokens": 10**3000}, "max_tokens: Input should be less than or equal to 2147483647, not 1000"),
         ({"max_tokens": [1]}, "max_tokens: Input should be a valid integer, not a list"),
         ({"n": 9}, "n: Input should be less than or equal to 8, not 9"),
         ({"stop": ["a", ""]}, 'stop[1]: String should have at least 1 character, not ""'),
@@ -96,26 +97,19 @@ def test_a_data_uri_in_the_wrong_place_is_not_repeated() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fields", "param"),
+    "fields",
     [
-        ({"stop": "\ud800"}, "stop"),
-        ({"stop": ["\udfff"]}, "stop[0]"),
-        ({"model": "\ud800"}, "model"),
-        ({"messages": [{"role": "user", "content": "a\ud800"}]}, "messages[0].content"),
-        ({"messages": [{"role": "system", "content": "\ud800"}, *ASKED["messages"]]}, "messages[0].content"),
-        ({"messages": user({"type": "text", "text": "\ud800"})}, "messages[0].content[0].text"),
-        ({"\ud800": 1}, None),
+        {"stop": "\ud800"},
+        {"model": "\ud800"},
+        {"user": "\udfff"},
+        {"messages": [{"role": "user", "content": "a\ud800"}]},
+        {"messages": [{"role": "user", "content": "a", "\ud800": 1}]},
+        {"\ud800": 1},
     ],
 )
-def test_a_lone_surrogate_is_refused_and_the_refusal_can_be_sent(fields: dict[str, Any], param: str | None) -> None:
+def test_a_lone_surrogate_is_refused_wherever_it_is(fields: dict[str, Any]) -> None:
     refusal = refused(**fields)
-    assert (refusal.status, refusal.param) == (400, param) and "surrogate" in str(refusal)
-    assert refusal.body.model_dump_json().encode()
-
-
-def test_a_lone_surrogate_in_a_fields_name_is_refused() -> None:
-    refusal = refused(messages=[{"role": "user", "content": "a", "\ud800": 1}])
-    assert (refusal.status, str(refusal.param)[:11]) == (400, "messages[0]") and refusal.body.model_dump_json().encode()
+    assert (refusal.status, refusal.code) == (400, "invalid_json") and "at line 1 column" in str(refusal)
 
 
 def test_jsons_1_0_is_1_and_null_is_absent() -> None:
@@ -151,7 +145,6 @@ def test_generation_options_have_the_names_that_the_runtime_knows() -> None:
         {"modalities": ["x"] * 40_000},
         {"stream_options": {f"k{index}": 1 for index in range(40_000)}},
         {"messages": [{"role": "x" * 9_000_000, "content": "a"}]},
-        {"messages": [{"role": "user", "content": "x" * 9_000_000 + "\ud800"}]},
         {"model": "x" * 9_000_000},
         {"x" * 9_000_000: 1},
     ],

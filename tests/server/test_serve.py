@@ -23,6 +23,8 @@ from qvl_edge.server.protocol import Limits, request_model
 from .conftest import CHECKPOINT
 from .harness import MODEL, ScriptedWorker, Server, data_uri, picture, serving
 
+pytestmark = pytest.mark.slow
+
 SMALL = str(CHECKPOINT)
 
 
@@ -77,7 +79,7 @@ def test_serve_answers_logs_no_content_and_stops_when_told(tmp_path: Path) -> No
         ([SMALL, "--allowed-local-media-path", "no/such"], "is not a folder"),
         ([SMALL, "--allowed-media-domains", "https://a.example/"], "give hosts alone"),
         ([SMALL, "--port", "99999"], "cannot be used"),
-        (["no/such/folder", "--port", "0"], "not a folder"),
+        (["no/such/folder", "--port", "0"], "neither a local folder"),
     ],
 )
 def test_what_cannot_be_served_is_one_clear_line(arguments, words: str, capsys, monkeypatch) -> None:
@@ -182,6 +184,7 @@ def test_the_curl_lines_of_the_docs_work_as_they_stand(runtime: Runtime, tmp_pat
 
 
 @pytest.mark.parametrize("package", ["pydantic", "starlette", "uvicorn", "h11"])
+@pytest.mark.slow
 def test_without_the_extra_serve_says_what_is_missing(package: str) -> None:
     code = (
         f"import sys; sys.modules[{package!r}] = None\nfrom qvl_edge.__main__ import main; main(['serve', {SMALL!r}])"
