@@ -9,8 +9,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop/bin
-# two processes, a file of tests in one of them: its fixtures load a model once
-TWO := -n 2 --dist loadfile
+# two processes, a file of tests in one of them: its fixtures load a model once; in the order of tests/conftest.py
+TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo quick test check fix test-interop clean
 

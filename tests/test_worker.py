@@ -57,6 +57,17 @@ def test_it_gives_the_runtimes_pieces_and_answer(worker: Worker, tiny: Runtime) 
         assert answers(events)[index].token_ids == answer.token_ids and "".join(pieces).strip() == answer.text
 
 
+def test_a_whole_answer_comes_in_at_most_two_pieces(worker: Worker, tiny: Runtime) -> None:
+    async def scenario() -> None:
+        events = [event async for event in worker.stream([request(max_new_tokens=20, ignore_eos=True)], whole=True)]
+        *pieces, answer = (event for _, event in events)
+        alone = tiny.answer("hello", do_sample=False, max_new_tokens=20, ignore_eos=True)
+        assert len(pieces) <= 2 and isinstance(answer, Answer)  # one, if this thread slept until the end
+        assert answer.text == alone.text == "".join(piece.text for piece in pieces).strip()
+
+    asyncio.run(scenario())
+
+
 def test_requests_of_one_call_have_options_of_their_own(worker: Worker, tiny: Runtime) -> None:
     sampled = [{"do_sample": True, "seed": 5 + i, "max_new_tokens": 12, "ignore_eos": True} for i in range(3)]
     events = asyncio.run(everything(worker, *(request(**options) for options in sampled)))

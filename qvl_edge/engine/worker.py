@@ -88,15 +88,23 @@ class Worker:
                 request.time_limit_s = min(request.time_limit_s, self._time_limit_s)
                 self._submitted.put(request)
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
+    async def stream(
+        self, requests: Sequence[Request], *, whole: bool = False
+    ) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
         """(index, Piece) for the answers of `requests` as they come, in any order, and (index, Answer) at each's end.
 
+        With `whole`, an answer comes as its first Piece and one with all the rest, which spares the event loop a
+        wake-up a token.
         Nothing is queued before the first step. Closing the iterator cancels the requests within a decode step. A step
         raises QvlError for a mistake of the caller, and EngineError.
         """
         loop, moved = asyncio.get_running_loop(), asyncio.Queue[int]()
+        begun = set[int]()
 
         def notify(index: int) -> None:
+            if whole and index in begun and not requests[index].done:
+                return
+            begun.add(index)
             with contextlib.suppress(RuntimeError):  # the loop is closed: nobody listens any more
                 loop.call_soon_threadsafe(moved.put_nowait, index)
 

@@ -69,7 +69,8 @@ class Chat:
         try:
             asked, conversation = await self._read(requests.Request(scope, receive))
             reply = Reply(asked, len(conversation.images), self.worker.runtime.tokenizer)
-            async with contextlib.aclosing(self._events(conversation.requests(asked), receive)) as events:
+            events = self._events(conversation.requests(asked), not asked.stream, receive)
+            async with contextlib.aclosing(events):
                 if asked.stream:
                     await self._stream(reply, events, send)
                 else:
@@ -96,9 +97,9 @@ class Chat:
             element["image"] = await self.settings.media.load(element["image"], param)
         return asked, conversation
 
-    async def _events(self, asked: list[Request], receive: Receive) -> AsyncGenerator[Event | None, None]:
+    async def _events(self, asked: list[Request], whole: bool, receive: Receive) -> AsyncGenerator[Event | None, None]:
         """The worker's events, and None where there was none for ping_s. Disconnected when the caller has left."""
-        events, began = self.worker.stream(asked), time.perf_counter()
+        events, began = self.worker.stream(asked, whole=whole), time.perf_counter()
         answers: list[Answer] = []
         silent = True
         gone = asyncio.ensure_future(_disconnected(receive))

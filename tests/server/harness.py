@@ -128,8 +128,10 @@ class ScriptedWorker:
         self.requests: list[Request] = []
         self.cancelled = threading.Event()
 
-    async def stream(self, requests: Sequence[Request]) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
-        """See Worker.stream."""
+    async def stream(
+        self, requests: Sequence[Request], *, whole: bool = False
+    ) -> AsyncGenerator[tuple[int, Piece | Answer], None]:
+        """See Worker.stream; the pieces come one by one either way."""
         self.requests += requests
         complete = False
         try:
