@@ -139,6 +139,13 @@ def test_the_runtime_needs_neither_onnx_nor_triton_nor_transformers() -> None:
 
 
 @pytest.mark.slow
+def test_building_a_decoder_loads_no_compiler() -> None:
+    build = "from conftest import SMALL; from qvl_edge.config import Config; from qvl_edge.model.decoder import *"
+    statement = f"import sys, torch; sys.path.append('tests'); {build}; config = Config.from_dict(SMALL)"
+    assert "sympy" not in modules_after(f"{statement}\nwith torch.device('meta'): QWenLMHeadModel(config)")
+
+
+@pytest.mark.slow
 def test_another_package_named_kernels_is_named_in_the_error(tmp_path: Path) -> None:
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels/__init__.py").write_text("")

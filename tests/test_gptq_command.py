@@ -321,9 +321,9 @@ def content(path):
 status, whole = run(folder / "straight")
 assert status == 0
 expected, rng, killed = content(folder / "straight"), random.Random(seed), 0
-while killed < 10:
+while killed < 5:  # one kill in every fifth of the run
     target = folder / "killed"
-    status, _ = run(target, rng.uniform(0.0, whole))
+    status, _ = run(target, whole * (killed + rng.random()) / 5)
     killed += status == signal.SIGKILL
     assert run(target)[0] == 0
     assert content(target) == expected
@@ -333,7 +333,7 @@ print(killed)
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="the kills are those of POSIX")
-def test_killed_at_ten_random_points_and_resumed_the_bundle_is_byte_identical(
+def test_killed_at_five_random_points_and_resumed_the_bundle_is_byte_identical(
     tmp_path: Path, calibration: Path
 ) -> None:
     sizes = {"hidden_size": 256, "kv_channels": 128}
@@ -345,10 +345,10 @@ def test_killed_at_ten_random_points_and_resumed_the_bundle_is_byte_identical(
         env=os.environ | {"OMP_NUM_THREADS": "1"},  # threads do not survive a fork
         capture_output=True,
         text=True,
-        timeout=900,  # a guard against hanging; it takes about 15 s of computing
+        timeout=900,  # a guard against hanging; it takes about 12 s of computing
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.split() == ["10"]
+    assert run.stdout.split() == ["5"]
 
 
 def test_ctrl_c_says_how_to_resume(

@@ -190,7 +190,8 @@ class QWenModel(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.wte = nn.Embedding(config.vocab_size, config.hidden_size)
+        # nn.Embedding would draw its values, which on "meta" imports torch._dynamo and sympy: 1.1 s of every start
+        self.wte = nn.Embedding.from_pretrained(torch.empty(config.vocab_size, config.hidden_size), freeze=False)
         self.h = nn.ModuleList([QWenBlock(config) for _ in range(config.num_hidden_layers)])
         self.ln_f = RMSNorm(config.hidden_size, config.layer_norm_epsilon)
 
