@@ -7,6 +7,7 @@ import statistics
 import sys
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,12 @@ def cache(vit_cache: Path):
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("XDG_CACHE_HOME", str(vit_cache.parent))
         yield
+
+
+@pytest.fixture
+def in_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model runs in a thread: of two processes each spends seconds on its imports."""
+    monkeypatch.setattr("qvl_edge.bench.ProcessPoolExecutor", lambda workers, mp_context: ThreadPoolExecutor(workers))
 
 
 @pytest.mark.parametrize("depth", [0, 60, 200])
@@ -211,6 +218,7 @@ def test_all_of_it_runs_beside_a_peer_and_is_saved_with_its_picture(
     assert all(word in written for word in ("pp16 @ d8", "ttft turn 2", "Peak memory", "Qwen-VL float32"))
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_what_the_context_cannot_hold_is_left_out_and_said(
     make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -222,6 +230,7 @@ def test_what_the_context_cannot_hold_is_left_out_and_said(
     assert "600 positions: prompt (600, 0) takes 601; pictures (4,) takes 1034" in said.err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_a_model_that_cannot_be_loaded_is_said_in_one_line() -> None:
     with pytest.raises(SystemExit, match="neither a local folder"):
         main(["no/such/folder", "--device", "cpu"])
@@ -234,6 +243,7 @@ def test_nonsense_is_refused(arguments: list[str], capsys: pytest.CaptureFixture
     assert "error:" in capsys.readouterr().err
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_the_command_of_the_wheel_is_the_same_one(
     make_checkpoint: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -245,6 +255,7 @@ def test_the_command_of_the_wheel_is_the_same_one(
         main([])
 
 
+@pytest.mark.usefixtures("in_this_process")
 def test_without_matplotlib_the_figures_are_saved_and_what_to_install_is_said(
     make_checkpoint: Callable[..., Path],
     tmp_path: Path,
