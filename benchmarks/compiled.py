@@ -103,12 +103,12 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     for block_m in (*DECODE_ROWS, *PREFILL_ROWS):
         for gemm in LAYER:
             yield gemm_case(gemm, tile_for(block_m, gemm.n, gemm.k, 128, device=device))
-    for gemm in LAYER:
-        yield gemm_case(gemm, tile_for(1, gemm.n, gemm.k, 128, device=device), one_row=True)
     for block_m in DECODE_ROWS:
         yield gemm_case(HEAD, tile_for(block_m, HEAD.n, HEAD.k, HEAD.k, bits=8, device=device))
     if quick and capability not in VARIANTS:
         return
+    for gemm in LAYER:
+        yield gemm_case(gemm, tile_for(1, gemm.n, gemm.k, 128, device=device), one_row=True)
     residual = (meta(8, 4096, dtype=torch.float32), meta(4096), 1e-6, torch.float16)
     for name, operands in (("sums of rows", (meta(8, 4096),)), ("rows of a residual", residual)):
         yield Case(name, record_one("_rows_kernel", rows_triton, *operands), name)
@@ -137,13 +137,13 @@ def attention_cases(capability: int, quick: bool) -> Iterator[Case]:
             yield Case(kernel + (", 8 splits, log-n" if splits > 1 else ", 1 split"), launch, kernel, limit=limit)
             if quick:
                 break
+        if fewer:
+            continue
         for length in (512, 64, 16):
             kernel = f"attention, {length} tokens, {kind}"
             yield Case(kernel, attention_launch("prefill_kernel", cache, length), kernel)
-            if fewer or (quick and cache == torch.bfloat16):
+            if quick and cache == torch.bfloat16:
                 break
-        if fewer:
-            continue
         kernel = f"attention, append, {kind}"
         yield Case(kernel, attention_launch("append_kernel", cache, 512), kernel)
 

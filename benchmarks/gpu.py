@@ -1,4 +1,4 @@
-"""All GPU checks and benchmarks in one run: python3 -m benchmarks.gpu --minutes 8 --out DIR
+"""All GPU checks and benchmarks in one run: python3 -m benchmarks.gpu --minutes 8 --out DIR [--only int4_gemm …]
 
 Needs a checkout, torch, triton and numpy. Every kernel is checked, then the benchmarks run, the most informative first,
 until the time is used up. Results are saved to DIR/gpu.json one by one, so that an interrupted run keeps them;
@@ -6,6 +6,7 @@ DIR/gpu.svg is the chart, if matplotlib is installed. Exit code 1 if a check or 
 is a smoke test on small shapes in Triton's interpreter.
 """
 
+import os
 import sys
 import time
 import traceback
@@ -19,7 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from benchmarks import decode_step, int4_gemm, plot, rotary_attention
+from benchmarks import int4_gemm, plot
+from benchmarks.kernels import decode_step, rotary_attention
 from benchmarks.kernels.problem import (
     HEAD,
     LAYER,
@@ -31,7 +33,7 @@ from benchmarks.kernels.problem import (
     relative_error,
     rotate_exactly,
 )
-from benchmarks.kernels.timing import add_device, copy_gb_per_s, use_device
+from benchmarks.kernels.timing import copy_gb_per_s
 from benchmarks.report import command, say
 from kernels import rotary_attention as attend
 from kernels.gpu.tiles import Tile
@@ -43,6 +45,7 @@ from qvl_edge.plot import optional
 
 Record = dict[str, Any]
 Task = tuple[str, Callable[[], Iterator[Record]]]  # name of the list of its records, and their generator
+BENCHMARKS = ("layer", "decode_step", "int4_gemm", "rotary_attention")
 # odd sizes: the last tile and the last chunk are partial; fused forms need multiples of 32
 ODD = (
     Gemm("odd, bias and norm", 416, 200, norm=True, bias=True),
@@ -219,11 +222,12 @@ def tasks(device: str, tiny: bool, copy_rate: float | None) -> list[Task]:
                 shape, count, device=peers_on, rounds=rounds, seconds=1.0, copy_rate=copy_rate
             )
 
+    shared: dict[str, Any] = {"tiny": tiny, "rounds": rounds, "copy_rate": copy_rate}
     found: list[Task] = [
         ("layer", layers),
-        ("decode_step", partial(decode_step.records, device, tiny=tiny, rounds=rounds, copy_rate=copy_rate)),
+        ("decode_step", partial(decode_step.records, device, **shared)),
         ("int4_gemm", partial(peers, rows[0])),
-        ("rotary_attention", partial(rotary_attention.records, device, tiny=tiny, rounds=rounds, seconds=1.0)),
+        ("rotary_attention", partial(rotary_attention.records, device, seconds=1.0, **shared)),
     ]
     return found + [("int4_gemm", partial(peers, more)) for more in rows[1:]]
 
@@ -233,9 +237,18 @@ def main(arguments: list[str] | None = None) -> int:
     parser = command("gpu", __doc__)
     parser.add_argument("--minutes", type=float, default=8.0, help="when to stop (default: 8)")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.svg")
-    add_device(parser)
+    parser.add_argument(
+        "--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="after the checks, only these"
+    )
+    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small shapes, as a smoke test")
     args = parser.parse_args(arguments)
-    use_device(parser, args)
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("torch sees no CUDA device; --device cpu --tiny needs none")
+    if args.device == "cpu":
+        if not args.tiny:
+            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
+        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out / "gpu.json", describe_machine(args.device), args.minutes)
     with torch.inference_mode():
@@ -243,7 +256,8 @@ def main(arguments: list[str] | None = None) -> int:
             report.run("checks", partial(check, args.device, args.tiny))
     if (copy_rate := copy_gb_per_s(args.device)) is not None:
         report.result["copy_gb_per_s"] = copy_rate
-    for name, make in tasks(args.device, args.tiny, copy_rate):
+    chosen = [task for task in tasks(args.device, args.tiny, copy_rate) if task[0] in args.only]
+    for name, make in chosen:
         if report.left < 0:
             report.result["left_out"].append(name)
         else:

@@ -1,8 +1,8 @@
-"""int4_gemm against other implementations: python -m benchmarks.int4_gemm --device cpu|cuda [--all] [--json FILE]
+"""int4_gemm against other implementations on a CPU: python -m benchmarks.int4_gemm [--all] [--json FILE]
 
 Every candidate is checked against float64, then timed over enough copies of its weight to exceed the caches: in a model
-a layer's weights come from memory. On CUDA all calls of a round are one graph, as in the runtime, and the four
-projections of a layer are timed in their fused forms too.
+a layer's weights come from memory. On CUDA, for benchmarks.gpu, all calls of a round are one graph, as in the
+runtime, and the four projections of a layer are timed in their fused forms too.
 """
 
 import importlib.util
@@ -19,14 +19,13 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.kernels.problem import LAYER, Gemm, Problem, expect_below, relative_error
-from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, copy_gb_per_s, measure, one_after_another
+from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, measure, one_after_another
 from kernels import Int4Weight, Rows, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton
 
 # K, N of Qwen-7B's projections: c_attn first, then attn.c_proj, w1 and w2, mlp.c_proj
 SHAPES = [(4096, 12288), (4096, 4096), (4096, 11008), (11008, 4096)]
 CUDA_SHAPES = [(gemm.k, gemm.n) for gemm in LAYER]  # w1 and w2 are one weight there
 ROWS = [1, 2, 4, 8, 16, 32, 64, 128, 256, 512]
-CUDA_ROWS = [*ROWS, 1024, 2048]
 GROUP_SIZE = 128
 # bytes of weights to cycle through; desktop and server CPUs have caches of up to 32 to 100 MiB
 COPIED = {"cpu": 192 * 2**20, "cuda": OUTGROWS_CACHES, "interpreter": 1}
@@ -253,51 +252,34 @@ def bench_layer(
 def table(records: list[dict[str, Any]]) -> str:
     """Markdown: per shape and rows, each peer's median and quartiles in ms, and speed relative to the baseline."""
     names = list(records[0]["peers"])
-    shares = "share_of_copy" in records[0]["peers"][OURS]
-    head = ["K x N", "rows", *(f"{name}, ms" for name in names), "int4 GB/s", *["of copy"] * shares, "int4 speed"]
     rows = []
     for record in records:
-        peers, ours = record["peers"], record["peers"][OURS]
-        share = [f"{ours['share_of_copy']:.2f}"] if shares else []
-        times = [
-            str(Timing(*(peers[n][f] for f in ("median_ms", "low_ms", "high_ms", "rounds")))) if n in peers else ""
-            for n in names
-        ]
-        rates = [f"{ours['gb_per_s']:.1f}", *share, f"{ours['speed']:.2f}"]
+        peers = record["peers"]
+        fields = ("median_ms", "low_ms", "high_ms", "rounds")
+        times = [str(Timing(*(peers[n][f] for f in fields))) if n in peers else "" for n in names]
+        rates = [f"{peers[OURS]['gb_per_s']:.1f}", f"{peers[OURS]['speed']:.2f}"]
         rows.append([f"{record['in_features']} x {record['out_features']}", record["rows"], *times, *rates])
-    return report.table(head, rows)
+    return report.table(["K x N", "rows", *(f"{name}, ms" for name in names), "int4 GB/s", "int4 speed"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = report.command("int4_gemm", __doc__)
-    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--all", action="store_true", help="all four shapes of the model")
-    parser.add_argument("--rows", type=int, nargs="+", help="rows of x (default: 1 to 512, on CUDA to 2,048)")
-    parser.add_argument("--rounds", type=int, help="timed calls per candidate (default: 15, on CUDA 50)")
+    parser.add_argument("--rows", type=int, nargs="+", default=ROWS, help="rows of x (default: 1 to 512)")
+    parser.add_argument("--rounds", type=int, default=15, help="timed calls per candidate (default: 15)")
     parser.add_argument("--seconds", type=float, default=3.0, help="at most, per candidate and rows (default: 3)")
     report.add_save(parser)
     args = parser.parse_args(arguments)
-    on_cuda = args.device == "cuda"
-    if on_cuda and not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; use --device cpu")
-    rows, shapes = args.rows or (CUDA_ROWS if on_cuda else ROWS), CUDA_SHAPES if on_cuda else SHAPES
-    rounds, baseline = args.rounds or (50 if on_cuda else 15), BASELINE[args.device]
-    copy_rate = copy_gb_per_s(args.device)
-    options: dict[str, Any] = {"device": args.device, "rounds": rounds, "seconds": args.seconds, "copy_rate": copy_rate}
     records = []
     with torch.inference_mode():
-        for shape in shapes if args.all else shapes[:1]:
-            for record in bench_shape(shape, rows, **options):
+        for shape in SHAPES if args.all else SHAPES[:1]:
+            for record in bench_shape(shape, args.rows, device="cpu", rounds=args.rounds, seconds=args.seconds):
                 speed = record["peers"][OURS]["speed"]
-                report.say(f"{shape[0]} x {shape[1]}, {record['rows']} rows: {speed:.2f} of {baseline}")
+                report.say(f"{shape[0]} x {shape[1]}, {record['rows']} rows: {speed:.2f} of {BASELINE['cpu']}")
                 records.append(record)
-        layers = [bench_layer(count, **options) for count in (1, 16)] if on_cuda else []
-    report.print_machine(args.device)
-    print(f"Median (quartiles); speed is relative to {baseline} in the same run.\n\n{table(records)}")
-    for layer in layers:
-        print(f"\nA layer's four projections, {layer['rows']} rows: {layer['layer_us']:.1f} us")
-    measured = {"copy_gb_per_s": copy_rate, "layers": layers} if on_cuda else {}
-    report.save(args.json, "int4_gemm", args.device, group_size=GROUP_SIZE, records=records, **measured)
+    report.print_machine("cpu")
+    print(f"Median (quartiles); speed is relative to {BASELINE['cpu']} in the same run.\n\n{table(records)}")
+    report.save(args.json, "int4_gemm", "cpu", group_size=GROUP_SIZE, records=records)
 
 
 if __name__ == "__main__":

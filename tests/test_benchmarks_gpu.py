@@ -101,7 +101,7 @@ def test_time_that_is_used_up_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here they would run")
-@pytest.mark.parametrize("name", ["gpu", "decode_step", "rotary_attention", "int4_gemm", "tune"])
+@pytest.mark.parametrize("name", ["gpu", "tune"])
 def test_without_a_gpu_each_benchmark_says_so(name: str, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     main = importlib.import_module(f"benchmarks.{name}").main
     arguments = ["--device", "cuda", *(["--out", str(tmp_path)] if name == "gpu" else [])]

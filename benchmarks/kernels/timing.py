@@ -1,7 +1,5 @@
 """Interleaved timing of several candidates, so that other load on the machine affects all of them alike."""
 
-import argparse
-import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -104,19 +102,3 @@ def copy_gb_per_s(device: str, size: int = 2**30) -> float | None:
     target = torch.empty_like(source)
     timing = measure({"copy": lambda: target.copy_(source)}, device=device, rounds=50, seconds=1.0)["copy"]
     return 2 * size / timing.median_ms / 1e6
-
-
-def add_device(parser: argparse.ArgumentParser) -> None:
-    """--device and --tiny, of a benchmark of the GPU kernels."""
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--tiny", action="store_true", help="small shapes, as a smoke test")
-
-
-def use_device(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Exit with an error if the device cannot run the GPU kernels. On the CPU: interpreted, with --tiny only."""
-    if args.device == "cpu":
-        if not args.tiny:
-            parser.error("on the CPU the kernels run in Triton's interpreter, thousands of times slower: add --tiny")
-        os.environ.setdefault("TRITON_INTERPRET", "1")  # read when triton is loaded
-    elif not torch.cuda.is_available():
-        parser.error("torch sees no CUDA device; --device cpu --tiny needs none")

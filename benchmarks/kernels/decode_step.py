@@ -1,8 +1,7 @@
-"""Decode steps of a full-size decoder with random weights: python -m benchmarks.decode_step [--json FILE]
+"""Decode steps of a full-size decoder with random weights.
 
 The published shapes, created on the device. A step is the runtime's own (qvl_edge/engine/graph.py), until the next
 tokens are on the host, as a CUDA graph and eagerly; both must give the same tokens before they are timed.
-`--device cpu --tiny` is a smoke test on a small shape in Triton's interpreter.
 """
 
 import time
@@ -12,8 +11,7 @@ from typing import Any
 
 import torch
 
-from benchmarks import report
-from benchmarks.kernels.timing import Timing, add_device, copy_gb_per_s, use_device
+from benchmarks.kernels.timing import Timing
 from kernels import pack_for_triton, quantize_int8
 from qvl_edge.config import Config
 from qvl_edge.engine.request import Request
@@ -121,13 +119,13 @@ class StepBench:
     def run(self, case: Case, *, rounds: int) -> dict[str, Any]:
         """Timing, tokens/s and GB/s of `rounds` steps. SystemExit if graph and eager mode give different tokens."""
         eager_tokens: list[list[int]] = []
-        total = rounds + COMPARED
+        first = COMPARED if case.graph else 1
         if case.graph:
-            eager = self.slots(case, total, graph=False)
-            eager_tokens = [list(eager.step().values()) for _ in range(COMPARED)]
+            eager = self.slots(case, rounds + first, graph=False)
+            eager_tokens = [list(eager.step().values()) for _ in range(first)]
             del eager
-        slots = self.slots(case, total, graph=case.graph)
-        tokens = [list(slots.step().values()) for _ in range(COMPARED)]
+        slots = self.slots(case, rounds + first, graph=case.graph)
+        tokens = [list(slots.step().values()) for _ in range(first)]
         if case.graph and tokens != eager_tokens:
             raise SystemExit(f"{case}: the graph gives {tokens}, eager steps give {eager_tokens}")
         times = []
@@ -142,9 +140,7 @@ class StepBench:
         }
 
 
-def records(
-    device: str, *, tiny: bool = False, rounds: int = 50, copy_rate: float | None = None
-) -> Iterator[dict[str, Any]]:
+def records(device: str, *, tiny: bool, rounds: int, copy_rate: float | None) -> Iterator[dict[str, Any]]:
     """One record per case, yielded when measured; "skipped" in it if it does not fit into memory."""
     bench = StepBench(device, tiny=tiny)
     for case in cases(tiny, device == "cuda"):
@@ -167,41 +163,3 @@ def records(
         if copy_rate is not None:
             record["share_of_copy"] = record["gb_per_s"] / copy_rate
         yield record
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown, one row per case."""
-    rows = []
-    for record in results:
-        row = [record["context"], record["batch"], record["head"], record["cache"]]
-        row.append("graph" if record["graph"] else "eager")
-        if "skipped" in record:
-            row += [record["skipped"], "", "", ""]
-        else:
-            timing = Timing(*(record[name] for name in ("median_ms", "low_ms", "high_ms", "rounds")))
-            share = f"{record['share_of_copy']:.2f}" if "share_of_copy" in record else ""
-            row += [timing, f"{record['tokens_per_s']:.0f}", f"{record['gb_per_s']:.0f}", share]
-        rows.append(row)
-    return report.table(["context", "batch", "head", "cache", "as", "ms per step", "tokens/s", "GB/s", "of copy"], rows)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = report.command("decode_step", __doc__)
-    add_device(parser)
-    parser.add_argument("--rounds", type=int, help="timed steps (default: 50, with --tiny 2)")
-    report.add_save(parser)
-    args = parser.parse_args(arguments)
-    use_device(parser, args)
-    copy_rate = copy_gb_per_s(args.device)
-    results = []
-    rounds = args.rounds or (2 if args.tiny else 50)
-    for record in records(args.device, tiny=args.tiny, rounds=rounds, copy_rate=copy_rate):
-        report.say(f"context {record['context']}, batch {record['batch']}")
-        results.append(record)
-    report.print_machine(args.device)
-    print(table(results))
-    report.save(args.json, "decode_step", args.device, copy_gb_per_s=copy_rate, records=results)
-
-
-if __name__ == "__main__":
-    main()

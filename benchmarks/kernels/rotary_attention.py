@@ -1,9 +1,8 @@
-"""rotary_attention against torch's attention: python -m benchmarks.rotary_attention [--json FILE]
+"""rotary_attention against torch's attention.
 
 Decoding one token at several contexts and batches, with a float16 and an int8 cache, and prefill from an empty cache.
 Every candidate is checked against float64, then timed over enough KV caches to exceed L2, all calls of a round in one
-CUDA graph: as in a model, where each layer has its cache and no call waits for Python. `--device cpu --tiny` is a smoke
-test on small shapes in Triton's interpreter.
+CUDA graph: as in a model, where each layer has its cache and no call waits for Python.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +16,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from benchmarks import report
 from benchmarks.kernels.problem import attention_error, expect_below, random_attention, random_cache
-from benchmarks.kernels.timing import OUTGROWS_CACHES, add_device, copy_gb_per_s, measure, one_after_another, use_device
+from benchmarks.kernels.timing import OUTGROWS_CACHES, measure, one_after_another
 from kernels import AttentionArgs, rotary_attention, rotate
 
 MAX_COPIES = 64
 # relative norm error against float64 over the same cache; torch rounds q, k and p to float16
 TOLERANCE = 2e-3
 CHECKED_HEADS = 2  # of the first and the last sequence
-OURS, OURS_INT8 = "rotary_attention", "rotary_attention, int8"
 Candidate = Callable[[AttentionArgs], Tensor]
 
 
@@ -64,7 +61,7 @@ def alone(args: AttentionArgs, *, q: Tensor, backend: SDPBackend | None) -> Tens
 def candidates(args: AttentionArgs, device: str) -> dict[str, Candidate]:
     """By name, implementations of the attention of `args`, whose tokens end the cache; "int8": over an int8 cache."""
     ours = partial(rotary_attention, backend="triton")
-    calls: dict[str, Candidate] = {OURS: ours, OURS_INT8: ours}
+    calls: dict[str, Candidate] = {"rotary_attention": ours, "rotary_attention, int8": ours}
     backends: dict[str, SDPBackend | None] = {"sdpa": None}
     if device == "cuda":
         backends = {"sdpa flash": SDPBackend.FLASH_ATTENTION, "sdpa cudnn": SDPBackend.CUDNN_ATTENTION}
@@ -82,18 +79,17 @@ def check(name: str, out: Tensor, args: AttentionArgs) -> float:
 
 
 def records(
-    device: str, *, tiny: bool = False, rounds: int = 50, seconds: float = 2.0, shapes: Shapes | None = None
+    device: str, *, tiny: bool, rounds: int, seconds: float, copy_rate: float | None
 ) -> Iterator[dict[str, Any]]:
     """One record per decode step and per prompt, yielded when measured: every candidate's microseconds per call.
 
     "missing" has the reason why a candidate cannot run here; "skipped" is in a record that does not fit into memory.
     """
-    shapes = shapes or (TINY if tiny else Shapes())
-    bandwidth = copy_gb_per_s(device)
+    shapes = TINY if tiny else Shapes()
     tasks = [("decode", batch, context) for batch in shapes.batches for context in shapes.contexts]
     tasks[len(shapes.contexts) : len(shapes.contexts)] = [("prefill", 1, length) for length in shapes.prompts]
     for kind, batch, context in tasks:
-        record: dict[str, Any] = {"kind": kind, "batch": batch, "context": context, "copy_gb_per_s": bandwidth}
+        record: dict[str, Any] = {"kind": kind, "batch": batch, "context": context, "copy_gb_per_s": copy_rate}
         length = 1 if kind == "decode" else context
         try:
             peers, missing = _measure(shapes, batch, length, context - length, device, rounds, seconds)
@@ -103,8 +99,8 @@ def records(
         for peer in peers.values():
             if kind == "decode":
                 peer["gb_per_s"] = peer["bytes"] / peer["us"] / 1e3
-                if bandwidth:
-                    peer["share_of_copy"] = peer["gb_per_s"] / bandwidth
+                if copy_rate:
+                    peer["share_of_copy"] = peer["gb_per_s"] / copy_rate
             else:
                 flops = 4 * batch * shapes.heads * shapes.dim * length * (length + 1) / 2
                 peer["tflop_per_s"] = flops / peer["us"] / 1e6
@@ -147,47 +143,3 @@ def cache_bytes(args: AttentionArgs) -> int:
     """Read for one decoded token."""
     parts = (args.k_cache, args.v_cache, args.k_scales, args.v_scales)
     return sum(part.nbytes for part in parts if part is not None)
-
-
-def table(results: list[dict[str, Any]]) -> str:
-    """Markdown: per task, each candidate's microseconds, and ours as a share of the copy bandwidth or in TFLOP/s."""
-    names = list(dict.fromkeys(name for record in results for name in record.get("peers", ())))
-    rows = []
-    for record in results:
-        peers = record.get("peers", {})
-        cells = [
-            f"{peers[n]['us']:.1f} ({peers[n]['low_us']:.1f} to {peers[n]['high_us']:.1f})" if n in peers else ""
-            for n in names
-        ]
-        for name in (OURS, OURS_INT8):
-            peer = peers.get(name, {})
-            if "gb_per_s" in peer:
-                share = f", {peer['share_of_copy']:.2f} of copy" if "share_of_copy" in peer else ""
-                cells.append(f"{peer['gb_per_s']:.0f} GB/s{share}")
-            else:
-                cells.append(f"{peer['tflop_per_s']:.0f} TFLOP/s" if peer else record.get("skipped", ""))
-        rows.append([f"{record['kind']} {record['batch']} x {record['context']}", *cells])
-    return report.table(["task", *(f"{name}, us" for name in names), "ours", "ours, int8"], rows)
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = report.command("rotary_attention", __doc__)
-    add_device(parser)
-    parser.add_argument("--rounds", type=int, default=50, help="timed graph replays per candidate (default: 50)")
-    parser.add_argument("--seconds", type=float, default=2.0, help="at most, per candidate and task (default: 2)")
-    report.add_save(parser)
-    args = parser.parse_args(arguments)
-    use_device(parser, args)
-    results = []
-    with torch.inference_mode():
-        for record in records(args.device, tiny=args.tiny, rounds=args.rounds, seconds=args.seconds):
-            report.say(f"{record['kind']} {record['batch']} x {record['context']}")
-            results.append(record)
-    report.print_machine(args.device)
-    print("Median (quartiles) of one call; prefill is from an empty cache, decode adds one token.\n")
-    print(table(results))
-    report.save(args.json, "rotary_attention", args.device, records=results)
-
-
-if __name__ == "__main__":
-    main()
