@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import plot
-from benchmarks.report import command, exits_with_its_message, say, table
+from benchmarks.report import command, exits_with_its_message, table
 from export.part import export_vit
 from quantize.job import quantize_checkpoint
 from quantize.solver import FULL, PLAIN, Method
@@ -204,13 +204,8 @@ def measure(
         label = "".join(c if c.isalnum() else "-" for c in variant.name)
         runtime = builder.runtime(variant)
         predictor = Predictor(runtime, chat_format=SYNTHETIC.chat_format, generation=SYNTHETIC.generation)
-
-        def tick(done: int, total: int, name: str = variant.name) -> None:
-            if done % 512 < 64 or done == total:
-                say(f"{name}: {done} of {total} questions")
-
         header = {"variant": variant.name, "model": describe(builder.path(variant), runtime)}
-        predictions = predict_all(predictor, items, out / f"{label}.jsonl", header, tick)
+        predictions = predict_all(predictor, items, out / f"{label}.jsonl", header)
         scored = Scored.of(SYNTHETIC, items, predictions, {"name": variant.name})
         lines = divergence.measure(label, runtime)
         divergences[variant.name], tokens = by_scene(lines, "kl")

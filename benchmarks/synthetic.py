@@ -11,16 +11,16 @@ import base64
 import json
 import math
 import shutil
-import time
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-from benchmarks.report import command, exits_with_its_message, say
+from benchmarks.report import command, exits_with_its_message
 from qvl_edge.checkpoint import SAFETENSORS_INDEX, VISUAL
 from qvl_edge.config import Config
 from qvl_edge.demo import SMALL_MODEL
@@ -153,12 +153,10 @@ def write_synthetic(
     int4: bool,
     seed: int = 0,
     tokenizer: Path | None = None,
-    progress: Callable[[int, int], None] = lambda written, total: None,
 ) -> None:
     """Write a checkpoint of `settings` (a config.json); `folder` appears once complete.
 
-    CheckpointError if it exists, or if `tokenizer` has another size; BundleError if the disk is full. progress: called
-    with the bytes written and their total.
+    CheckpointError if it exists, or if `tokenizer` has another size; BundleError if the disk is full.
     """
     settings = settings | ({"torch_dtype": "float16", "quantization_config": QUANTIZATION} if int4 else {})
     config = Config.from_dict(settings)
@@ -170,23 +168,22 @@ def write_synthetic(
         if taken.exists():
             raise CheckpointError(f"{taken} already exists; remove it, or give another folder")
     layout, values = layout_of(config), Values(config, seed)
-    total, written = layout_bytes(layout), 0
+    total = layout_bytes(layout)
     check_free_space(folder.absolute().parent, total)
-
-    def pieces(name: str) -> Iterator[Tensor]:
-        nonlocal written
-        for piece in values.pieces(name, *layout[name]):
-            yield piece
-            written += piece.nbytes
-            progress(written, total)
-
     try:
         partial.mkdir()
         shards, weight_map = split_layout(layout), {}
-        for number, shard in enumerate(shards, 1):
-            name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-            write_shard(partial / name, shard, pieces)
-            weight_map |= dict.fromkeys(shard, name)
+        with tqdm(total=total, unit="B", unit_scale=True) as bar:
+
+            def pieces(name: str) -> Iterator[Tensor]:
+                for piece in values.pieces(name, *layout[name]):
+                    yield piece
+                    bar.update(piece.nbytes)
+
+            for number, shard in enumerate(shards, 1):
+                name = f"model-{number:05d}-of-{len(shards):05d}.safetensors"
+                write_shard(partial / name, shard, pieces)
+                weight_map |= dict.fromkeys(shard, name)
         write_json(partial / SAFETENSORS_INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
         write_json(partial / "config.json", settings)
         write_json(partial / "generation_config.json", GENERATION)
@@ -214,16 +211,7 @@ def main(arguments: list[str] | None = None) -> None:
     args = parser.parse_args(arguments)
     settings = json.loads(json.dumps(CONFIG)) | {"num_hidden_layers": args.layers}
     settings["visual"]["layers"] = args.visual_layers
-    start = shown = time.perf_counter()
-
-    def progress(written: int, total: int) -> None:
-        nonlocal shown
-        if (now := time.perf_counter()) - shown > 1 or written == total:
-            shown, rate = now, written / (now - start) / 1e9
-            say(f"{written / 1e9:.2f} of {total / 1e9:.2f} GB, {rate:.2f} GB/s")
-
-    options = {"int4": args.int4, "seed": args.seed, "tokenizer": args.tokenizer}
-    write_synthetic(args.folder, settings, **options, progress=progress)
+    write_synthetic(args.folder, settings, int4=args.int4, seed=args.seed, tokenizer=args.tokenizer)
 
 
 if __name__ == "__main__":

@@ -25,8 +25,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Ask for missing verdicts, then print the scores."""
-    from tqdm import tqdm
-
     from qvl_edge.errors import QvlError
     from qvl_edge.evaluate.intervals import mean_of
     from qvl_edge.evaluate.judge import Judge, ask_all, read_requests, read_verdicts
@@ -37,8 +35,7 @@ def execute(args: argparse.Namespace) -> int:
         requests = read_requests(args.requests)
         if args.judge:
             judge = Judge(args.judge, args.model, os.environ.get(args.key_env, "").strip())
-            with tqdm(total=len(requests), unit="verdict") as bar:
-                verdicts = ask_all(judge, requests, args.verdicts, lambda done, _: bar.update(done - bar.n))
+            verdicts = ask_all(judge, requests, args.verdicts)
         else:
             verdicts = read_verdicts(args.verdicts, requests, args.model)
     except QvlError:

@@ -9,8 +9,6 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from qvl_edge import Runtime
 from qvl_edge.bundle import MANIFEST, is_bundle
 from qvl_edge.checkpoint import Checkpoint
@@ -158,9 +156,7 @@ def predict(task: Task, data: Data, model: Model, out: Path, *, say: Progress) -
     generation = dict(task.generation)
     header = {"task": task.name, "data": data.about, "model": about, "generation": generation, "made": made}
     path = out / f"{task.name}.{model.name}.jsonl"
-    with tqdm(total=len(data.items), desc=model.name, unit="item") as bar:
-        predictor = data.predictor(runtime)
-        predictions = predict_all(predictor, data.items, path, header, lambda done, _: bar.update(done - bar.n))
+    predictions = predict_all(data.predictor(runtime), data.items, path, header)
     return Scored.of(task, data.items, predictions, about)
 
 

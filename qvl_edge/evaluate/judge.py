@@ -8,12 +8,14 @@ judge's name: with another model or other answers it is asked for again.
 import hashlib
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+from tqdm import tqdm
 
 from qvl_edge.errors import QvlError
 from qvl_edge.evaluate.task import QualityDataError
@@ -164,12 +166,7 @@ def fingerprint(request: Mapping[str, Any], model: str) -> str:
     return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def ask_all(
-    judge: Judge,
-    requests: Sequence[Mapping[str, Any]],
-    path: Path,
-    tick: Callable[[int, int], object] = lambda done, total: None,
-) -> dict[str, str]:
+def ask_all(judge: Judge, requests: Sequence[Mapping[str, Any]], path: Path) -> dict[str, str]:
     """Verdicts by request id: those that `path` holds, and the missing ones, asked for and appended to it.
 
     QualityDataError, and nothing is written, if the file exists and holds anything else.
@@ -179,11 +176,9 @@ def ask_all(
     write_jsonl(path, found)  # without the half line that a killed run may have left
     done = {one["request"] for one in found}
     missing = [one for one in requests if fingerprint(one, judge.model) not in done]
-    for number, request in enumerate(missing, len(requests) - len(missing)):
-        tick(number, len(requests))
+    for request in tqdm(missing, total=len(requests), initial=len(requests) - len(missing), unit="verdict"):
         line = {"id": request["id"], "request": fingerprint(request, judge.model), "model": judge.model}
         append_jsonl(path, [{**line, "verdict": judge.ask(request["messages"])}])
-    tick(len(requests), len(requests))
     return read_verdicts(path, requests, judge.model)
 
 

@@ -6,9 +6,11 @@ run was interrupted.
 """
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
+
+from tqdm import tqdm
 
 from qvl_edge import Runtime
 from qvl_edge.engine.request import Request
@@ -83,11 +85,7 @@ def answers(runtime: Runtime, asked: Mapping[Request, Item]) -> Iterator[tuple[I
 
 
 def predict_all(
-    predictor: Predicts,
-    items: Sequence[Item],
-    path: Path,
-    header: Mapping[str, Any],
-    tick: Callable[[int, int], object] = lambda done, total: None,
+    predictor: Predicts, items: Sequence[Item], path: Path, header: Mapping[str, Any]
 ) -> dict[str, Prediction]:
     """Predictions of all items by id: those that an earlier run wrote to `path`, and the missing ones, appended to it.
 
@@ -114,10 +112,10 @@ def predict_all(
     path.parent.mkdir(parents=True, exist_ok=True)
     write_jsonl(path, [wanted, *(prediction.to_dict() for prediction in found[:kept])])
     predictions = {prediction.id: prediction for prediction in found[:kept]}
-    tick(kept, len(items))
-    for first in range(kept, len(items), CHUNK):
-        made = predictor.predict(items[first : first + CHUNK])
-        append_jsonl(path, [one.to_dict() for one in made])
-        predictions |= {one.id: one for one in made}
-        tick(min(first + CHUNK, len(items)), len(items))
+    with tqdm(total=len(items), initial=kept, desc=path.stem, unit="item") as bar:
+        for first in range(kept, len(items), CHUNK):
+            made = predictor.predict(items[first : first + CHUNK])
+            append_jsonl(path, [one.to_dict() for one in made])
+            predictions |= {one.id: one for one in made}
+            bar.update(len(made))
     return predictions

@@ -1,6 +1,7 @@
 """Predictions: those of lone runs, whatever is answered beside them, and the same after any interruption."""
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -82,28 +83,45 @@ class Stops(Exception):
     """An interruption."""
 
 
+class Stopping(Predictor):
+    """Interrupted after some chunks."""
+
+    left = 0
+
+    def predict(self, items: Sequence[Item]) -> list[Prediction]:
+        if not self.left:
+            raise Stops
+        self.left -= 1
+        return super().predict(items)
+
+
+@pytest.fixture(scope="module")
+def whole(runtime: Runtime, items: list[Item], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The predictions of a run in chunks of three."""
+    path = tmp_path_factory.mktemp("whole") / "predictions.jsonl"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(predict, "CHUNK", 3)
+        predict_all(predictor(runtime), items, path, {"model": "a"})
+    return path
+
+
 @pytest.mark.parametrize("after", [0, 1, 2])
-@pytest.mark.parametrize("torn", [False, True])
 def test_an_interrupted_run_ends_in_the_same_file(
-    runtime: Runtime, items: list[Item], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int, torn: bool
+    runtime: Runtime, items: list[Item], whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
 ) -> None:
     monkeypatch.setattr(predict, "CHUNK", 3)
-    whole, broken = tmp_path / "whole.jsonl", tmp_path / "broken.jsonl"
-    expected = predict_all(predictor(runtime), items, whole, {"model": "a"})
-
-    def stop(done: int, total: int) -> None:
-        if done == 3 * after:
-            raise Stops
-
+    broken, torn = tmp_path / "broken.jsonl", tmp_path / "torn.jsonl"
+    stopping = Stopping(runtime, chat_format="chatml", generation={"max_new_tokens": 48})
+    stopping.left = after
     with pytest.raises(Stops):
-        predict_all(predictor(runtime), items, broken, {"model": "a"}, stop)
-    if torn:  # the machine lost power while lines were written
-        lines = whole.read_bytes().splitlines(keepends=True)
-        broken.write_bytes(b"".join(lines[: 3 * after + 3])[:-5])
-    assert predict_all(predictor(runtime), items, broken, {"model": "a"}) == expected
-    assert broken.read_bytes() == whole.read_bytes()
-    again = [json.loads(line) for line in whole.read_text().splitlines()[1:]]
-    assert [Prediction.from_dict(line) for line in again] == list(expected.values())
+        predict_all(stopping, items, broken, {"model": "a"})
+    lines = whole.read_bytes().splitlines(keepends=True)
+    assert broken.read_bytes().splitlines(keepends=True) == lines[: 1 + 3 * after]
+    torn.write_bytes(b"".join(lines[: 3 * after + 3])[:-5])  # the machine lost power while lines were written
+    written = [Prediction.from_dict(json.loads(line)) for line in lines[1:]]
+    for path in (broken, torn):
+        assert list(predict_all(predictor(runtime), items, path, {"model": "a"}).values()) == written
+        assert path.read_bytes() == whole.read_bytes()
 
 
 def test_an_item_that_cannot_be_asked_is_named(runtime: Runtime, tmp_path: Path) -> None:
