@@ -26,8 +26,7 @@ from qvl_edge.bundle import MANIFEST, Bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
 from qvl_edge.demo import SMALL_MODEL
-from qvl_edge.demo.conversations import write_conversations
-from qvl_edge.demo.scenes import KINDS, UNSEEN
+from qvl_edge.demo.scenes import KINDS, UNSEEN, write_conversations
 from qvl_edge.engine.request import SYSTEM, Request
 from qvl_edge.evaluate.evaluation import describe
 from qvl_edge.evaluate.intervals import difference_of, mean_of

@@ -17,8 +17,7 @@ from safetensors.torch import save_file
 
 import qvl_edge.demo
 from qvl_edge.checkpoint import VISUAL, Checkpoint
-from qvl_edge.demo.conversations import write_conversations
-from qvl_edge.demo.scenes import UNSEEN, make_scene
+from qvl_edge.demo.scenes import UNSEEN, make_scene, write_conversations
 
 ROOT = Path(__file__).parent.parent
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"

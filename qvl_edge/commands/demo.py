@@ -34,8 +34,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def execute(args: argparse.Namespace) -> int:
     """Checkpoint → int4 bundle → ONNX vision tower → answers, step by step."""
     from qvl_edge.demo import SMALL_MODEL as checkpoint
-    from qvl_edge.demo.conversations import write_conversations
-    from qvl_edge.demo.scenes import UNSEEN
+    from qvl_edge.demo.scenes import UNSEEN, write_conversations
     from qvl_edge.errors import QvlError
 
     began = time.perf_counter()

@@ -5,7 +5,10 @@ number. Shapes and digits are aligned with the 28-pixel grid of the small model'
 parameters learn them on two CPU cores. The seed determines everything, on any machine: digits are drawn from a bitmap.
 """
 
+import json
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -203,3 +206,27 @@ def ask_which(scenes: tuple[Scene, Scene], language: str, rng: np.random.Generat
     name = target.name(language)
     text = f"Which picture shows the {name}?" if language == "en" else f"哪张图里有{name}？"
     return Question("which", language, text, f"Picture {index + 1}" if language == "en" else f"图{index + 1}", target)
+
+
+def write_conversations(folder: Path, first_seed: int, count: int) -> Path:
+    """Scenes with several questions each, in Qwen-VL's fine-tuning format: PNG files, and the path of a .json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    entries = []
+    for seed in range(first_seed, first_seed + count):
+        scene = make_scene(seed)
+        name = f"scene-{seed}.png"
+        scene.image.save(folder / name)
+        entries.append({"id": f"scene-{seed}", "conversations": _turns(scene, name, np.random.default_rng(seed))})
+    path = folder / "conversations.json"
+    path.write_text(json.dumps(entries, ensure_ascii=False, indent=1), encoding="utf-8")
+    return path
+
+
+def _turns(scene: Scene, image: str, rng: np.random.Generator) -> list[dict[str, Any]]:
+    turns: list[dict[str, Any]] = []
+    for kind in rng.permutation(KINDS[:-1]):
+        question = ask(scene, str(kind), ("en", "zh")[int(rng.integers(2))], rng)
+        if question is not None:
+            text = question.text if turns else f"Picture 1:<img>{image}</img>\n{question.text}"
+            turns += [{"from": "user", "value": text}, {"from": "assistant", "value": question.answer}]
+    return turns

@@ -1,12 +1,8 @@
-"""Captions: nocaps and Flickr30k, scored by CIDEr-D over the words of a Penn Treebank tokenizer.
+"""Captions: nocaps and Flickr30k, scored by CIDEr-D over the words of a Penn Treebank tokenizer (docs/quality.md).
 
-The file is nocaps_val.json or flickr30k_karpathy_test.json, in COCO's format:
-
-    {"images": [{"id": 0, "image": "data/nocaps/images/0013ea2087020901.jpg"}],
-     "annotations": [{"id": 0, "image_id": 0, "caption": "A baby in a bathtub."}]}
-
-The official nocaps_val_4500_captions.json names an image `file_name` and gives its `domain`, which is averaged
-separately; those averages keep the word frequencies of the whole file, where nocaps' server takes those of the domain.
+The files are in COCO's format. The official nocaps_val_4500_captions.json names an image `file_name` and gives its
+`domain`, which is averaged separately; those averages keep the word frequencies of the whole file, where nocaps' server
+takes those of the domain.
 """
 
 import math

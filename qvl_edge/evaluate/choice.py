@@ -1,24 +1,12 @@
-"""Multiple choice by likelihood: ScienceQA, SEED-Bench, and MMBench with circular evaluation.
+"""Multiple choice by likelihood: ScienceQA, SEED-Bench, and MMBench with circular evaluation (docs/quality.md).
 
 The options are written into the prompt and " A", " B" … are scored as its continuation, each one token; the likeliest
-is the answer. ScienceQA's file is scienceqa_test_img.jsonl, `answer` counting from 0:
+is the answer. SEED-Bench is read as SEED-Bench.json, of which the questions about images (types 1 to 9) are taken, or
+as upstream's trans.py leaves it: a whole `prompt`, which marks the images as <img>NAME</img>.
 
-    {"image": "data/scienceqa/images/test/5/image.png", "hint": "", "question": "Which is a metal?", "choices": ["wood", "iron"], "answer": 1}
-    {"image": "data/scienceqa/images/test/11/image.png", "hint": "A map.", "question": "What is west?", "choices": ["a", "b", "c"], "answer": 0}
-
-SEED-Bench's is image_input.jsonl or video_input_4.jsonl of upstream's trans.py, or SEED-Bench.json itself, of which the
-questions about images (types 1 to 9) are taken:
-
-    {"question_id": "101669", "prompt": "<img>seed_bench_image/1.jpg</img>\\nQuestion: Where?\\nOptions: A. …\\nAnswer:", "answer": "A"}
-    {"questions": [{"question_id": "101669", "question_type_id": 1, "data_id": "1.jpg", "question": "Where?", "choice_a": "…", …}]}
-
-MMBench's is mmbench_dev_20230712.tsv or a later one, with the image in base64. Its options are asked for in every
-rotation, and a question counts if all are answered correctly. The 2023 file holds the rotations, under index + 1000000,
-2000000 and 3000000; for a file that does not, they are made here.
-
-    index	question	hint	A	B	C	D	answer	category	image
-    241	Which is right?		one	two			B	logic	/9j/4AAQ…
-"""  # noqa: E501
+MMBench's options are asked for in every rotation, and a question counts if all are answered correctly. The 2023 file
+holds the rotations, under index + 1000000, 2000000 and 3000000; for a file that does not, they are made here.
+"""
 
 import re
 from collections import Counter

@@ -1,16 +1,8 @@
-"""Referring expressions: RefCOCO, RefCOCO+, RefCOCOg and GRIT, correct where the first box overlaps the true one by half.
+"""Referring expressions: RefCOCO, RefCOCO+, RefCOCOg and GRIT, correct where the first box overlaps the true one half.
 
-RefCOCO's files are refcoco_val.jsonl, refcoco+_testA.jsonl, refcocog_test.jsonl and the like, the box in pixels:
-
-    {"image": "data/coco/train2014/COCO_train2014_000000581857.jpg", "sent": "the lady", "bbox": [103.9, 299.9, 238.1, 477.4], "width": 640, "height": 480}
-    {"image": "data/coco/train2014/COCO_train2014_000000581563.jpg", "sent": "red cup", "bbox": [10, 20, 110, 220], "width": 640, "height": 427}
-
-GRIT's is refexp.json of a split, with the true boxes as `bboxes`, or the examples file that its repository publishes.
-GRIT does not publish the true boxes of its two splits; without them only its own server can score.
-
-    [{"example_id": "refexp_0", "image_id": "coco/0001.jpg", "task_name": "refexp", "task_query": "the tv", "bboxes": [[206, 134, 442, 279]]}]
-    {"refexp": [{"input": {"image_path": "examples/images/refexp_1.png", "task_query": "tv"}, "gt": {"bboxes": [[206, 134, 442, 279]]}}]}
-"""  # noqa: E501
+RefCOCO's files are upstream's .jsonl; GRIT's is refexp.json of a split with the true boxes added as `bboxes`, which
+GRIT does not publish, or the examples file of its repository. docs/quality.md has an example of each.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -1,16 +1,9 @@
 """MME: yes or no, two questions per image, in 14 subtasks.
 
 The data is a folder, in one of the two forms that MME comes in. eval_tool/Your_Results has one file per subtask: image,
-question and answer separated by tabs; the images are SUBTASK/NAME or SUBTASK/images/NAME in `--images`:
-
-    000000006040.jpg	Is there a train in this image? Please answer yes or no.	Yes
-    000000006040.jpg	Is there a bed in this image? Please answer yes or no.	No
-
-MME_Benchmark_release has one folder per subtask, and in it one file of two lines per image of the same name, beside the
-images (existence/000000006040.txt) or separate (landmark/images, landmark/questions_answers_YN):
-
-    Is there a train in this image? Please answer yes or no.	Yes
-    Is there a bed in this image? Please answer yes or no.	No
+question and answer separated by tabs; the images are SUBTASK/NAME or SUBTASK/images/NAME in `--images`.
+MME_Benchmark_release has one folder per subtask, and in it one file of two lines, question and answer, per image of the
+same name, beside the images (existence/000000006040.txt) or separate (landmark/images, landmark/questions_answers_YN).
 
 Upstream samples with top_p 0.01, which leaves one token to draw from wherever the likeliest has more than 1 %: greedy
 decoding, as here, without the draw.

@@ -1,15 +1,11 @@
 """Questions that are answered in a few words, VQAv2 to AI2D: VQA accuracy, ANLS, relaxed accuracy or exact match.
 
-The file is upstream's .jsonl, one question a line:
-
-    {"image": "data/coco/val2014/COCO_val2014_000000262148.jpg", "question": "Where is he looking?", "question_id": 262148000, "answer": "down"}
-    {"image": "data/coco/val2014/COCO_val2014_000000262148.jpg", "question": "What is he on top of?", "question_id": 262148002, "answer": "table"}
-
-VQA accuracy needs the answers of ten people: `answers` in the line, or the data set's annotations file under its
-published name beside the .jsonl, as upstream's scorer takes them ("annotations" of the tasks below). The official
-files are read as well: the questions files of VQAv2, OK-VQA and GQA, TextVQA_0.5.1_val.json, VizWiz's val.json,
-val_v1.0.json of DocVQA, infographicsVQA_val_v1.0_withQT.json, and ChartQA's test_human.json and test_augmented.json.
-"""  # noqa: E501
+The file is upstream's .jsonl, one question a line (docs/quality.md). VQA accuracy needs the answers of ten people:
+`answers` in the line, or the data set's annotations file under its published name beside the .jsonl, as upstream's
+scorer takes them ("annotations" of the tasks below). The official files are read as well: the questions files of VQAv2,
+OK-VQA and GQA, TextVQA_0.5.1_val.json, VizWiz's val.json, val_v1.0.json of DocVQA,
+infographicsVQA_val_v1.0_withQT.json, and ChartQA's test_human.json and test_augmented.json.
+"""
 
 import re
 from collections.abc import Callable, Mapping, Sequence

@@ -16,8 +16,7 @@ from qvl_edge.__main__ import main
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands import evaluate as command
 from qvl_edge.config import QuantConfig
-from qvl_edge.demo.conversations import write_conversations
-from qvl_edge.demo.scenes import UNSEEN, make_scene
+from qvl_edge.demo.scenes import UNSEEN, make_scene, write_conversations
 from qvl_edge.evaluate import TASKS, evaluation, predict
 from qvl_edge.evaluate.evaluation import first_items
 from qvl_edge.evaluate.report import WORDS
