@@ -11,7 +11,8 @@ from torch.nn.utils.rnn import pad_sequence
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.demo.scenes import COLOURS, GRID, KINDS, SHAPES, Question, Scene, ask, ask_which, make_scene
 from qvl_edge.published import SYSTEM
-from qvl_edge.text.tokenizer import IM_END, IM_START, IMG, IMG_END, IMG_PAD, Tokenizer
+from qvl_edge.text.prompt import chat_prompt
+from qvl_edge.text.tokenizer import IM_END, IM_START, Tokenizer
 
 IGNORE = -100  # label of a token that is not part of an answer (torch's default ignore_index)
 COORDINATES = GRID + 1  # grid lines a box edge can lie on
@@ -55,14 +56,6 @@ def cell_targets(scenes: list[Scene]) -> CellTargets:
             planes[2:4, index, row, column] = int(digit) + 1, offset + 1
     colour, shape, digit, place, centre = torch.from_numpy(planes).flatten(2)
     return CellTargets(colour, shape, digit, place, centre, torch.from_numpy(edges).flatten(1, 2))
-
-
-def pixels_of(scenes: list[Scene], mean: tuple[float, ...], std: tuple[float, ...]) -> Tensor:
-    """Normalized pixels (B, 3, 448, 448) float32; scenes are drawn at the model's input size."""
-    raw = torch.from_numpy(np.stack([np.asarray(scene.image) for scene in scenes])).permute(0, 3, 1, 2)
-    scale = torch.tensor([1 / (255 * s) for s in std]).view(1, 3, 1, 1)
-    shift = torch.tensor([m / s for m, s in zip(mean, std, strict=True)]).view(1, 3, 1, 1)
-    return raw.float() * scale - shift
 
 
 @dataclass
@@ -110,18 +103,12 @@ class BatchBuilder:
                 ("digit", list("0123456789")),
             )
         ]
-        self.image = [special[IMG], *[special[IMG_PAD]] * IMAGE_TOKENS, special[IMG_END]]
 
     def prefix(self, pictures: int) -> tuple[list[int], list[int]]:
         """Token ids up to the last picture, and the start of each picture's features."""
-        encode = self.tokenizer.encode
-        ids = [self.start, *encode("system\n" + SYSTEM), self.end, *encode("\n"), self.start, *encode("user\n")]
-        starts = []
-        for number in range(1, pictures + 1):
-            ids += encode(f"Picture {number}:" if number == 1 else f"\nPicture {number}:")
-            starts.append(len(ids) + 1)
-            ids += self.image
-        return ids, starts
+        query = [*[{"image": ""}] * pictures, {"text": ""}]
+        prompt = chat_prompt(self.tokenizer, query, [], SYSTEM, max_window_size=6144, markup_images=False)
+        return prompt.ids[: prompt.image_starts[-1] + IMAGE_TOKENS + 1], prompt.image_starts
 
     def branch(self, questions: list[Question]) -> Branch:
         """Question turns and their answers, from the newline after the picture on."""

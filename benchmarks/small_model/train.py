@@ -31,20 +31,19 @@ from benchmarks.small_model.batches import (
     BatchBuilder,
     CellTargets,
     cell_targets,
-    pixels_of,
 )
 from kernels import rotate
 from qvl_edge import plot
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.demo import SMALL_MODEL
-from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, make_scene
+from qvl_edge.demo.scenes import COLOURS, MAX_DIGITS, SHAPES, SIZE, make_scene
 from qvl_edge.files import append_jsonl, copy_file, read_jsonl, replacing, write_jsonl, write_tensors
 from qvl_edge.model.decoder import QWenLMHeadModel, rotary_tables
 from qvl_edge.model.loading import load_decoder, load_visual
 from qvl_edge.model.vit import VisionTransformer
 from qvl_edge.text.tokenizer import SPECIALS, VOCAB_FILE, Tokenizer
-from qvl_edge.vision.image import MEAN, STD
+from qvl_edge.vision.image import to_pixels
 
 SETTINGS = ("config.json", "generation_config.json", "tokenizer_config.json")  # copied from SMALL_MODEL
 CONFIG = Config.from_folder(SMALL_MODEL)
@@ -129,7 +128,7 @@ class CellReader(nn.Module):
 def vision_step(seed: int, visual: VisionTransformer, reader: CellReader) -> dict[str, Any]:
     """Forward and backward of stage 1; figures for the log."""
     scenes = [make_scene(seed * BATCH_VISION + index) for index in range(BATCH_VISION)]
-    loss, exact = reader(visual(pixels_of(scenes, MEAN, STD)), cell_targets(scenes))
+    loss, exact = reader(visual(to_pixels([scene.image for scene in scenes], SIZE)), cell_targets(scenes))
     loss.backward()
     return {"cells": loss.item(), "exact": exact}
 
@@ -185,7 +184,7 @@ def joint_step(
     two = seed % 8 == 7
     half = 2 if two else 1
     batch = builder.build(seed, size=BATCH_JOINT // half, budget=BUDGET // half, pictures=1 + two)
-    features = visual(pixels_of(batch.scenes, MEAN, STD))
+    features = visual(to_pixels([scene.image for scene in batch.scenes], SIZE))
     answers = answer_loss(model, batch, features)
     targets = cell_targets(batch.scenes)
     cells, exact = reader(features, targets)
