@@ -24,9 +24,9 @@ KINDS = ("find", "count", "read", "describe", "at")
 MAX_TURNS = 6  # of a conversation
 
 
-def turns(count: int, images: int, seed: int = 0) -> Iterator[tuple[list[dict[str, Any]], bool]]:
+def turns(count: int, images: int) -> Iterator[tuple[list[dict[str, Any]], bool]]:
     """(query, starts a new conversation) of every turn."""
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     scenes: dict[int, Any] = {}
     left = 0
     for _ in range(count):

@@ -94,11 +94,11 @@ def one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Cal
     return lambda kept=run: graph.replay()  # keeps the tensors that the graph reads
 
 
-def copy_gb_per_s(device: str, size: int = 2**30) -> float | None:
-    """Measured memory bandwidth: GB/s, read and written, of a device copy of `size` bytes. None on the CPU."""
+def copy_gb_per_s(device: str) -> float | None:
+    """Measured memory bandwidth: GB/s, read and written, of a device copy of 1 GiB. None on the CPU."""
     if device != "cuda":
         return None
-    source = torch.zeros(size, dtype=torch.uint8, device="cuda")
+    source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
     timing = measure({"copy": lambda: target.copy_(source)}, device=device, rounds=50, seconds=1.0)["copy"]
-    return 2 * size / timing.median_ms / 1e6
+    return 2**31 / timing.median_ms / 1e6

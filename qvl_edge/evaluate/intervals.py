@@ -24,10 +24,6 @@ class Estimate:
     low: float
     high: float
 
-    def scaled(self, factor: float) -> "Estimate":
-        """Value and interval times `factor`."""
-        return Estimate(self.value * factor, self.low * factor, self.high * factor)
-
 
 @dataclass(frozen=True)
 class Difference:
