@@ -19,7 +19,7 @@ from torch import Tensor
 
 from benchmarks import report
 from benchmarks.kernels.problem import LAYER, Gemm, Problem, expect_below, relative_error
-from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, measure, one_after_another
+from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, measure
 from kernels import Int4Weight, Rows, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton
 
 # K, N of Qwen-7B's projections: c_attn first, then attn.c_proj, w1 and w2, mlp.c_proj
@@ -190,7 +190,8 @@ def bench_shape(
                     raise
                 missing[name] = str(error).splitlines()[0]
                 del peers[name]
-        timings = _time({name: peers[name] for name in errors}, x, device=device, rounds=rounds, seconds=seconds)
+        calls = {name: _calls(peers[name], x, device) for name in errors}
+        timings = measure(calls, device=device, rounds=rounds, seconds=seconds)
         baseline = timings[BASELINE[device]].median_ms
         record: dict[str, Any] = {"in_features": shape[0], "out_features": shape[1], "rows": count, "peers": {}}
         for name, timing in timings.items():
@@ -203,20 +204,13 @@ def bench_shape(
         yield record | ({"missing": dict(missing)} if missing else {})
 
 
-def _time(peers: dict[str, Peer], x: Tensor, *, device: str, rounds: int, seconds: float) -> dict[str, Timing]:
-    todo, calls = {}, {}
-    for name, peer in peers.items():
-        calls[name] = 1
-        if device == "cuda":  # with many rows calls are long, and caches do not matter
-            calls[name] = max(len(peer.weights), 16) if len(x) <= 64 else min(len(peer.weights), 4)
-        todo[name] = one_after_another([_call(peer, x)] * calls[name], device)
-    timings = measure(todo, device=device, rounds=rounds, seconds=seconds)
-    return {name: timing.of_one(calls[name]) for name, timing in timings.items()}
-
-
-def _call(peer: Peer, x: Tensor) -> Callable[[], object]:
+def _calls(peer: Peer, x: Tensor, device: str) -> list[Callable[[], object]]:
+    """Calls of one round, over all copies of the weight in turn."""
+    count = 1
+    if device == "cuda":  # with many rows calls are long, and caches do not matter
+        count = max(len(peer.weights), 16) if len(x) <= 64 else min(len(peer.weights), 4)
     x, weights = peer.prepare(x.to(peer.dtype)), cycle(peer.weights)
-    return lambda: peer.call(x, next(weights))
+    return [lambda: peer.call(x, next(weights))] * count
 
 
 def bench_layer(
@@ -232,17 +226,17 @@ def bench_layer(
 
     Each in its own graph, over enough weights to exceed the caches; "layer_us" is their sum. Interpreted on the CPU.
     """
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, list[Callable[[], object]]] = {}
     parts: dict[str, dict[str, Any]] = {}
     for gemm in projections:
         problem = Problem.random(gemm, count, device=device)
         error = problem.checked()
         copies = problem.copies(1 if device != "cuda" else None if count <= 64 else 4)
         parts[gemm.name] = {"error": error, "calls": len(copies), "bytes": problem.bytes_read}
-        calls[gemm.name] = one_after_another([one.run for one in copies], device)
+        calls[gemm.name] = [one.run for one in copies]
     for name, timing in measure(calls, device=device, rounds=rounds, seconds=seconds).items():
         part = parts[name]
-        part |= timing.of_one(part["calls"]).us()
+        part |= timing.us()
         part["gb_per_s"] = part["bytes"] / part["us"] / 1e3
         if copy_rate is not None:
             part["share_of_copy"] = part["gb_per_s"] / copy_rate

@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.kernels.problem import attention_error, expect_below, random_attention, random_cache
-from benchmarks.kernels.timing import OUTGROWS_CACHES, measure, one_after_another
+from benchmarks.kernels.timing import OUTGROWS_CACHES, measure
 from kernels import AttentionArgs, rotary_attention, rotate
 
 MAX_COPIES = 64
@@ -121,7 +121,7 @@ def _measure(
             copies[int8].append(replace(first, **cache))
     peers: dict[str, dict[str, Any]] = {}
     missing: dict[str, str] = {}
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, list[Callable[[], object]]] = {}
     for name, call in candidates(first, device).items():
         mine = copies["int8" in name]
         try:
@@ -132,10 +132,10 @@ def _measure(
             missing[name] = str(reason).splitlines()[0]
             continue
         error = check(name, out, mine[0])
-        calls[name] = one_after_another([partial(call, one) for one in mine], device)
+        calls[name] = [partial(call, one) for one in mine]
         peers[name] = {"error": error, "bytes": cache_bytes(mine[0]), "calls": len(mine)}
     for name, timing in measure(calls, device=device, rounds=rounds, seconds=seconds).items():
-        peers[name] |= timing.of_one(peers[name]["calls"]).us() | {"rounds": timing.rounds}
+        peers[name] |= timing.us() | {"rounds": timing.rounds}
     return peers, missing
 
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -22,14 +22,10 @@ class Timing:
     rounds: int
 
     @classmethod
-    def of(cls, seconds: Sequence[float]) -> "Timing":
-        """Of rounds of one call each."""
-        low, median, high = np.quantile(seconds, (0.25, 0.5, 0.75), method="nearest").tolist()
-        return cls(1000 * median, 1000 * low, 1000 * high, len(seconds))
-
-    def of_one(self, calls: int) -> "Timing":
-        """Per call, where each round was `calls` calls."""
-        return replace(self, median_ms=self.median_ms / calls, low_ms=self.low_ms / calls, high_ms=self.high_ms / calls)
+    def of(cls, seconds: Sequence[float], calls: int = 1) -> "Timing":
+        """Of rounds of `calls` calls each."""
+        low, median, high = (1000 * np.quantile(seconds, (0.25, 0.5, 0.75), method="nearest") / calls).tolist()
+        return cls(median, low, high, len(seconds))
 
     def us(self) -> dict[str, float]:
         """In microseconds, by the names in saved results."""
@@ -40,22 +36,23 @@ class Timing:
 
 
 def measure(
-    candidates: Mapping[str, Callable[[], object]], *, device: str, rounds: int, seconds: float
+    candidates: Mapping[str, Sequence[Callable[[], object]]], *, device: str, rounds: int, seconds: float
 ) -> dict[str, Timing]:
-    """Time the candidates in turn, `rounds` times each, after a warm-up call of each.
+    """Time the candidates in turn, `rounds` times each, after a warm-up: per call, of all calls of a candidate at once.
 
-    By CUDA events on "cuda", else by the host's clock. A candidate that has used up its `seconds` skips further rounds,
-    from its fourth on.
+    On "cuda" these are one CUDA graph, timed by events, else by the host's clock. A candidate that has used up its
+    `seconds` skips further rounds, from its fourth on.
     """
     clock = _device_seconds if device == "cuda" else _host_seconds
+    runs = {name: _one_after_another(calls, device) for name, calls in candidates.items()}
     times: dict[str, list[float]] = {name: [] for name in candidates}
-    for call in candidates.values():
-        call()
+    for run in runs.values():
+        run()
     for _ in range(rounds):
-        for name, call in candidates.items():
+        for name, run in runs.items():
             if len(times[name]) < 3 or sum(times[name]) <= seconds:
-                times[name].append(clock(call))
-    return {name: Timing.of(values) for name, values in times.items()}
+                times[name].append(clock(run))
+    return {name: Timing.of(times[name], len(calls)) for name, calls in candidates.items()}
 
 
 def _host_seconds(call: Callable[[], object]) -> float:
@@ -74,7 +71,7 @@ def _device_seconds(call: Callable[[], object]) -> float:
     return start.elapsed_time(end) / 1000
 
 
-def one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
+def _one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Callable[[], object]:
     """All calls as one; on "cuda" as a CUDA graph, captured after a warm-up, so that no call waits for Python."""
 
     def run() -> None:
@@ -100,5 +97,5 @@ def copy_gb_per_s(device: str) -> float | None:
         return None
     source = torch.zeros(2**30, dtype=torch.uint8, device="cuda")
     target = torch.empty_like(source)
-    timing = measure({"copy": lambda: target.copy_(source)}, device=device, rounds=50, seconds=1.0)["copy"]
+    timing = measure({"copy": [lambda: target.copy_(source)]}, device=device, rounds=50, seconds=1.0)["copy"]
     return 2**31 / timing.median_ms / 1e6
