@@ -47,7 +47,8 @@ def export_vit(
     """
     folder = Path(folder)
     visual, precision = checkpoint.config.visual, Precision.of(dtype, block_size)
-    check_tensors(checkpoint, decoder=False)
+    # also what this command does not read, so that work on one half is not lost to the other
+    check_tensors(checkpoint, decoder=any(not name.startswith(VISUAL) for name in checkpoint.names))
     if folder.exists() and folder.resolve() == checkpoint.path.resolve():
         raise BundleError(f"{folder} is the checkpoint itself; give another folder for the bundle")
     fingerprint = checkpoint.fingerprint

@@ -12,7 +12,7 @@ from pathlib import Path
 from export.part import export_vit
 from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
 from qvl_edge.bundle import VIT, VIT_DATA
-from qvl_edge.commands.loading import add_source, say
+from qvl_edge.commands.loading import add_source, plain_warnings, say
 from qvl_edge.errors import QvlError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
@@ -23,15 +23,16 @@ def main(argv: list[str] | None = None) -> int:
     """The command; 0 on success, 1 on a QvlError, 130 when stopped."""
     args = _parser().parse_args(argv)
     try:
-        folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=say)
-        export_vit(
-            open_checkpoint(folder, args.lora),
-            args.bundle,
-            dtype=args.dtype,
-            block_size=args.block_size,
-            progress=say,
-            on_parity=lambda parity: print(parity.report(per_layer=args.per_layer), flush=True),
-        )
+        with plain_warnings():
+            folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=say)
+            export_vit(
+                open_checkpoint(folder, args.lora),
+                args.bundle,
+                dtype=args.dtype,
+                block_size=args.block_size,
+                progress=say,
+                on_parity=lambda parity: print(parity.report(per_layer=args.per_layer), flush=True),
+            )
     except QvlError as error:
         say(f"error: {error}")
         return 1

@@ -5,7 +5,7 @@ B bits, P = 32 / B levels a word, G groups, K input and N output features:
     qzeros  (G, N / P) int32   stored[g, n] = qzeros[g, n // P] >> B * (n % P)  &  2^B - 1
                                zero = stored + 1 in checkpoint_format "gptq" (v1), stored in "gptq_v2"
     scales  (G, N) float16
-    g_idx   (K,) int32         group of each input channel
+    g_idx   (K,) int32, int64  group of each input channel
     W[n, k] = (level[k, n] - zero[g_idx[k], n]) * scales[g_idx[k], n]
 """
 
@@ -96,7 +96,7 @@ def check_gptq(
         "qweight": (qweight, (in_features * bits // 32, out_features), torch.int32),
         "qzeros": (qzeros, (groups, out_features * bits // 32), torch.int32),
         "scales": (scales, (groups, out_features), None),
-        "g_idx": (g_idx, (in_features,), torch.int32),
+        "g_idx": (g_idx, (in_features,), torch.int64 if g_idx.dtype == torch.int64 else torch.int32),
     }
     for part, (tensor, shape, dtype) in expected.items():
         if tuple(tensor.shape) != shape:

@@ -17,14 +17,15 @@ from tqdm import tqdm
 from quantize.job import Event, Result, quantize_checkpoint
 from quantize.repack import repack_checkpoint
 from qvl_edge.bundle import COMMANDS, VIT, read_manifest
-from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.commands.loading import add_source
+from qvl_edge.checkpoint import Checkpoint, raw_reason
+from qvl_edge.commands.loading import add_source, plain_warnings
 from qvl_edge.config import QuantConfig
 from qvl_edge.engine.device import find_device
 from qvl_edge.errors import CalibrationError, ConfigError, QvlError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
-from qvl_edge.text.conversations import EXAMPLE, Sample, read_samples
+from qvl_edge.text.conversations import Sample, read_samples
+from qvl_edge.text.entries import EXAMPLE
 from qvl_edge.text.tokenizer import Tokenizer
 
 QUANT_OPTIONS = {  # fields of QuantConfig, in GPTQ's own names
@@ -53,6 +54,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     data.add_argument(
         "--calibration", type=Path, metavar="FILE", help="conversations (.json, .jsonl) or texts (.jsonl, .txt)"
     )
+    data.add_argument("--images", type=Path, metavar="DIR", help="where paths of images begin (default: beside FILE)")
     data.add_argument("--samples", type=int, default=128, help="use at most this many of its entries (default: 128)")
     data.add_argument("--seqlen", type=int, default=2048, help="cut each to this many tokens (default: 2048)")
     data.add_argument("--seed", type=int, default=0, help="selects the entries of a longer file (default: 0)")
@@ -142,7 +144,14 @@ def load_samples(args: argparse.Namespace, checkpoint: Checkpoint) -> list[Sampl
             "128 entries are enough. --round-to-nearest needs none and is less exact."
         )
     tokenizer = Tokenizer.from_folder(checkpoint.path, checkpoint.config)
-    return read_samples(args.calibration, tokenizer, samples=args.samples, seqlen=args.seqlen, seed=args.seed)
+    return read_samples(
+        args.calibration,
+        tokenizer,
+        samples=args.samples,
+        seqlen=args.seqlen,
+        seed=args.seed,
+        images=args.images,
+    )
 
 
 def check_repack(args: argparse.Namespace, quant: QuantConfig) -> None:
@@ -165,6 +174,8 @@ def run(args: argparse.Namespace, display: Display) -> Result:
     """Quantize or copy, as the checkpoint is float or int4."""
     folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=display.say)
     checkpoint = open_checkpoint(folder, args.lora)
+    if reason := raw_reason(folder):
+        display.say(f"warning: {reason}. The bundle takes over what is there")
     if checkpoint.config.quantization is not None:
         check_repack(args, checkpoint.config.quantization)
         made = repack_checkpoint(checkpoint, args.bundle, overwrite=args.overwrite, progress=display)
@@ -197,7 +208,8 @@ def main(arguments: list[str] | None = None) -> int:
     args = parse(arguments)
     display = Display()
     try:
-        result = run(args, display)
+        with plain_warnings():
+            result = run(args, display)
     except QvlError as error:
         display.close()
         print(f"error: {error}", file=sys.stderr)

@@ -103,7 +103,7 @@ def quantize_checkpoint(
         raise ConfigError(
             "desc_act and static_groups order channels by their activations; rounding to nearest has none"
         )
-    check_tensors(checkpoint, visual=False)
+    check_tensors(checkpoint)
     check_source(checkpoint)
     quantized_config = int4_config(config, quant)
     calibration: dict[str, Any] | None = None

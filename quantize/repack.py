@@ -6,12 +6,12 @@ from torch import Tensor
 
 from kernels import Int4Weight, check_gptq
 from quantize.blocks import block_name
-from quantize.files import check_source, decoder_bytes, held_bytes, open_work, shard_name, write_outer, write_settings
+from quantize.files import check_source, held_bytes, open_work, shard_name, write_outer, write_settings
 from quantize.job import Event, Progress, ignore
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.files import check_free_space, write_tensors
-from qvl_edge.model.loading import GPTQ_TENSORS, QUANTIZED, check_tensors, expected_tensors
+from qvl_edge.model.loading import GPTQ_WEIGHT, QUANTIZED, check_tensors, expected_tensors
 from qvl_edge.model.streaming import check_finite
 
 
@@ -26,7 +26,7 @@ def repack_checkpoint(
     quant = checkpoint.config.quantization
     if quant is None:
         raise ConfigError(f"{checkpoint.path} is not quantized; there is nothing to copy")
-    check_tensors(checkpoint, visual=False)
+    check_tensors(checkpoint)
     check_source(checkpoint)
     settings = {
         "fingerprint": checkpoint.fingerprint,
@@ -35,7 +35,8 @@ def repack_checkpoint(
         "calibration": None,
         "device": None,
     }
-    needed = decoder_bytes(checkpoint, checkpoint.config)
+    held = [name for name in expected_tensors(checkpoint.config, visual=False) if name in checkpoint]
+    needed = sum(checkpoint.nbytes(name) for name in held)
     with open_work(folder, checkpoint.path, settings, overwrite=overwrite) as work:
         if work is None:
             return False
@@ -45,11 +46,10 @@ def repack_checkpoint(
         check_free_space(folder, needed - held_bytes(folder))
         work.begin()
         blocks = checkpoint.config.num_hidden_layers
-        expected = expected_tensors(checkpoint.config, visual=False)
         for index in range(blocks):
             shard = work / shard_name(index, blocks)
             if not shard.exists():
-                names = [name for name in expected if name.startswith(f"{block_name(index)}.")]
+                names = [name for name in held if name.startswith(f"{block_name(index)}.")]
                 write_tensors(shard, _checked_block(checkpoint, index, names))
                 for name in names:
                     checkpoint.release(name)
@@ -67,7 +67,7 @@ def _checked_block(checkpoint: Checkpoint, index: int, names: list[str]) -> dict
     tensors = {name: checkpoint[name] for name in names}
     for layer in QUANTIZED:
         name = f"{block_name(index)}.{layer}"
-        packed = [tensors[f"{name}.{part}"] for part in GPTQ_TENSORS[:4]]
+        packed = [tensors[f"{name}.{part}"] for part in GPTQ_WEIGHT]
         try:
             check_gptq(*packed, bits=quant.bits, group_size=quant.group_size, name=name)
             if quant.bits == 4:  # what the runtime will do with it

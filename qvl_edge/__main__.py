@@ -5,6 +5,7 @@ import importlib
 import sys
 
 from qvl_edge import QvlError, __version__
+from qvl_edge.commands.loading import plain_warnings
 
 COMMANDS = {
     "run": "answer one question about images",
@@ -32,7 +33,8 @@ def main(arguments: list[str] | None = None) -> int:
         subparser.set_defaults(execute=module.execute)
     args = parser.parse_args(arguments)
     try:
-        return int(args.execute(args))
+        with plain_warnings():
+            return int(args.execute(args))
     except QvlError as error:
         print(f"qvl-edge {args.command}: {error}", file=sys.stderr)
         return 1

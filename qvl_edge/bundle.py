@@ -158,7 +158,7 @@ class Bundle:
     @property
     def checkpoint(self) -> Checkpoint:
         """The decoder's tensors, under the names of the published Int4 checkpoint."""
-        return Checkpoint(self.path)
+        return Checkpoint(self.path, only=self.parts["decoder"]["files"])
 
     @property
     def vit(self) -> Path:

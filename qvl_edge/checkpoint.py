@@ -1,25 +1,37 @@
 """A published checkpoint on disk: its settings, and its tensors by name, memory-mapped, one at a time."""
 
 import hashlib
-import json
-import pickle
-import struct
-import zipfile
+import re
+import warnings
+from collections.abc import Collection, Iterable, Iterator
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qvl_edge.config import Config
-from qvl_edge.errors import CheckpointError
+from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.files import read_json
 from qvl_edge.memory import forget_pages
+from qvl_edge.shards import POINTER, Shard, is_pointer, open_shard, published_name
 
 VISUAL = "transformer.visual."  # prefix of the vision tower's tensors
-SAFETENSORS_INDEX, BIN_INDEX = "model.safetensors.index.json", "pytorch_model.bin.index.json"
+GENERATION = "generation_config.json"
+SAFETENSORS_INDEX = "model.safetensors.index.json"
+ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
+# names of files of weights by ending, in the order of preference: transformers', and auto-gptq's gptq_model-4bit-128g
+WEIGHTS = {
+    ".safetensors": ("*.safetensors",),
+    ".bin": ("pytorch_model*.bin", "model*.bin", "gptq_model*.bin"),
+    ".pt": ("model*.pt", "gptq_model*.pt"),
+}
+_WHOLE = ("model.safetensors", "pytorch_model.bin")
+_INDEX = ".index.json"
+_NUMBERED = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.\w+")
+_OUTER = {"transformer.wte.weight", "transformer.ln_f.weight", "lm_head.weight"}
 _SAMPLE_BYTES = 4096  # read from both ends of every tensor for the fingerprint
 
 
@@ -29,49 +41,36 @@ class Checkpoint:
     Opening reads headers only; CheckpointError names a missing, truncated or foreign file, ConfigError a bad setting.
     """
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, *, only: Collection[str] | None = None):
+        """only: names of files; others are not looked at."""
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(
                 f"{self.path} is not a folder; give the folder that holds config.json and the weights"
             )
-        self.config = Config.from_folder(self.path)
-        generation = self.path / "generation_config.json"
-        self.generation: dict[str, Any] = read_json(generation) if generation.exists() else {}
-        index = next((self.path / n for n in (SAFETENSORS_INDEX, BIN_INDEX) if (self.path / n).exists()), None)
-        weight_map = {} if index is None else _weight_map(index)
-        self._shard_of: dict[str, Shard] = {}
-        files = sorted({self.path / name for name in weight_map.values()}) or self._find_shards()
-        for shard in map(open_shard, files):
-            for name in shard.names():
-                if name in self._shard_of:
-                    raise CheckpointError(f"{name} is in {self._shard_of[name].path.name} and in {shard.path.name}")
-                self._shard_of[name] = shard
-        if lost := sorted(set(weight_map) - set(self._shard_of)):
+        names = {file.name for file in self.path.iterdir()}
+        if ADAPTER_CONFIG in names and not any(map(is_weights, names)):
+            base = read_json(self.path / ADAPTER_CONFIG).get("base_model_name_or_path") or "CHECKPOINT"
             raise CheckpointError(
-                f"the index of {self.path} lists {lost[0]} and {len(lost) - 1} more that no shard holds; the shards "
-                "are not those of the index, copy them again"
+                f"{self.path} is an adapter, not a model; give the model that it was trained on, and the adapter as "
+                f"--lora:\n  {base} --lora {self.path}"
             )
-
-    def _find_shards(self) -> list[Path]:
-        for pattern in ("*.safetensors", "pytorch_model*.bin"):
-            if files := sorted(self.path.glob(pattern)):
-                return files
-        raise CheckpointError(
-            f"{self.path} holds no weights; expected *.safetensors or pytorch_model*.bin beside config.json"
-        )
+        self.config = Config.from_folder(self.path)
+        self.generation = _read_generation(self.path)
+        self._tensors = _find_weights(self.path, self.config, names if only is None else names.intersection(only))
 
     @property
     def names(self) -> list[str]:
         """All tensor names, sorted."""
-        return sorted(self._shard_of)
+        return sorted(self._tensors)
 
     def __contains__(self, name: str) -> bool:
-        return name in self._shard_of
+        return name in self._tensors
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor `name` on the CPU, in the file's dtype, memory-mapped. CheckpointError if there is none."""
-        return self._shard(name).tensor(name)
+        shard, key = self._place(name)
+        return shard.tensor(key)
 
     def release(self, name: str) -> None:
         """Release the pages that reading `name` brought into memory; its tensor stays valid and is read again.
@@ -79,18 +78,36 @@ class Checkpoint:
         A loader calls it after each tensor, or a checkpoint of 10 GB would leave 10 GB mapped beside what was made from
         it. Mapped files on Linux only; elsewhere nothing happens.
         """
-        shard = self._shard(name)
+        shard, key = self._place(name)
         if shard.mapped:
-            forget_pages(shard.tensor(name))
+            forget_pages(shard.tensor(key))
+
+    @property
+    def chat_format(self) -> str:
+        """ "chatml", or "raw" for a base model, as generation_config.json has it. ConfigError for another value."""
+        found = self.generation.get("chat_format") or "raw"
+        if found not in ("chatml", "raw"):
+            raise ConfigError(
+                f"{self.path / GENERATION}: chat_format is {found!r}, known are 'chatml' and 'raw'; copy the file from "
+                "the model that this one was trained from"
+            )
+        return str(found)
+
+    def nbytes(self, name: str) -> int:
+        """Bytes of the tensor `name` on disk."""
+        shard, key = self._place(name)
+        return shard.tensor(key).nbytes
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of the tensor `name`, without reading it."""
-        return self._shard(name).shape(name)
+        shard, key = self._place(name)
+        return shard.shape(key)
 
-    def _shard(self, name: str) -> "Shard":
-        if name not in self._shard_of:
-            raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self._shard_of)}")
-        return self._shard_of[name]
+    def _place(self, name: str) -> tuple[Shard, str]:
+        """The file that holds the tensor `name`, and its name there."""
+        if name not in self._tensors:
+            raise CheckpointError(f"{self.path} has no tensor {name} among its {len(self._tensors)}")
+        return self._tensors[name]
 
     @cached_property
     def fingerprint(self) -> str:
@@ -106,86 +123,124 @@ class Checkpoint:
         return digest.hexdigest()
 
 
-class SafetensorsShard:
-    """A .safetensors file: its tensors are views of the mapped file."""
-
-    mapped = True
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self._file = safe_open(path, framework="pt")
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} cannot be opened: {error}{_size_note(path)}; copy the file again") from None
-
-    def names(self) -> list[str]:
-        return list(self._file.keys())
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._file.get_slice(name).get_shape())
-
-    def tensor(self, name: str) -> Tensor:
-        return self._file.get_tensor(name)
+def _read_generation(folder: Path) -> dict[str, Any]:
+    return read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
 
 
-def _size_note(path: Path) -> str:
-    """', 123 bytes where its header promises 456' for a truncated safetensors file, else ''."""
-    try:
-        with open(path, "rb") as file:
-            length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(min(length, 1 << 28)))
-        promised = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+def raw_reason(folder: Path) -> str:
+    """Why the model in `folder` continues text, and what to do if it was trained to chat; empty if it chats."""
+    generation = _read_generation(folder)
+    if generation.get("chat_format") == "chatml":
         return ""
-    size = path.stat().st_size
-    return f" ({size} bytes where its header promises {promised})" if size != promised else ""
+    found = "sets chat_format raw" if "chat_format" in generation else "sets no chat_format"
+    file = folder / GENERATION
+    return (
+        f"{file} {found if file.exists() else 'is missing'}, so text is continued, as by the base model. If this one "
+        f"was trained to chat, copy {GENERATION} of Qwen-VL-Chat there, or give --chat-format chatml"
+    )
 
 
-class BinShard:
-    """A .bin file of torch.save, loaded as tensors only, of which those in a zip archive (torch >= 1.6) are mapped."""
-
-    def __init__(self, path: Path):
-        self.path = path
-        try:
-            self.mapped = zipfile.is_zipfile(path)
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
-        except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(
-                f"{path} cannot be loaded as tensors only: {reason}; copy the file again, or convert it to safetensors"
-            ) from None
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
-            raise CheckpointError(f"{path} holds a {type(tensors).__name__}, expected a dictionary of tensors by name")
-        self._tensors: dict[str, Tensor] = tensors
-
-    def names(self) -> list[str]:
-        return list(self._tensors)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._tensors[name].shape)
-
-    def tensor(self, name: str) -> Tensor:
-        return self._tensors[name]
+def is_weights(name: str) -> bool:
+    """Whether a file of this name holds a model's weights, and not an adapter's."""
+    known = (fnmatchcase(name, pattern) for patterns in WEIGHTS.values() for pattern in patterns)
+    return name not in ADAPTER_FILES and any(known)
 
 
-Shard: TypeAlias = SafetensorsShard | BinShard
+_Tensors: TypeAlias = dict[str, tuple[Shard, str]]
+"""By the published name of a tensor: the file that holds it, and its name there."""
 
 
-def open_shard(path: Path) -> Shard:
-    """The file at `path`, by the ending of its name. CheckpointError if it cannot be read as tensors."""
-    return BinShard(path) if path.suffix == ".bin" else SafetensorsShard(path)
+def _find_weights(folder: Path, config: Config, names: Collection[str]) -> _Tensors:
+    """The tensors of the first set of files that is all there and makes a whole model.
+
+    A warning names the files that are left over. If no set makes a whole model, it is the first that is all there, and
+    what reads it says what it lacks. CheckpointError if there is none.
+    """
+    found, whole, problems = None, False, []
+    for source, files in _sets(folder, names):
+        if problem := _problem(folder, source, files):
+            problems.append(problem)
+            continue
+        tensors = _open(folder, files)
+        whole = _is_whole(tensors, config)
+        if found is None or whole:
+            found = (source, files, tensors)
+        if whole:
+            break
+    if problems and not whole:
+        raise CheckpointError(problems[0])
+    if found is None:
+        expected = ", ".join(pattern for patterns in WEIGHTS.values() for pattern in patterns)
+        raise CheckpointError(f"{folder} holds no weights; expected {expected} beside config.json")
+    source, files, tensors = found
+    left = sorted(
+        name
+        for name in {*names} - {source, *files}
+        if is_weights(name) or name.endswith(_INDEX) or name in ADAPTER_FILES
+    )
+    if left:
+        adapter = "; an adapter is merged if you give it as --lora" if {*left} & {*ADAPTER_FILES} else ""
+        warnings.warn(f"{folder}: of {source} the model is read, and not of {', '.join(left)}{adapter}", stacklevel=3)
+    return tensors
 
 
-def _weight_map(index: Path) -> dict[str, str]:
-    """File names by tensor name; CheckpointError if a file is not there."""
+def _sets(folder: Path, names: Collection[str]) -> Iterator[tuple[str, list[str]]]:
+    """(what names them, files) of each set that may be the model, in the order of preference."""
+    for ending in WEIGHTS:
+        held = sorted(name for name in names if name.endswith(ending) and is_weights(name))
+        for name in held:
+            if name in _WHOLE:
+                yield name, [name]
+        for index in sorted(name for name in names if name.endswith(f"{ending}{_INDEX}")):
+            yield index, _listed(folder / index)
+        numbered: dict[tuple[str, ...], list[str]] = {}
+        others = []
+        for name in held:
+            if part := _NUMBERED.fullmatch(name):
+                stem, _, count = part.groups()
+                numbered.setdefault((stem, count), []).append(name)
+            elif name not in _WHOLE:
+                others.append(name)
+        for (stem, count), parts in numbered.items():
+            yield parts[0], [f"{stem}-{number:05d}-of-{count}{ending}" for number in range(1, int(count) + 1)]
+        if others:
+            yield ", ".join(others), others
+
+
+def _listed(index: Path) -> list[str]:
+    """The files that an index names."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(name, str) for name in weight_map.values()):
         raise CheckpointError(f"{index} has no weight_map from tensor names to files")
-    files = sorted(set(weight_map.values()))
-    missing = [name for name in files if Path(name).name != name or not index.with_name(name).is_file()]
+    return sorted(set(weight_map.values()))
+
+
+def _problem(folder: Path, source: str, files: list[str]) -> str:
+    """Why a set cannot be read: files that are not there, or that git keeps elsewhere. Empty if it can."""
+    missing = [name for name in files if Path(name).name != name or not (folder / name).is_file()]
     if missing:
-        raise CheckpointError(
-            f"{index.parent} lacks {len(missing)} of the {len(files)} shards that {index.name} lists: "
-            f"{', '.join(missing[:5])}; copy them from the source of the checkpoint"
+        by = f" that {source} lists" if source.endswith(_INDEX) else ""
+        return (
+            f"{folder} lacks {len(missing)} of the {len(files)} shards{by}: {', '.join(missing[:5])}; copy them from "
+            "the source of the checkpoint"
         )
-    return weight_map
+    pointers = [name for name in files if is_pointer(folder / name)]
+    return POINTER.format(path=folder / pointers[0], folder=folder) if pointers else ""
+
+
+def _open(folder: Path, files: Iterable[str]) -> _Tensors:
+    tensors: _Tensors = {}
+    for shard in (open_shard(folder / name) for name in files):
+        for key in shard.names():
+            name = published_name(key)
+            if name in tensors:
+                raise CheckpointError(f"{name} is in {tensors[name][0].path.name} and in {shard.path.name}")
+            tensors[name] = (shard, key)
+    return tensors
+
+
+def _is_whole(tensors: _Tensors, config: Config) -> bool:
+    """Whether there are outer tensors, every block and a vision tower: not a part that some tool left behind."""
+    blocks = {name.split(".")[2] for name in tensors if name.startswith("transformer.h.")}
+    visual = any(name.startswith(VISUAL) for name in tensors)
+    return _OUTER <= {*tensors} and len(blocks) >= config.num_hidden_layers and visual

@@ -13,14 +13,23 @@ QUERY_GRID = 16  # the resampler's queries and both position tables are 16 x 16 
 IMAGE_TOKENS = QUERY_GRID * QUERY_GRID
 _KINDS: dict[Any, str] = {int: "an integer", bool: "true or false", float: "a number"}
 
+# of GPTQModel, and of transformers: other values change what the tensors are
+_GPTQMODEL: dict[str, Any] = {
+    "quant_method": "gptq",
+    "lm_head": False,
+    "pack_dtype": "int32",
+    "dynamic": {},
+    "is_marlin_format": False,
+}
+
 
 def _build(section: Mapping[str, Any], cls: type, where: str) -> Any:
     """`cls` from its fields in `section`; ConfigError for a value of another type, and for a field that is missing."""
     values = {}
     for field in fields(cls):
-        if field.name not in section:
+        value = section.get(field.name)
+        if value is None:
             continue
-        value = section[field.name]
         # mistyped numbers would otherwise surface as a shape error far from here
         kind = type(value)
         if field.type is float and kind is int:
@@ -32,12 +41,14 @@ def _build(section: Mapping[str, Any], cls: type, where: str) -> Any:
         return cls(**values)
     except TypeError as error:  # dataclass: missing required arguments, with their names
         raise ConfigError(f"{where}: {str(error).split('() ', 1)[-1]}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{where}: {error}") from None
 
 
-def _positive(owner: Any, where: str, *names: str) -> None:
+def _positive(owner: Any, *names: str) -> None:
     for name in names:
         if getattr(owner, name) <= 0:
-            raise ConfigError(f"{where}: {name} is {getattr(owner, name)}, expected more than 0")
+            raise ConfigError(f"{name} is {getattr(owner, name)}, expected more than 0")
 
 
 @dataclass(frozen=True)
@@ -54,16 +65,13 @@ class VisualConfig:
     width: int
 
     def __post_init__(self) -> None:
-        where = "config.json:visual"
-        _positive(self, where, "heads", "image_size", "layers", "output_dim", "patch_size", "width", "mlp_ratio")
+        _positive(self, "heads", "image_size", "layers", "output_dim", "patch_size", "width", "mlp_ratio")
         if self.width % self.heads:
-            raise ConfigError(f"{where}: width {self.width} is not a multiple of heads {self.heads}")
+            raise ConfigError(f"width {self.width} is not a multiple of heads {self.heads}")
         if self.image_size % self.patch_size:
-            raise ConfigError(
-                f"{where}: image_size {self.image_size} is not a multiple of patch_size {self.patch_size}"
-            )
+            raise ConfigError(f"image_size {self.image_size} is not a multiple of patch_size {self.patch_size}")
         if self.output_dim % HEAD_DIM:
-            raise ConfigError(f"{where}: output_dim {self.output_dim} is not a multiple of {HEAD_DIM}")
+            raise ConfigError(f"output_dim {self.output_dim} is not a multiple of {HEAD_DIM}")
 
     @property
     def mlp_width(self) -> int:
@@ -90,26 +98,28 @@ class QuantConfig:
     checkpoint_format: str = "gptq"  # "gptq" (v1): qzeros hold zero - 1; "gptq_v2": qzeros hold zero
 
     def __post_init__(self) -> None:
-        where = "quantize_config.json"
         if self.bits not in (4, 8):
-            raise ConfigError(f"{where}: bits is {self.bits}, supported are 4 and 8")
+            raise ConfigError(f"bits is {self.bits}, supported are 4 and 8")
         if self.group_size != -1 and (self.group_size <= 0 or self.group_size % 32):
-            raise ConfigError(f"{where}: group_size is {self.group_size}, supported are -1 and multiples of 32")
+            raise ConfigError(f"group_size is {self.group_size}, supported are -1 and multiples of 32")
         if not 0 < self.damp_percent < 1:
-            raise ConfigError(f"{where}: damp_percent is {self.damp_percent}, expected a value in (0, 1)")
+            raise ConfigError(f"damp_percent is {self.damp_percent}, expected a value in (0, 1)")
         if self.checkpoint_format not in ("gptq", "gptq_v2"):
-            raise ConfigError(
-                f"{where}: checkpoint_format is {self.checkpoint_format!r}, known are 'gptq' and 'gptq_v2'"
-            )
+            raise ConfigError(f"checkpoint_format is {self.checkpoint_format!r}, known are 'gptq' and 'gptq_v2'")
 
     @classmethod
     def from_dict(cls, section: Mapping[str, Any], where: str = "quantize_config.json") -> "QuantConfig":
-        """Read a quantize_config.json or config.json:quantization_config; keys of other tools are ignored."""
+        """Read a quantize_config.json or config.json:quantization_config of auto-gptq, GPTQModel or transformers.
+
+        Their keys that say nothing about the tensors are ignored. ConfigError for those that say what is not supported.
+        """
         if not isinstance(section, Mapping):
             raise ConfigError(f"{where} is {section!r}, expected an object")
-        if section.get("quant_method", "gptq") != "gptq":
-            raise ConfigError(f"{where}: quant_method is {section['quant_method']!r}, only 'gptq' is supported")
-        return _build(section, cls, where)
+        for name, supported in _GPTQMODEL.items():
+            if section.get(name) not in (None, supported):
+                raise ConfigError(f"{where}: {name} is {section[name]!r}, only {supported!r} is supported")
+        checkpoint_format = section.get("checkpoint_format") or section.get("format")
+        return _build({**section, "checkpoint_format": checkpoint_format}, cls, where)
 
     def to_dict(self) -> dict[str, Any]:
         """quantize_config.json in auto-gptq's names, so that auto-gptq and GPTQModel read it."""
@@ -146,29 +156,24 @@ class Config:
     quantization: QuantConfig | None = None
 
     def __post_init__(self) -> None:
-        where = "config.json"
-        _positive(self, where, "hidden_size", "intermediate_size", "kv_channels", "num_attention_heads")
-        _positive(self, where, "num_hidden_layers", "vocab_size", "seq_length", "max_position_embeddings")
+        _positive(self, "hidden_size", "intermediate_size", "kv_channels", "num_attention_heads")
+        _positive(self, "num_hidden_layers", "vocab_size", "seq_length", "max_position_embeddings")
         if self.num_attention_heads * self.kv_channels != self.hidden_size:
             raise ConfigError(
-                f"{where}: {self.num_attention_heads} heads of {self.kv_channels} channels make "
+                f"{self.num_attention_heads} heads of {self.kv_channels} channels make "
                 f"{self.num_attention_heads * self.kv_channels}, but hidden_size is {self.hidden_size}"
             )
         if self.intermediate_size % 2:
-            raise ConfigError(
-                f"{where}: intermediate_size {self.intermediate_size} is odd; w1 and w2 take half of it each"
-            )
+            raise ConfigError(f"intermediate_size {self.intermediate_size} is odd; w1 and w2 take half of it each")
         if self.visual.output_dim != self.hidden_size:
-            raise ConfigError(
-                f"{where}: visual.output_dim {self.visual.output_dim} differs from hidden_size {self.hidden_size}"
-            )
+            raise ConfigError(f"visual.output_dim {self.visual.output_dim} differs from hidden_size {self.hidden_size}")
         if not 0 <= self.visual.image_start_id < self.vocab_size - 2:
             raise ConfigError(
-                f"{where}: visual.image_start_id {self.visual.image_start_id} leaves no room for </img> and <imgpad> "
+                f"visual.image_start_id {self.visual.image_start_id} leaves no room for </img> and <imgpad> "
                 f"below vocab_size {self.vocab_size}"
             )
         if self.torch_dtype not in ("float16", "bfloat16", "float32"):
-            raise ConfigError(f"{where}: torch_dtype is {self.torch_dtype!r}, known are float16, bfloat16, float32")
+            raise ConfigError(f"torch_dtype is {self.torch_dtype!r}, known are float16, bfloat16, float32")
 
     @property
     def ffn_size(self) -> int:
@@ -188,9 +193,21 @@ class Config:
             if section.get(name, expected) != expected:
                 raise ConfigError(f"config.json: {name} is {section[name]!r}; Qwen-VL has {expected!r}")
         visual = _build(section["visual"], VisualConfig, "config.json:visual")
-        found = quantization if quantization is not None else section.get("quantization_config")
-        quant = None if found is None else QuantConfig.from_dict(found)
-        return _build({**section, "visual": visual, "quantization": quant}, cls, "config.json")
+        where, inner = "config.json:quantization_config", section.get("quantization_config")
+        quant = None if inner is None else QuantConfig.from_dict(inner, where)
+        if quantization is not None:
+            own = {} if inner is None else inner
+            outer = QuantConfig.from_dict({**own, **quantization})
+            for name in ("bits", "group_size", "checkpoint_format"):  # no shape shows the last
+                a, b = getattr(outer, name), getattr(quant, name, None)
+                if name in own and a != b:
+                    raise ConfigError(
+                        f"quantize_config.json: {name} is {a!r}, {where} has {b!r}; one is of another model"
+                    )
+            quant = outer
+        # transformers 5 writes "dtype"
+        dtype = section.get("torch_dtype") or section.get("dtype")
+        return _build({**section, "torch_dtype": dtype, "visual": visual, "quantization": quant}, cls, "config.json")
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "Config":

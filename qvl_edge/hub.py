@@ -1,9 +1,10 @@
 """Models by name, OWNER/NAME on a hub: fetched once into the cache of the hub's own client, checked, used from there.
 
-Only settings, tokenizer and weights (NEEDED) are fetched, never code or pictures. Hugging Face's client checks no more
-than sizes, so every file is hashed once against what the hub lists: sha256 for weights, git's sha1 for small files. A
-record of that in ~/.cache/qvl_edge/downloads lets a complete model open without the network; `qvl-edge pull` asks the
-hub again. After a kill the same command resumes, and fetches at most one shard twice.
+Only settings, tokenizer and weights are fetched (NEEDED, or what a bundle's manifest lists), never code or pictures.
+Hugging Face's client checks no more than sizes, so every file is hashed once against what the hub lists: sha256 for
+weights, git's sha1 for small files. A record of that in ~/.cache/qvl_edge/downloads lets a complete model open without
+the network; `qvl-edge pull` asks the hub again. After a kill the same command resumes, and fetches at most one shard
+twice.
 
 The clients' own settings hold: HF_ENDPOINT, HF_HOME, HF_TOKEN; MODELSCOPE_ENDPOINT, MODELSCOPE_CACHE,
 MODELSCOPE_API_TOKEN.
@@ -20,8 +21,8 @@ from os import PathLike
 from pathlib import Path
 from typing import Any, TypeAlias
 
-from qvl_edge.bundle import MANIFEST, VIT, VIT_DATA
-from qvl_edge.checkpoint import BIN_INDEX, SAFETENSORS_INDEX
+from qvl_edge.bundle import MANIFEST, read_manifest
+from qvl_edge.checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, WEIGHTS, is_weights
 from qvl_edge.errors import CheckpointError, ConfigError, QvlError
 from qvl_edge.files import cache_home, check_free_space, locked, read_json, sha256_of, write_json
 from qvl_edge.memory import format_bytes
@@ -29,10 +30,9 @@ from qvl_edge.options import Source
 
 NEEDED = (
     *("config.json", "generation_config.json", "quantize_config.json", "tokenizer_config.json", "*.tiktoken"),
-    *("*.safetensors", SAFETENSORS_INDEX, "pytorch_model*.bin", BIN_INDEX),
-    *(MANIFEST, VIT, VIT_DATA),
+    *(pattern for patterns in WEIGHTS.values() for pattern in patterns),
+    *("*.index.json", ADAPTER_CONFIG, *ADAPTER_FILES, MANIFEST),
 )
-WEIGHTS = (".safetensors", ".bin")
 # the hubs' own rule; the limit also keeps the files that are named after both halves under a file system's 255
 _HALF = r"[A-Za-z0-9](?:[\w.-]{0,94}\w)?"
 _NAME = re.compile(rf"(?!.*(?:--|\.\.|\.git$)){_HALF}/{_HALF}", re.ASCII)
@@ -261,7 +261,7 @@ class _Model:
             if offline:
                 return self._from_cache(hub, only, "downloads are off (local_files_only or HF_HUB_OFFLINE)")
             try:
-                listed = _needed(hub.list_files())
+                listed = hub.list_files()
             except hub.refusals as error:
                 reason = (str(error).strip() or type(error).__name__).splitlines()[0]
                 raise CheckpointError(
@@ -282,10 +282,16 @@ class _Model:
                 ) from error
 
     def _download(self, hub: Hub, listed: list[RemoteFile], only: Sequence[str] | None) -> Path:
+        if only is None and any(file.name == MANIFEST for file in listed):
+            listed, absent = _of_bundle(self._download(hub, listed, [MANIFEST]), listed)
+            if absent:
+                raise CheckpointError(f"{self.name} at {hub.commit} has no {absent[0]}, which its {MANIFEST} lists")
+        else:
+            listed = _needed(listed)
         wanted = [file for file in listed if only is None or file.name in only]
         if only and only[0] not in {file.name for file in wanted}:
             raise CheckpointError(f"{self.name} at {hub.commit} has no {only[0]} on the hub")
-        if only is None and not any(file.name.endswith(WEIGHTS) for file in wanted):
+        if only is None and not any(is_weights(file.name) or file.name in ADAPTER_FILES for file in wanted):
             raise CheckpointError(f"{self.name} has neither *.safetensors nor pytorch_model*.bin on the hub")
         missing = hub.missing(wanted) if self.to is None else _missing_in(self.to, wanted)
         total, left = (sum(file.bytes for file in files) for files in (wanted, missing))
@@ -336,13 +342,15 @@ class _Model:
         folder = hub.cached(only[0] if only else "config.json") if self.to is None else None
         if folder is not None:
             known = {file.name: file.hash for file in self.files if folder == self.folder}
-            listed = _needed(
+            files = [
                 RemoteFile(path.name, path.stat().st_size, known.get(path.name) or hub.hash_of(path))
                 for path in folder.iterdir()
                 if path.is_file()
-            )
+            ]
+            bundle = only is None and (folder / MANIFEST).exists()
+            listed, absent = _of_bundle(folder, files) if bundle else (_needed(files), [])
             names = {file.name for file in listed}
-            if only or (names >= {*known} and any(name.endswith(WEIGHTS) for name in names)):
+            if only or (names >= {*known} and any(map(is_weights, names)) and not absent):
                 self._check(folder, listed, [file for file in listed if only is None or file.name in only], None)
                 return folder
         carry = "" if self.to else "\nor on another machine with --to FOLDER, and copy that folder here"
@@ -365,10 +373,23 @@ def _missing_in(folder: Path, wanted: list[RemoteFile]) -> list[RemoteFile]:
 
 
 def _needed(files: Iterable[RemoteFile]) -> list[RemoteFile]:
-    """Those at the top that match NEEDED; of weights in both formats, the safetensors, as Checkpoint chooses."""
+    """Those at the top that match NEEDED; of weights in several formats, the safetensors, as Checkpoint chooses."""
     found = [file for file in files if any(fnmatchcase(file.name, pattern) for pattern in NEEDED)]
-    # names must not lead elsewhere, nor be patterns, which is what Hugging Face's client takes them as
-    found = [file for file in found if not set("/\\*?[]") & set(file.name)]
-    if any(file.name.endswith(".safetensors") for file in found):
-        found = [file for file in found if not file.name.startswith("pytorch_model")]
-    return sorted(found, key=lambda file: (file.bytes, file.name))
+    if any(file.name.endswith(".safetensors") and is_weights(file.name) for file in found):
+        others = tuple(
+            f"{ending}{index}" for ending in WEIGHTS for index in ("", ".index.json") if ending != ".safetensors"
+        )
+        found = [file for file in found if not file.name.endswith(others)]
+    return _sorted(found)
+
+
+def _of_bundle(folder: Path, files: Iterable[RemoteFile]) -> tuple[list[RemoteFile], list[str]]:
+    """Of `files` the manifest in `folder` and what it lists; and the names of what it lists and `files` has not."""
+    names = {MANIFEST}.union(*(part["files"] for part in read_manifest(folder).values()))
+    found = _sorted(file for file in files if file.name in names)
+    return found, sorted(names - {file.name for file in found})
+
+
+def _sorted(files: Iterable[RemoteFile]) -> list[RemoteFile]:
+    """The smallest first. Names must not lead elsewhere, nor be patterns, which Hugging Face's client takes them as."""
+    return sorted((f for f in files if not set("/\\*?[]") & set(f.name)), key=lambda file: (file.bytes, file.name))

@@ -1,10 +1,11 @@
 """A checkpoint with a LoRA adapter merged into it, tensor by tensor, as it is read.
 
-The adapter is a folder that PEFT wrote (Qwen-VL's finetune.py --use_lora does): adapter_config.json, and
+The adapter is a folder that PEFT wrote (Qwen-VL's finetune.py --use_lora and ms-swift do): adapter_config.json, and
 adapter_model.safetensors or .bin with tensors named base_model.model.NAME, where NAME is
     transformer.h.0.attn.c_attn.lora_A.weight  A (r, in), and lora_B.weight  B (out, r):  W + scale * B @ A
     transformer.wte.weight                     a whole tensor, trained along (modules_to_save), in place of the base's
-with scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. Source: PEFT 0.11, tuners/lora/layer.py and
+with scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. Names as the model in memory has them, with the
+adapter's own in them (lora_A.default.weight), are taken too. Source: PEFT 0.11, tuners/lora/layer.py and
 utils/save_and_load.py.
 """
 
@@ -19,12 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from qvl_edge.checkpoint import Checkpoint, Shard, open_shard
+from qvl_edge.checkpoint import ADAPTER_CONFIG, ADAPTER_FILES, Checkpoint
 from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.files import read_json
 from qvl_edge.memory import forget_pages
+from qvl_edge.shards import ZERO3, Shard, open_shard, published_name
 
-ADAPTER_CONFIG, ADAPTER_FILES = "adapter_config.json", ("adapter_model.safetensors", "adapter_model.bin")
 _PREFIX, _A, _B = "base_model.model.", ".lora_A.weight", ".lora_B.weight"
 # options under which A and B are more, or something else, than a sum of W and their product
 _OTHER_KINDS = (
@@ -36,7 +37,11 @@ _OTHER_KINDS = (
     "target_parameters",
     "alora_invocation_tokens",
 )
-_INIT = (True, False, None, "gaussian")  # others (PiSSA, OLoRA, LoftQ, …) change the base's weights
+_INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA, …) change the base's weights
+
+_MERGE = "Merge the adapter with PEFT (merge_and_unload), and give the merged checkpoint"
+_OWN_NAME = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.weight$)")  # .lora_A.default.weight
+_WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.(weight|bias)$)")
 
 
 class LoraCheckpoint(Checkpoint):
@@ -57,62 +62,67 @@ class LoraCheckpoint(Checkpoint):
         settings = read_json(self.adapter / ADAPTER_CONFIG)
         _check_kind(settings, self.adapter / ADAPTER_CONFIG)
         self._adapter = _open_adapter(self.adapter)
+        self._keys = {_name(key): key for key in self._adapter.names() if ".original_module." not in key}
         self._scales: dict[str, float] = {}  # by name of the base's tensor
-        self._whole: dict[str, str] = {}  # tensors that replace a base's
-        for key in sorted(self._adapter.names()):
-            self._match(key, settings)
+        self._whole: set[str] = set()  # names of tensors that replace a base's
+        for name in sorted(self._keys):
+            self._match(name, settings)
         self._check_complete(settings)
 
-    def _match(self, key: str, settings: Mapping[str, Any]) -> None:
+    def _match(self, name: str, settings: Mapping[str, Any]) -> None:
         """Match one of the adapter's tensors to the base's. CheckpointError if there is none, or its shape differs."""
-        name = key.removeprefix(_PREFIX).replace(".base_layer.", ".")
-        if name.endswith((_A, _B)):
-            module = name.removesuffix(_A).removesuffix(_B)
-            target = f"{module}.weight"
-            missing = {f"{_PREFIX}{module}{part}" for part in (_A, _B)} - set(self._adapter.names())
-            if missing:
-                raise CheckpointError(f"{self._adapter.path} has {key} and not {missing.pop()}; copy the adapter again")
-            if target in self and target not in self._scales:
-                a, b = (self._adapter.shape(f"{_PREFIX}{module}{part}") for part in (_A, _B))
-                rank, self._scales[target] = _rank_and_scale(module, settings)
-                expected = self.shape(target)
-                if len(expected) != 2 or a != (rank, expected[1]) or b != (expected[0], rank):
-                    raise CheckpointError(
-                        f"{self._adapter.path}: {module} has A {a} and B {b} with rank {rank}, and {target} of "
-                        f"{self.path} is {expected}; the adapter was made for another model"
-                    )
-        else:
-            target = name
-            self._whole[target] = key
-            if target in self and self._adapter.shape(key) != self.shape(target):
-                raise CheckpointError(
-                    f"{self._adapter.path}: {key} is {self._adapter.shape(key)}, and {target} of {self.path} is "
-                    f"{self.shape(target)}; the adapter was made for another model"
-                )
-        if not key.startswith(_PREFIX) or target not in self:
+        where, key = self._adapter.path, self._keys[name]
+        if self._adapter.shape(key) == (0,):
+            raise CheckpointError(f"{where}: {key} is empty. {ZERO3}")
+        if name.endswith(".lora_magnitude_vector"):
+            raise ConfigError(f"{where} has {key}: it is a DoRA adapter. {_MERGE}")
+        module = name.removesuffix(_A).removesuffix(_B)
+        target = name if module == name else f"{module}.weight"
+        if target not in self or _PREFIX not in key:
             raise CheckpointError(
-                f"{self._adapter.path} has {key}, and {self.path} has no tensor {target} that it could belong to; the "
-                "adapter was made for another model, or is not a plain LoRA"
+                f"{where} has {key}, and {self.path} has no tensor {target} that it could belong to; the adapter was "
+                "made for another model, or is not a plain LoRA"
+            )
+        expected = self.shape(target)
+        if module == name:
+            self._whole.add(target)
+            if (found := self._adapter.shape(key)) != expected:
+                raise CheckpointError(
+                    f"{where}: {key} is {found}, and {target} of {self.path} is {expected}; the adapter was made for "
+                    "another model"
+                )
+            return
+        if missing := {f"{module}{part}" for part in (_A, _B)} - self._keys.keys():
+            raise CheckpointError(f"{where} has {key} and not {missing.pop()}; copy the adapter again")
+        a, b = (self._adapter.shape(self._keys[f"{module}{part}"]) for part in (_A, _B))
+        rank, self._scales[target] = _rank_and_scale(module, settings)
+        if len(expected) != 2 or a != (rank, expected[1]) or b != (expected[0], rank):
+            raise CheckpointError(
+                f"{where}: {module} has A {a} and B {b} with rank {rank}, and {target} of {self.path} is {expected}; "
+                "the adapter was made for another model"
             )
 
     def _check_complete(self, settings: Mapping[str, Any]) -> None:
         """CheckpointError if tensors that the adapter's settings name are not in its file."""
         modules = [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
+        products = [module for module in modules if len(self.shape(f"{module}.weight")) == 2]
 
-        def ending(ends: Any) -> list[str]:
-            return [f"{module}.weight" for module in modules if f".{module}".endswith(tuple(f".{end}" for end in ends))]
+        def chosen(modules: list[str], spec: Any) -> list[str]:
+            """Names of the weights that a pattern, or a list of ends of names, stands for."""
+            if isinstance(spec, str):
+                return [f"{module}.weight" for module in modules if re.fullmatch(spec, module)]
+            ends = tuple(f".{end}" for end in spec or ())
+            return [f"{module}.weight" for module in modules if f".{module}".endswith(ends)]
 
-        targets = settings.get("target_modules") or ()
-        if targets == "all-linear" or any(settings.get(key) for key in ("layers_to_transform", "exclude_modules")):
-            targets = ()  # the names alone do not say which modules were meant
-        if isinstance(targets, str):
-            wanted = [f"{module}.weight" for module in modules if re.fullmatch(targets, module)]
-        else:
-            wanted = ending(targets)
+        targets = settings.get("target_modules")
+        if targets == "all-linear" or settings.get("layers_to_transform") not in (None, []):
+            targets = None  # the names alone do not say which modules were meant
+        excluded = chosen(products, settings.get("exclude_modules"))
+        wanted = [name for name in chosen(products, targets) if name not in excluded]
         biases = [name.replace(".weight", ".bias") for name in self._scales]  # PEFT 0.11 loses those of "lora_only"
         for option, names, found in (
             ("target_modules", wanted, self._scales),
-            ("modules_to_save", ending(settings.get("modules_to_save") or ()), self._whole),
+            ("modules_to_save", chosen(modules, settings.get("modules_to_save")), self._whole),
             ("bias", [] if settings.get("bias", "none") == "none" else [b for b in biases if b in self], self._whole),
         ):
             missing = [name for name in names if name not in found]
@@ -126,27 +136,43 @@ class LoraCheckpoint(Checkpoint):
     def __getitem__(self, name: str) -> Tensor:
         """The tensor `name` in the base's dtype, as the merged checkpoint would hold it; sums are in float32."""
         if name in self._whole:
-            return self._adapter.tensor(self._whole[name]).to(super().__getitem__(name).dtype)
+            return self._part(name).to(super().__getitem__(name).dtype)
         base = super().__getitem__(name)
         if name not in self._scales:
             return base
-        module = f"{_PREFIX}{name.removesuffix('.weight')}"
-        a, b = (self._adapter.tensor(f"{module}{part}").float() for part in (_A, _B))
-        return base.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scales[name]).to(base.dtype)
+        module = name.removesuffix(".weight")
+        a, b = (self._part(f"{module}{part}").float() for part in (_A, _B))
+        merged = base.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scales[name]).to(base.dtype)
+        if not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(base).all()):
+            raise CheckpointError(
+                f"{self._adapter.path} makes {name} exceed {torch.finfo(base.dtype).max:.6g}, where {base.dtype} "
+                "ends; convert the base to float32, or train with a smaller learning rate"
+            )
+        return merged
+
+    def _part(self, name: str) -> Tensor:
+        """A tensor of the adapter. CheckpointError if it is not finite."""
+        tensor = self._adapter.tensor(self._keys[name])
+        if not bool(torch.isfinite(tensor).all()):
+            raise CheckpointError(
+                f"{self._adapter.path}: {self._keys[name]} holds NaN or infinity, and the base does not: the training "
+                "diverged; take an earlier checkpoint of the adapter"
+            )
+        return tensor
 
     def release(self, name: str) -> None:
         """Give back the pages of the base's tensor, and of the adapter's in its place."""
         super().release(name)
         if name in self._whole and self._adapter.mapped:
-            forget_pages(self._adapter.tensor(self._whole[name]))
+            forget_pages(self._adapter.tensor(self._keys[name]))
 
     @cached_property
     def fingerprint(self) -> str:
         """The base's and the adapter's together: sha256 over the base's, each scale, and all of the adapter's bytes."""
         digest = hashlib.sha256(Checkpoint(self.path).fingerprint.encode())
-        for key in sorted(self._adapter.names()):
+        for name, key in sorted(self._keys.items()):
             tensor = self._adapter.tensor(key)
-            digest.update(f"{key}{tuple(tensor.shape)}{tensor.dtype}".encode())
+            digest.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
             digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
         digest.update(repr(sorted(self._scales.items())).encode())
         return digest.hexdigest()
@@ -155,6 +181,11 @@ class LoraCheckpoint(Checkpoint):
 def open_checkpoint(path: str | Path, lora: str | Path | None) -> Checkpoint:
     """The checkpoint at `path`, with the adapter `lora` merged into it if there is one."""
     return Checkpoint(path) if lora is None else LoraCheckpoint(path, lora)
+
+
+def _name(key: str) -> str:
+    """The name of an adapter's tensor in the published model: NAME above."""
+    return _WRAPPED.sub("", _OWN_NAME.sub(r"\1", published_name(key)))
 
 
 def _open_adapter(folder: Path) -> Shard:
@@ -174,10 +205,7 @@ def _check_kind(settings: Mapping[str, Any], file: Path) -> None:
     if other is None and settings.get("init_lora_weights", True) not in _INIT:
         other = "init_lora_weights"
     if other is not None:
-        raise ConfigError(
-            f"{file}: {other} is {settings[other]!r}, and only plain LoRA can be merged; merge the adapter with PEFT "
-            "(merge_and_unload), and give the merged checkpoint"
-        )
+        raise ConfigError(f"{file}: {other} is {settings[other]!r}, and only plain LoRA can be merged here. {_MERGE}")
     for option in ("r", "lora_alpha"):
         if isinstance(settings.get(option), bool) or not isinstance(settings.get(option), int | float):
             raise ConfigError(f"{file}: {option} is {settings.get(option)!r}, expected a number")

@@ -233,6 +233,12 @@ class LoadOptions(Options):
         0, "prompt-lookup draft length of a lone greedy request; the answer stays the same (0: off, 7 is usual)",
         least=0, most=511, metavar="N",
     )  # fmt: skip
+    chat_format: Literal["chatml", "raw"] | None = option(
+        None, "chatml, or raw: text is continued, as by the base model (default: as the model's generation_config.json)"
+    )
+    lora: str | None = option(
+        None, "merge this PEFT adapter into the float checkpoint that it is loaded with", metavar="DIR"
+    )
     verify: bool = option(False, "check the hash of every file of the bundle first")
     source: Source = option("hf", "hub of a model that is given by name")
     revision: str | None = option(None, "branch, tag or commit on the hub", metavar="REV")

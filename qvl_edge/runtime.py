@@ -11,7 +11,7 @@ from PIL import Image
 
 from qvl_edge.answer import Answer
 from qvl_edge.bundle import Bundle, is_bundle
-from qvl_edge.checkpoint import VISUAL, Checkpoint
+from qvl_edge.checkpoint import VISUAL, Checkpoint, raw_reason
 from qvl_edge.config import Config
 from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
@@ -21,10 +21,11 @@ from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
 from qvl_edge.errors import ConfigError, PromptError, QvlError
 from qvl_edge.hub import local_folder
+from qvl_edge.lora import LoraCheckpoint
 from qvl_edge.memory import free_memory, parse_bytes
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
-from qvl_edge.model.loading import load_decoder, load_fused
+from qvl_edge.model.loading import check_tensors, load_decoder, load_fused
 from qvl_edge.options import GenerationOptions, LoadOptions
 from qvl_edge.published import SYSTEM
 from qvl_edge.text.boxes import parse_boxes
@@ -75,7 +76,8 @@ class Runtime:
 
         options: those of LoadOptions, by name (device, dtype, profile, max_context, …; docs/options.md). A checkpoint's
         precision is never changed: int4 runs as int4 and float as float; its vision tower is exported once, into
-        cache_dir. A bundle's tower is as it was exported. progress gets lines of text.
+        cache_dir. A bundle's tower is as it was exported. progress gets lines of text; files that are left over in the
+        folder are named in a warning.
 
         BundleError, CheckpointError and ConfigError name what is missing and the command that makes it; FitError comes
         before anything is allocated, with both numbers and what would fit.
@@ -95,7 +97,15 @@ class Runtime:
             progress=progress,
         )
         bundle = Bundle.open(folder, verify=asked.verify) if is_bundle(folder) else None
-        checkpoint = bundle.checkpoint if bundle else Checkpoint(folder)
+        if asked.lora is not None:
+            adapter = local_folder(asked.lora, source=asked.source, local_files_only=asked.local_files_only)
+            checkpoint: Checkpoint = LoraCheckpoint(folder, adapter)  # refuses a bundle
+        else:
+            checkpoint = bundle.checkpoint if bundle else Checkpoint(folder)
+        chat_format = asked.chat_format or checkpoint.chat_format
+        if asked.chat_format is None and (reason := raw_reason(folder)):
+            say(reason)
+        check_tensors(checkpoint, visual=bundle is None)  # both halves, before either is worked on
         tokenizer = Tokenizer.from_folder(checkpoint.path, checkpoint.config)
         plan = _plan(checkpoint.config, asked, place, encoding, bundle.vit_dtype if bundle else None, say)
         vit = (
@@ -107,7 +117,8 @@ class Runtime:
         visual = checkpoint.config.visual
         encoder = VisionEncoder(vit, visual, device=str(encoding), max_batch=plan.images, release=asked.release_vision)
         vision = FeatureCache(encoder, visual.image_size)
-        return cls(decoder, vision, tokenizer, checkpoint.generation, plan, lookup=asked.lookup)
+        generation = {**checkpoint.generation, "chat_format": chat_format}
+        return cls(decoder, vision, tokenizer, generation, plan, lookup=asked.lookup)
 
     def answer(
         self,
@@ -335,7 +346,7 @@ def _load(checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress
     """The decoder, with a line for every tenth of it that was read, and the rate."""
     quant = checkpoint.config.quantization
     load = load_fused if place.type == "cuda" and quant is not None and quant.bits == 4 else load_decoder
-    total = sum(checkpoint[name].nbytes for name in checkpoint.names if not name.startswith(VISUAL))
+    total = sum(checkpoint.nbytes(name) for name in checkpoint.names if not name.startswith(VISUAL))
     began, done, shown = time.perf_counter(), 0, 0
 
     def count(nbytes: int) -> None:

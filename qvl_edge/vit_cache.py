@@ -12,6 +12,7 @@ from qvl_edge.bundle import VIT, read_manifest
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.errors import BundleError
 from qvl_edge.files import cache_home, locked
+from qvl_edge.lora import LoraCheckpoint
 
 Progress: TypeAlias = Callable[[str], None]
 
@@ -47,6 +48,8 @@ def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress
             "pip install 'qvl-edge[export]'"
         )
     command = [sys.executable, "-m", "export.vit", str(checkpoint.path), str(folder), "--dtype", dtype]
+    if isinstance(checkpoint, LoraCheckpoint):
+        command += ["--lora", str(checkpoint.adapter)]
     if progress:
         progress(f"exporting the vision tower into {folder} (once)")
     with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:

@@ -32,7 +32,7 @@ LAYERS = (
     ("runtime",),
     ("vit_cache", "hub", "answer", "engine", "demo", "doctor"),
     ("model", "text", "vision"),
-    ("bundle", "checkpoint", "lora"),
+    ("bundle", "checkpoint", "lora", "shards"),
     ("published", "memory", "machine", "plot"),
     ("config", "options"),
     ("files",),

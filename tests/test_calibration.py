@@ -128,6 +128,94 @@ def test_pictures_in_groups_give_the_features_of_the_whole_tower(
     )
 
 
+ASK, RED_PATH, BLUE_PATH = "Which?", "pictures/red.png", "pictures/blue.png"
+# one conversation of two turns, a picture in each, in the formats of other projects
+FORMATS: dict[str, dict[str, Any]] = {
+    "Qwen-VL": entry(
+        f"Picture 1: <img>{RED_PATH}</img>\n{ASK}", "Red.", f"Picture 2: <img>{BLUE_PATH}</img>\n{ASK}", "Blue."
+    ),
+    "LLaVA": {
+        "id": "1",
+        "image": [RED_PATH, BLUE_PATH],
+        "conversations": [
+            {"from": "human", "value": f"<image>\n{ASK}"},
+            {"from": "gpt", "value": "Red."},
+            {"from": "human", "value": f"<image>\n{ASK}"},
+            {"from": "gpt", "value": "Blue."},
+        ],
+    },
+    "ms-swift": {
+        "query": f"<image>{ASK}",
+        "response": "Blue.",
+        "history": [[f"<image>{ASK}", "Red."]],
+        "images": [{"path": RED_PATH, "bytes": None}, BLUE_PATH],
+    },
+    "ms-swift, messages": {
+        "messages": [
+            {"role": "user", "content": f"<image>{ASK}"},
+            {"role": "assistant", "content": "Red."},
+            {"role": "user", "content": f"<image>{ASK}"},
+            {"role": "assistant", "content": "Blue."},
+        ],
+        "images": [RED_PATH, BLUE_PATH],
+    },
+    "OpenAI": {
+        "messages": [
+            {
+                "role": "user",
+                "content": [{"type": "image_url", "image_url": {"url": RED_PATH}}, {"type": "text", "text": ASK}],
+            },
+            {"role": "assistant", "content": "Red."},
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": BLUE_PATH}, {"type": "text", "text": ASK}],
+            },
+            {"role": "assistant", "content": [{"type": "text", "text": "Blue."}]},
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("form", FORMATS)
+@pytest.mark.parametrize("file", ["data.json", "data.jsonl", "lines.json", "list.jsonl"])
+def test_formats_of_other_projects_give_the_same_samples(
+    form: str, file: str, folder: Path, tokenizer: Tokenizer
+) -> None:
+    (expected,) = read(write(folder, [FORMATS["Qwen-VL"]], "expected.json"), tokenizer)
+    as_lines = file in ("data.jsonl", "lines.json")
+    content = [FORMATS[form]] * 2
+    samples = read(write(folder, "\n".join(map(json.dumps, content)) if as_lines else content, file), tokenizer)
+    assert [(one.ids, one.image_starts, one.image_keys) for one in samples] == [
+        (expected.ids, expected.image_starts, expected.image_keys)
+    ] * 2
+    assert len(expected.image_starts) == len(set(expected.image_keys)) == 2
+
+
+def test_a_system_prompt_and_images_without_a_place_are_kept(folder: Path, tokenizer: Tokenizer) -> None:
+    message = {"messages": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "a"}]}
+    message["messages"].append({"role": "assistant", "content": "b"})
+    swift = {"system": "Be brief.", "query": "a", "response": "b"}
+    placed = {"query": "a", "response": "b", "image": RED_PATH}
+    first, second, third = read(write(folder, [message, swift, placed]), tokenizer)
+    assert first.ids == second.ids
+    assert tokenizer.decode(first.ids).startswith(
+        "<|im_start|>system\nBe brief.<|im_end|>\n<|im_start|>user\na<|im_end|>"
+    )
+    assert tokenizer.decode(third.ids).startswith(f"{OPENING}Picture 1: {IMG}") and len(third.image_starts) == 1
+
+
+def test_paths_begin_in_the_folder_of_images(folder: Path, tokenizer: Tokenizer) -> None:
+    data = write(folder, [{"query": "a", "response": "b", "images": ["red.png"]}])
+    (sample,) = read_samples(data, tokenizer, samples=1, seqlen=2048, seed=0, images=folder / "pictures")
+    assert len(sample.images) == 1
+
+
+def test_samples_that_lose_all_their_images_are_named(folder: Path, tokenizer: Tokenizer) -> None:
+    late = entry("x" * 400 + f"<img>{RED_PATH}</img>", "Red.")
+    with pytest.warns(UserWarning, match=r"1 of 2 samples are left out, such as .*entry 2: within 400 tokens"):
+        assert len(read(write(folder, [RED, late]), tokenizer, seqlen=400)) == 1
+
+
 def test_pictures_are_found_from_the_files_folder_and_by_absolute_path(folder: Path, tokenizer: Tokenizer) -> None:
     absolute = entry(f"<img>{folder}/pictures/red.png</img>", "Red.")
     (first, second) = read(write(folder, [RED, absolute]), tokenizer)
@@ -205,7 +293,20 @@ def test_the_digest_tells_texts_and_pictures_apart_but_not_folders(folder: Path,
         ([entry("Hi", "Ho"), entry("Only a question")], r"entry 2: the last question has no assistant answer"),
         ([entry("Hi", "Ho", "And?")], r"entry 1: the last question has no assistant answer"),
         ([entry("Hi", "  ")], r'entry 1: turn 2 has no "value"'),
-        ([{"conversations": [{"from": "human", "value": "Hi"}]}], r"entry 1: turn 1 is \"from\" 'human'"),
+        ([{"conversations": [{"from": "tool", "value": "Hi"}]}], r"entry 1: turn 1 is \"from\" 'tool'"),
+        ([{**entry("<image>a<image>b", "Ho"), "images": ["a.png"]}], "has 1 images and 2 <image>"),
+        ([{**entry("<image>a", "Ho"), "images": ["a.png", "b.png"]}], "has 2 images and 1 <image>"),
+        ([entry("<image>a", "Ho")], "has 0 images and 1 <image>"),
+        ([{**entry("Hi", "<image>Ho"), "image": "a.png"}], "turn 2 is an answer with an image"),
+        ([{**entry("Hi", "Ho"), "videos": ["a.mp4"]}], "has 'videos', which would be lost"),
+        ([{**entry("Hi", "Ho"), "images": [{"bytes": "x"}]}], "has an image that is None, expected a path"),
+        ([{"messages": [{"role": "user", "content": [{"type": "input_audio"}]}]}], "turn 1 has the part .*input_audio"),
+        ([{"query": "Hi", "response": "Ho", "history": ["x"]}], r"history holds something else than \[query"),
+        ([{"query": "Hi"}], 'has neither "conversations", "messages", "query" and "response"'),
+        (
+            [{"messages": [{"role": "user", "content": "a"}, {"role": "system", "content": "b"}]}],
+            "turn 2 is from system, expected assistant",
+        ),
         ([{"conversations": [{"from": "assistant", "value": "Hi"}]}], r"turn 1 is from assistant, expected user"),
         ([entry("Hi", "Ho"), {"conversations": []}], r"entry 2 has neither"),
         (["Hi"], r"entry 1 has neither"),

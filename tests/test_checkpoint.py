@@ -2,7 +2,9 @@
 
 import json
 import pickle
+import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,11 @@ import torch
 from conftest import DATA, write_small_checkpoint
 from safetensors.torch import load_file, save_file
 
+from export.part import export_vit
+from quantize.job import quantize_checkpoint
+from qvl_edge import Runtime
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.config import Config
+from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import CheckpointError
 from qvl_edge.model.loading import check_tensors, expected_tensors, load_decoder, load_visual
 
@@ -70,6 +75,7 @@ def test_a_truncated_file_is_named_with_both_sizes(small_checkpoint: Path) -> No
 
 
 def test_missing_shards_are_counted_and_named(small_checkpoint: Path) -> None:
+    (small_checkpoint / "model.safetensors").unlink()
     weight_map = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
     (small_checkpoint / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     with pytest.raises(CheckpointError, match="lacks 2 of the 2 shards.*model-00001-of-00002"):
@@ -77,9 +83,133 @@ def test_missing_shards_are_counted_and_named(small_checkpoint: Path) -> None:
 
 
 def test_an_index_cannot_point_outside_the_folder(small_checkpoint: Path) -> None:
+    (small_checkpoint / "model.safetensors").rename(small_checkpoint.parent / "model.safetensors")
     (small_checkpoint / "model.safetensors.index.json").write_text('{"weight_map": {"a": "../model.safetensors"}}')
     with pytest.raises(CheckpointError, match="lacks 1"):
         Checkpoint(small_checkpoint)
+
+
+def shards(folder: Path, count: int = 2, *, of: int = 2) -> dict[str, str]:
+    """The first `count` of `of` shards of the model in `folder`; returns the weight map of all."""
+    tensors = load_file(folder / "model.safetensors")
+    weight_map = {}
+    for number in range(of):
+        part = {name: tensors[name] for name in sorted(tensors)[number::of]}
+        file = f"model-{number + 1:05}-of-{of:05}.safetensors"
+        weight_map |= dict.fromkeys(part, file)
+        if number < count:
+            save_file(part, folder / file)
+    return weight_map
+
+
+def index(folder: Path, weight_map: dict[str, str], name: str = "model.safetensors.index.json") -> None:
+    (folder / name).write_text(json.dumps({"weight_map": weight_map}))
+
+
+def only_shards(folder: Path) -> None:
+    index(folder, shards(folder))
+    save_file({"transformer.ln_f.weight": torch.zeros(128)}, folder / "model.safetensors")
+
+
+def bins_only(folder: Path) -> None:
+    torch.save(load_file(folder / "model.safetensors"), folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    index(folder, {"a": "model-00001-of-00002.safetensors"})
+
+
+def family_only(folder: Path) -> None:
+    shards(folder)
+    (folder / "model.safetensors").unlink()
+    index(folder, {"a": "model-00001-of-00003.safetensors"})
+
+
+def pointers_beside_bins(folder: Path) -> None:
+    bins_only(folder)
+    (folder / "model.safetensors.index.json").unlink()
+    (folder / "model.safetensors").write_text(POINTER)
+
+
+LORA = {"base_model.model.x.lora_A.weight": torch.zeros(2, 2)}
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:" + "ab" * 32 + "\nsize 1988345320\n"
+LEFTOVERS: dict[str, tuple[Callable[[Path], None], str, str]] = {
+    "stale index": (
+        lambda f: index(f, {"a": "model-00001-of-00010.safetensors"}),
+        "model.safetensors",
+        "model.safetensors.index.json",
+    ),
+    "stale index of .bin": (
+        lambda f: index(f, {"a": "pytorch_model-00001-of-00010.bin"}, "pytorch_model.bin.index.json"),
+        "model.safetensors",
+        "pytorch_model.bin.index.json",
+    ),
+    "adapter": (
+        lambda f: save_file(LORA, f / "adapter_model.safetensors"),
+        "model.safetensors",
+        "adapter_model.safetensors",
+    ),
+    "adapter as .bin": (lambda f: torch.save(LORA, f / "adapter_model.bin"), "model.safetensors", "adapter_model.bin"),
+    "old shard": (lambda f: shards(f, 1) and None, "model.safetensors", "model-00001-of-00002.safetensors"),
+    "whole index and a rest": (only_shards, "model.safetensors.index.json", "model.safetensors"),
+    "stale index and .bin": (bins_only, "pytorch_model.bin", "model.safetensors.index.json"),
+    "stale index and shards": (family_only, "model-00001-of-00002.safetensors", "model.safetensors.index.json"),
+    "LFS pointer and .bin": (pointers_beside_bins, "pytorch_model.bin", "model.safetensors"),
+}
+
+
+@pytest.mark.parametrize("case", LEFTOVERS)
+def test_leftovers_beside_a_whole_model_are_passed_over_and_named(case: str, small_checkpoint: Path) -> None:
+    before = Checkpoint(small_checkpoint)
+    leave, source, unread = LEFTOVERS[case]
+    leave(small_checkpoint)
+    with pytest.warns(UserWarning, match=rf"of {re.escape(source)} the model is read, and not of {re.escape(unread)}"):
+        after = Checkpoint(small_checkpoint)
+    assert after.names == before.names and after.fingerprint == before.fingerprint
+
+
+def test_shards_without_an_index_are_all_there_or_named(small_checkpoint: Path) -> None:
+    names = Checkpoint(small_checkpoint).names
+    shards(small_checkpoint, 3, of=3)
+    (small_checkpoint / "model.safetensors").unlink()
+    assert Checkpoint(small_checkpoint).names == names
+    (small_checkpoint / "model-00002-of-00003.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="lacks 1 of the 3 shards: model-00002-of-00003.safetensors"):
+        Checkpoint(small_checkpoint)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "pytorch_model.bin", "gptq_model-4bit-128g.bin"])
+def test_a_git_lfs_pointer_says_how_to_fetch_the_file(file: str, small_checkpoint: Path) -> None:
+    (small_checkpoint / "model.safetensors").unlink()
+    (small_checkpoint / file).write_text(POINTER)
+    with pytest.raises(CheckpointError, match=rf"{file} is a Git LFS pointer.*\n  git -C {small_checkpoint} lfs pull"):
+        Checkpoint(small_checkpoint)
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "base_model.model."])
+def test_prefixes_of_training_tools_are_stripped(prefix: str, small_checkpoint: Path) -> None:
+    before = Checkpoint(small_checkpoint)
+    file = small_checkpoint / "model.safetensors"
+    save_file({f"{prefix}{name}": tensor for name, tensor in load_file(file).items()}, file)
+    after = Checkpoint(small_checkpoint)
+    check_tensors(after)
+    assert after.fingerprint == before.fingerprint
+    after.release("lm_head.weight")
+    assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_an_adapter_given_as_the_model_names_its_base_and_lora(tmp_path: Path) -> None:
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "Qwen/Qwen-VL-Chat"}))
+    save_file(LORA, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(CheckpointError, match=f"is an adapter.*\n  Qwen/Qwen-VL-Chat --lora {tmp_path}"):
+        Checkpoint(tmp_path)
+
+
+@pytest.mark.parametrize("content", [b"", b"hello", b"<html>404</html>", b"PK\x03\x04rest"])
+def test_a_damaged_bin_file_is_named_without_advice_to_load_it_unsafely(content: bytes, small_checkpoint: Path) -> None:
+    (small_checkpoint / "model.safetensors").unlink()
+    (small_checkpoint / "pytorch_model.bin").write_bytes(content)
+    with pytest.raises(CheckpointError, match="pytorch_model.bin cannot be loaded as tensors only") as caught:
+        Checkpoint(small_checkpoint)
+    assert "weights_only" not in str(caught.value)
 
 
 def test_a_bin_file_with_code_in_it_is_refused_unrun(small_checkpoint: Path, tmp_path: Path) -> None:
@@ -91,9 +221,9 @@ def test_a_bin_file_with_code_in_it_is_refused_unrun(small_checkpoint: Path, tmp
             return (Path.touch, (marker,))
 
     (small_checkpoint / "pytorch_model.bin").write_bytes(pickle.dumps({"a": Payload()}))
-    with pytest.raises(CheckpointError, match="tensors only"):
+    with pytest.raises(CheckpointError, match="tensors only") as caught:
         Checkpoint(small_checkpoint)
-    assert not marker.exists()
+    assert not marker.exists() and "weights_only" not in str(caught.value)
 
 
 def test_missing_unknown_and_misshapen_tensors_are_named(small_checkpoint: Path) -> None:
@@ -106,6 +236,22 @@ def test_missing_unknown_and_misshapen_tensors_are_named(small_checkpoint: Path)
         check_tensors(Checkpoint(small_checkpoint))
     for words in ("transformer.ln_f.weight", "stranger", "(511, 128)", "(512, 128)"):
         assert words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor", "words"),
+    [
+        ("transformer.h.0.mlp.w1.weight", torch.zeros(0), "ZeRO-3.*zero_to_fp32.py"),
+        ("transformer.h.0.mlp.w1.lora_A.weight", torch.zeros(4, 128), "an adapter in it.*merge_and_unload"),
+    ],
+)
+def test_what_a_training_tool_left_undone_is_named(
+    name: str, tensor: torch.Tensor, words: str, small_checkpoint: Path
+) -> None:
+    file = small_checkpoint / "model.safetensors"
+    save_file(load_file(file) | {name: tensor}, file)
+    with pytest.raises(CheckpointError, match=f"{name}.*{words}"):
+        check_tensors(Checkpoint(small_checkpoint))
 
 
 def test_buffers_that_training_tools_leave_behind_are_passed_over(small_checkpoint: Path) -> None:
@@ -155,3 +301,20 @@ def _mapped_bytes() -> int:
     """File pages that this process has in memory."""
     status = Path("/proc/self/status").read_text()
     return int(next(line.split()[1] for line in status.splitlines() if line.startswith("RssFile"))) * 1024
+
+
+@pytest.mark.parametrize("half", ["transformer.visual.ln_post.weight", "transformer.h.1.mlp.w1.weight"])
+def test_both_halves_are_checked_before_either_is_worked_on(half: str, small_checkpoint: Path, tmp_path: Path) -> None:
+    file = small_checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    del tensors[half]
+    save_file(tensors, file)
+    checkpoint, out = Checkpoint(small_checkpoint), tmp_path / "out"
+    for work in (
+        lambda: quantize_checkpoint(checkpoint, out, QuantConfig(), None),
+        lambda: export_vit(checkpoint, out),
+        lambda: Runtime.from_pretrained(small_checkpoint, device="cpu", cache_dir=out),
+    ):
+        with pytest.raises(CheckpointError, match=f"lacks 1 tensors, such as {half}"):
+            work()
+    assert not out.exists()

@@ -3,12 +3,14 @@
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import pytest
 from conftest import GOLDEN
 from PIL import Image
 
+from quantize import gptq
 from qvl_edge.__main__ import main
 
 CHECKPOINT = str(GOLDEN / "tiny-a/checkpoint")
@@ -95,3 +97,56 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
         main(["--help"])
     said = capsys.readouterr().out
     assert done.value.code == 0 and all(name in said for name in ("run", "chat", "demo"))
+
+
+@pytest.fixture(params=[None, {}, {"chat_format": "raw"}], ids=["no file", "no chat_format", "raw"])
+def raw_model(request: pytest.FixtureRequest, tmp_path: Path) -> tuple[Path, str]:
+    """A model that generation_config.json does not call a chat model, and what is said about it."""
+    folder = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, folder)
+    file = folder / "generation_config.json"
+    file.unlink() if request.param is None else file.write_text(json.dumps(request.param))
+    found = (
+        "is missing" if request.param is None else f"sets {'chat_format raw' if request.param else 'no chat_format'}"
+    )
+    return folder, f"{file} {found}, so text is continued"
+
+
+def test_chat_and_serve_refuse_a_model_that_continues_text_unless_told_otherwise(
+    raw_model: tuple[Path, str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, reason = raw_model
+    for command in ("chat", "serve"):
+        assert main([command, str(folder)]) == 1
+        said = capsys.readouterr().err
+        assert reason in said and "--chat-format chatml" in said and "--chat-format raw" in said
+        assert "loaded" not in said
+    answers = set()
+    for given in ("chatml", "raw"):
+        monkeypatch.setattr("sys.stdin", io.StringIO("你好\n"))
+        assert main(["chat", str(folder), "--chat-format", given, *SHORT]) == 0
+        said = capsys.readouterr()
+        assert reason not in said.err
+        answers.add(said.out)
+    assert len(answers) == 2
+    assert main(["run", str(folder), "你好", *SHORT]) == 0
+    said = capsys.readouterr()
+    assert said.out in answers and reason in said.err
+
+
+def test_quantizing_says_that_a_model_continues_text(
+    raw_model: tuple[Path, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, reason = raw_model
+    assert gptq.main([str(folder), str(tmp_path / "bundle"), "--round-to-nearest", "--group-size", "32"]) == 0
+    assert reason in capsys.readouterr().err
+
+
+def test_a_chat_format_that_does_not_exist_is_refused_as_it_is_loaded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "generation_config.json").write_text('{"chat_format": "llama"}')
+    assert main(["run", str(folder), "hi", *SHORT]) == 1
+    assert "generation_config.json: chat_format is 'llama', known are 'chatml' and 'raw'" in capsys.readouterr().err

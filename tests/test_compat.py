@@ -122,6 +122,97 @@ def test_what_a_generation_config_leaves_open_is_as_in_transformers() -> None:
     }
 
 
+# what upstream's evaluation scripts and transformers' users write around the arguments that matter
+NEUTRAL = {
+    "num_beams": 1, "length_penalty": 1, "num_return_sequences": 1, "use_cache": True, "early_stopping": False,
+    "output_hidden_states": True, "return_dict_in_generate": False, "no_repeat_ngram_size": 0, "logits_processor": [],
+    "synced_gpus": False, "typical_p": 1.0, "stopping_criteria": None, "streamer": None, "min_new_tokens": 1,
+}  # fmt: skip
+
+
+def test_arguments_that_cannot_change_an_answer_are_taken_and_others_named(tokenizer, model) -> None:
+    inputs = tokenizer("hi", return_tensors="pt", add_special_tokens=True, truncation=True, max_length=99)
+    plain = model.generate(**inputs, do_sample=False, max_new_tokens=3)
+    eod = tokenizer.eod_id
+    same = model.generate(**inputs, do_sample=False, max_new_tokens=3, pad_token_id=eod, eos_token_id=[eod], **NEUTRAL)
+    assert torch.equal(same, plain)
+    assert torch.equal(model.generate(inputs=inputs.input_ids, do_sample=False, max_length=plain.shape[1]), plain)
+    settings = GenerationConfig(do_sample=False, max_new_tokens=3, num_beams=1)
+    assert torch.equal(model.generate(inputs.input_ids, generation_config=settings), plain)
+    settings.num_beams = 4
+    for call, words in (
+        (lambda: model.chat(tokenizer, "a", history=None, num_beams=4), "num_beams is 4, only 1 is supported"),
+        (lambda: model.generate(**inputs, generation_config=settings), "num_beams is 4"),
+        (lambda: model.generate(**inputs, num_return_sequences=2), "num_return_sequences is 2.*another seed"),
+        (
+            lambda: model.generate(**inputs, return_dict_in_generate=True),
+            "return_dict_in_generate is True.*runtime.score",
+        ),
+        (lambda: model.generate(**inputs, eos_token_id=7), r"eos_token_id is 7, the model's is \d+.*stop="),
+        (lambda: model.generate(**inputs, max_length=1), "max_length is 1, the prompt has 2 tokens"),
+        (lambda: model.generate(**inputs, no_such_thing=1), "unknown generation option 'no_such_thing'"),
+        (lambda: model.generate(inputs.input_ids[0]), r"shape \(B, T\)"),
+        (lambda: tokenizer("a", no_such_thing=1), "unknown tokenizer option 'no_such_thing'"),
+        (lambda: tokenizer("a", text_pair="b"), "text_pair is 'b', only None"),
+        (lambda: tokenizer("abc", truncation=True, max_length=1), r"has \d tokens and max_length is 1"),
+        (lambda: tokenizer("a", padding="no"), "padding is 'no'"),
+        (lambda: tokenizer(["a", "abc"], return_tensors="pt"), "1, 2 tokens, which make no tensor; padding=True"),
+        (lambda: tokenizer.decode([1], no_such_thing=1), "unknown option 'no_such_thing' of decode"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            call()
+
+
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_padding_has_no_part_in_the_answers_of_a_batch(side: str, tokenizer, model) -> None:
+    """As upstream's evaluate_vqa.py: a batch padded to the longest, each answer cut off behind the prompts."""
+    texts = ["hi", "what is this?", "a"]
+    tokenizer = AutoTokenizer.from_pretrained(CHECKPOINT, padding_side=side, trust_remote_code=True)
+    inputs = tokenizer(texts, return_tensors="pt", padding="longest")
+    lengths = [len(tokenizer.encode(text)) for text in texts]
+    assert inputs.attention_mask.sum(1).tolist() == lengths
+    shortest = inputs.attention_mask[2]
+    assert int(shortest[-1 if side == "left" else 0]) == 1 and int(shortest.sum()) == lengths[2] < len(shortest)
+    found = model.generate(**inputs, do_sample=False, max_new_tokens=6, pad_token_id=tokenizer.pad_token_id)
+    assert torch.equal(found[:, : inputs.input_ids.shape[1]], inputs.input_ids)
+    for text, row in zip(texts, found[:, inputs.input_ids.shape[1] :].tolist(), strict=True):
+        alone = model.runtime.generate(text, do_sample=False, max_new_tokens=6).token_ids
+        assert row == alone + [tokenizer.eod_id] * (len(row) - len(alone))
+    assert tokenizer.batch_decode(inputs.input_ids, skip_special_tokens=True) == texts
+    assert tokenizer(texts)["input_ids"] == [tokenizer.encode(text) for text in texts]
+    assert tokenizer.encode(texts[0], return_tensors="pt").tolist() == [tokenizer.encode(texts[0])]
+
+
+@pytest.mark.parametrize(
+    ("mask", "words"),
+    [
+        ([[1, 0, 1]], "row 0 .* zeros between ones"),
+        ([[0, 0, 0]], "only zeros"),
+        ([[1, 1]], r"\(1, 2\), input_ids \(1, 3\)"),
+    ],
+)
+def test_a_mask_that_is_no_padding_is_refused(mask: list[list[int]], words: str, model) -> None:
+    with pytest.raises(ConfigError, match=words):
+        model.generate(torch.tensor([[5, 6, 7]]), attention_mask=torch.tensor(mask))
+
+
+def test_loading_takes_transformers_names_and_refuses_what_it_cannot_do(vit_cache: Path) -> None:
+    options = {"attn_implementation": "sdpa", "load_in_4bit": False, "quantization_config": None, "use_cache": True}
+    model = AutoModelForCausalLM.from_pretrained(
+        CHECKPOINT, device_map="cpu", dtype=torch.float32, torch_dtype="float32", cache_dir=vit_cache, **options
+    )
+    assert model.to(device="cpu", dtype=torch.float32).requires_grad_(False).eval() is model
+    for options, words in (
+        ({"load_in_4bit": True}, "load_in_4bit is True, only False is supported; .*python -m quantize.gptq"),
+        ({"quantization_config": object()}, "quantization_config is .*python -m quantize.gptq"),
+        ({"token": "x"}, "token is 'x'.*HF_TOKEN"),
+        ({"dtype": "float16", "torch_dtype": torch.float32}, "at most one"),
+        ({"no_such_thing": 1}, "unknown loading option 'no_such_thing'"),
+    ):
+        with pytest.raises(ConfigError, match=words):
+            AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map="cpu", **options)
+
+
 def test_an_option_with_an_unknown_name_is_an_error(tokenizer, model) -> None:
-    with pytest.raises(ConfigError, match="unknown generation option 'num_beams'"):
-        model.chat(tokenizer, "a", history=None, num_beams=4)
+    with pytest.raises(ConfigError, match="unknown generation option 'temprature'; did you mean 'temperature'"):
+        model.chat(tokenizer, "a", history=None, temprature=4)

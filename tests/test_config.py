@@ -34,7 +34,8 @@ def test_quantize_config_survives_a_round_trip() -> None:
         ({"model_type": "llama"}, ("llama", "qwen")),
         ({"visual": None}, ("no visual section",)),
         ({"tie_word_embeddings": True}, ("tie_word_embeddings", "True", "False")),
-        ({"quantization_config": 4}, ("quantize_config.json", "4", "object")),
+        ({"quantization_config": 4}, ("config.json:quantization_config", "4", "object")),
+        ({"quantization_config": {"bits": 3}}, ("config.json:quantization_config: bits", "3", "4 and 8")),
         ({"torch_dtype": "int8"}, ("torch_dtype", "int8")),
         ({"visual": {**SMALL["visual"], "output_dim": 256}}, ("256", "128")),
         ({"visual": {**SMALL["visual"], "image_size": 57}}, ("57", "14")),
@@ -47,10 +48,57 @@ def test_a_contradiction_names_both_sides(change: dict, words: tuple[str, ...]) 
     assert all(word in str(caught.value) for word in words), caught.value
 
 
-@pytest.mark.parametrize("change", [{"bits": 3}, {"group_size": 48}, {"damp_percent": 0}, {"quant_method": "awq"}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(
+            {"bits": 3},
+            {"group_size": 48},
+            {"damp_percent": 0},
+            {"quant_method": "awq"},
+            {"checkpoint_format": "marlin"},
+        ),
+        *({"lm_head": True}, {"pack_dtype": "int8"}, {"dynamic": {"-:.*mlp.*": {}}}),
+    ],
+)
 def test_an_unsupported_quantization_is_refused_by_name(change: dict) -> None:
-    with pytest.raises(ConfigError, match=next(iter(change))):
+    with pytest.raises(ConfigError, match=f"quantize_config.json: {next(iter(change))}"):
         QuantConfig.from_dict(change)
+    with pytest.raises(ConfigError, match=f"config.json:quantization_config: {next(iter(change))}"):
+        Config.from_dict({**SMALL, "quantization_config": change})
+
+
+def test_an_option_that_came_from_no_file_names_none() -> None:
+    with pytest.raises(ConfigError, match="^damp_percent is 2"):
+        QuantConfig(damp_percent=2)
+
+
+# what GPTQModel 7.6 and transformers 4.44 write beside the settings that say what the tensors are
+GPTQMODEL = {"lm_head": False, "quant_method": "gptq", "method": "gptq", "format": "gptq_v2", "pack_dtype": "int32"} | {
+    "meta": {"quantizer": ["gptqmodel:7.6.0"], "act_group_aware": True, "mse": 0.0}
+}
+TRANSFORMERS = {
+    "tokenizer": None,
+    "dataset": None,
+    "damp_percent": 0.1,
+    "sym": None,
+    "modules_in_block_to_quantize": None,
+}
+
+
+def test_settings_of_gptqmodel_and_transformers_are_read() -> None:
+    read = QuantConfig.from_dict({"bits": 4, "group_size": 64, "desc_act": False, **GPTQMODEL, "sym": False})
+    assert read == QuantConfig(group_size=64, sym=False, checkpoint_format="gptq_v2")
+    assert QuantConfig.from_dict({"bits": 8, **TRANSFORMERS}) == QuantConfig(bits=8, damp_percent=0.1)
+    assert Config.from_dict({**SMALL, "torch_dtype": None, "dtype": "bfloat16"}).torch_dtype == "bfloat16"
+
+
+def test_the_two_files_of_a_quantized_model_may_not_contradict_one_another() -> None:
+    section = {**SMALL, "quantization_config": {"bits": 4, "checkpoint_format": "gptq_v2"}}
+    found = Config.from_dict(section, {"bits": 4, "group_size": 32}).quantization
+    assert found == QuantConfig(group_size=32, checkpoint_format="gptq_v2")
+    with pytest.raises(ConfigError, match="checkpoint_format is 'gptq', config.json:quantization_config has 'gptq_v2'"):
+        Config.from_dict(section, {"bits": 4, "checkpoint_format": "gptq"})
 
 
 def test_a_missing_or_broken_config_names_the_file(tmp_path) -> None:

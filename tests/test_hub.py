@@ -21,10 +21,14 @@ from hub import Hub
 import export.vit
 import quantize.gptq
 import qvl_edge.demo
+from export.part import export_vit
+from quantize.job import quantize_checkpoint
 from qvl_edge import BundleError, CheckpointError, ConfigError, QvlError, Runtime
 from qvl_edge.__main__ import main
+from qvl_edge.bundle import Bundle
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.compat import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, snapshot_download
+from qvl_edge.config import QuantConfig
 from qvl_edge.files import sha256_of
 from qvl_edge.hub import fetch, local_folder
 
@@ -106,6 +110,51 @@ def test_a_name_is_fetched_and_answers_and_then_needs_no_network(
     for other in (again, local):
         assert other.ask(PICTURE, "这是什么?", max_new_tokens=8, do_sample=False).token_ids == answer.token_ids
     assert len(hub.requests) == asked
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("bundle")
+    source = Checkpoint(write_small_checkpoint(folder / "source"))
+    quantize_checkpoint(source, folder / "bundle", QuantConfig(), None)
+    export_vit(source, folder / "bundle")
+    (folder / "bundle/README.md").write_text("# no part of it")
+    (folder / "bundle/old.safetensors").write_text("nor this")
+    return folder / "bundle"
+
+
+def ask(folder: str | Path) -> str:
+    return Runtime.from_pretrained(folder, device="cpu").ask(PICTURE, "hi", max_new_tokens=4, do_sample=False).text
+
+
+def test_a_bundle_is_fetched_as_its_manifest_lists_it(
+    hub: Hub, bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = stand_in.files_of(bundle)
+    hub.repos["me/bundle"] = {"main": files, "master": files}
+    listed = {"bundle.json"}.union(*(part["files"] for part in Bundle.open(bundle).parts.values()))
+    assert {"quantize_report.json", "vit.onnx.data"} < listed < set(files)
+    assert ask("me/bundle") == ask(bundle)
+    assert names(hub) == listed
+    assert all(path.is_symlink() for path in local_folder("me/bundle").iterdir())
+    Bundle.open(fetch("me/bundle", to=tmp_path / "plain"), verify=True)
+    Bundle.open(local_folder("me/bundle", source="modelscope"), verify=True)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no record"))
+    folder = local_folder("me/bundle")
+    Bundle.open(folder, verify=True)
+    (folder / "quantize_report.json").unlink()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no record again"))
+    with pytest.raises(CheckpointError, match="nor complete in the cache"):
+        local_folder("me/bundle")
+
+
+def test_a_bundle_that_lacks_a_file_of_its_manifest_on_the_hub_is_refused(hub: Hub, bundle: Path) -> None:
+    files = stand_in.files_of(bundle)
+    del files["vit.onnx.data"]
+    hub.repos["me/bundle"] = {"main": files}
+    with pytest.raises(CheckpointError, match="has no vit.onnx.data, which its bundle.json lists"):
+        local_folder("me/bundle")
 
 
 def test_the_cache_is_hugging_faces_own_with_one_copy(hub: Hub) -> None:

@@ -194,6 +194,56 @@ def test_the_fingerprint_tells_adapters_and_their_scales_apart(base: Checkpoint,
     assert len(prints) == 3
 
 
+def as_in_memory(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+    """The names of a PeftModel's own state, with the adapter's name in them, and wte trained along."""
+    settings["modules_to_save"] = ["wte"]
+    for key in list(tensors):
+        tensors[key.replace(".weight", ".default.weight")] = tensors.pop(key)
+    wte = "base_model.model.transformer.wte"
+    tensors[f"{wte}.modules_to_save.default.weight"] = torch.ones(512, 128)
+    tensors[f"{wte}.original_module.weight"] = torch.zeros(512, 128)
+
+
+# as ms-swift writes them: a pattern over all modules of a part, norms too, without the ones that it names
+SWIFT = {
+    "target_modules": r"^(transformer\.h)(?!.*(lm_head|emb|wte|mlp\.c_proj)).*",
+    "lora_dtype": None,
+    "task_type": "CAUSAL_LM",
+}
+
+
+def test_adapters_of_other_trainers_give_the_same_weights(base: Checkpoint, tmp_path: Path) -> None:
+    plain = LoraCheckpoint(base.path, write_adapter(tmp_path / "plain", base))
+    swift = LoraCheckpoint(base.path, write_adapter(tmp_path / "swift", base, setting(**SWIFT)))
+    memory = LoraCheckpoint(base.path, write_adapter(tmp_path / "memory", base, as_in_memory))
+    excluded = setting(target_modules=[*TARGETS, "mlp.c_proj"], exclude_modules=r".*\.mlp\.c_proj")
+    without = LoraCheckpoint(base.path, write_adapter(tmp_path / "excluded", base, excluded))
+    for name in base.names:
+        for other in (swift, memory, without):
+            if not (other is memory and name == "transformer.wte.weight"):
+                assert torch.equal(other[name], plain[name]), name
+    assert memory["transformer.wte.weight"].eq(1).all()
+    assert swift.fingerprint == plain.fingerprint
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        (torch.nan, r"adapter_model\.safetensors: .*w1\.lora_B\.weight holds NaN.*training diverged"),
+        (1e6, "exceed 65504"),
+    ],
+)
+def test_values_that_are_not_finite_are_the_adapters_and_not_the_checkpoints(
+    value: float, message: str, base: Checkpoint, tmp_path: Path
+) -> None:
+    def change(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        tensors[f"{W1}.lora_B.weight"][3] = value
+
+    merged = LoraCheckpoint(base.path, write_adapter(tmp_path / "a", base, change))
+    with pytest.raises(CheckpointError, match=message):
+        load_decoder(merged, dtype=torch.float32)
+
+
 def drop(key: str) -> Change:
     return lambda settings, tensors: tensors.__delitem__(f"base_model.model.{key}")
 
@@ -215,7 +265,18 @@ W1 = "base_model.model.transformer.h.0.mlp.w1"
         (tensor(f"{W1}.lora_A.weight", 4, 256), CheckpointError, r"A \(4, 256\) and B \(256, 4\).*is \(256, 128\)"),
         (setting(r=8), CheckpointError, r"A \(4, 128\) and B \(384, 4\) with rank 8"),
         (drop("transformer.h.1.mlp.w2.lora_B.weight"), CheckpointError, r"w2\.lora_A\.weight and not .*w2\.lora_B"),
-        (tensor("base_model.model.model.layers.0.q_proj.lora_magnitude_vector", 4), CheckpointError, "no tensor model"),
+        (
+            tensor("base_model.model.model.layers.0.q_proj.lora_magnitude_vector", 4),
+            ConfigError,
+            "DoRA.*merge_and_unload",
+        ),
+        (tensor(f"{W1}.lora_A.weight", 0), CheckpointError, r"w1\.lora_A\.weight is empty.*ZeRO-3"),
+        (tensor("base_model.model.lm_head.weight", 0), CheckpointError, r"lm_head\.weight is empty.*ZeRO-3"),
+        (
+            setting(target_modules=".*", exclude_modules=["lm_head"]),
+            CheckpointError,
+            "lacks .* of the .*target_modules",
+        ),
         (tensor("transformer.wte.weight", 512, 128), CheckpointError, "not a plain LoRA"),
         (tensor("base_model.model.lm_head.weight", 500, 128), CheckpointError, r"is \(500, 128\), and .*\(512, 128\)"),
         (setting(target_modules=[*TARGETS, "mlp.c_proj"]), CheckpointError, "lacks 4 of the 12 .*target_modules"),

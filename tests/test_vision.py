@@ -106,6 +106,24 @@ def test_a_data_file_that_is_a_link_out_of_the_folder_is_refused(folder: Path, v
         VisionEncoder(folder / VIT, visual)
 
 
+def test_links_within_a_hubs_cache_are_followed_and_others_there_are_refused(
+    folder: Path, visual: VisualConfig
+) -> None:
+    snapshot, blobs = folder.parent / "hub/snapshots/main", folder.parent / "hub/blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for number, name in enumerate((VIT, VIT_DATA)):
+        shutil.copyfile(folder / name, blobs / str(number))
+        (snapshot / name).symlink_to(f"../../blobs/{number}")
+    pixels = torch.zeros(1, 3, visual.image_size, visual.image_size)
+    found = VisionEncoder(snapshot / VIT, visual).encode(pixels)
+    assert torch.equal(found, VisionEncoder(folder / VIT, visual).encode(pixels))
+    (snapshot / VIT_DATA).unlink()
+    (snapshot / VIT_DATA).symlink_to(folder / VIT_DATA)
+    with pytest.raises(BundleError, match=r"outside its folder"):
+        VisionEncoder(snapshot / VIT, visual)
+
+
 @pytest.mark.parametrize("absolute", [False, True])
 def test_a_graph_that_reads_weights_from_outside_of_its_folder_is_refused(
     absolute: bool, folder: Path, visual: VisualConfig

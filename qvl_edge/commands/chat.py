@@ -32,6 +32,7 @@ def execute(args: argparse.Namespace) -> int:
         generation["system"] = args.system
     for image in args.image:
         load_image(image)
+    loading.check_chat(args.path, options)
     runtime = loading.load(args.path, options)
     history: list[tuple[Any, str]] = []
     pictures: list[str] = list(args.image)

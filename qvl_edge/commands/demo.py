@@ -90,7 +90,7 @@ def _parts(checkpoint: "Checkpoint") -> dict[str, int]:
     sizes = dict.fromkeys(("decoder layers", *prefixes), 0)
     for name in checkpoint.names:
         part = next((part for part, prefix in prefixes.items() if name.startswith(prefix)), "decoder layers")
-        sizes[part] += checkpoint[name].nbytes
+        sizes[part] += checkpoint.nbytes(name)
     return sizes
 
 

@@ -40,10 +40,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group(
         "loading",
-        "of both models, but for --dtype, --profile, --kv-cache, --head and --revision, which are of the first alone. "
+        "of both models, but for --dtype, --profile, --kv-cache, --head and --revision, which are of the first alone, "
+        "and --lora, which is of the first, or where that is quantized of the one that it is compared with. "
         "Not given, --max-context is 1024 and --profile 12g, so that a result does not depend on free memory.",
     )
-    LoadOptions.add_arguments(group, leave_out=("release_vision", "lookup"))
+    LoadOptions.add_arguments(group, leave_out=("release_vision", "lookup", "chat_format"))
 
 
 def execute(args: argparse.Namespace) -> int:
@@ -59,10 +60,14 @@ def execute(args: argparse.Namespace) -> int:
     task, data = TASKS[args.task], args.data
     options = {**LoadOptions.given(args), "slots": args.batch}
     try:
+        lora = options.pop("lora", None)
         models = [Model.find(args.path, options, say=say)]
         if args.against:
             shared = {name: value for name, value in options.items() if name not in OWN}
             models.append(Model.find(args.against, shared, beside=models[0].name, say=say))
+        if lora is not None:
+            owner = 1 if args.against and models[0].is_quantized else 0  # which had it merged before it was quantized
+            models[owner] = models[owner].with_lora(lora)
         if data is None and task is SYNTHETIC:
             data = args.out / f"scenes-{args.scenes}" / FILE
             if not data.exists():

@@ -3,6 +3,9 @@
 import argparse
 import sys
 import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +41,27 @@ def load(path: str, options: dict[str, Any]) -> "Runtime":
     return runtime
 
 
+def check_chat(path: str, options: dict[str, Any]) -> None:
+    """ConfigError if the model continues text, unless --chat-format says which it is to do; before it is loaded."""
+    from qvl_edge.checkpoint import raw_reason
+    from qvl_edge.errors import ConfigError
+    from qvl_edge.hub import local_folder
+
+    if options.get("chat_format") is None:
+        places = {name: options[name] for name in ("source", "revision") if name in options}
+        folder = local_folder(path, **places, progress=say)
+        if (folder / "config.json").exists() and (reason := raw_reason(folder)):  # else loading it says what is wrong
+            raise ConfigError(f"{reason}; or --chat-format raw to use it as it is")
+
+
 def say(line: str) -> None:
     """A line of progress on stderr."""
     print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def plain_warnings() -> Iterator[None]:
+    """Show warnings as lines of progress, without the line of code that they come from."""
+    with warnings.catch_warnings():
+        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        yield

@@ -83,6 +83,7 @@ def execute(args: argparse.Namespace) -> int:
 
     if args.release_vision:
         raise ConfigError("--release-vision drops the cache of running answers; leave it out here")
+    loading.check_chat(path, options)
     access = Access(args.host, args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE))
     media = _media(args)
     listening = _bind(args.host, args.port)  # before the model is loaded: an error about the port comes at once

@@ -4,14 +4,14 @@ import hashlib
 import json
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
 from qvl_edge import Runtime
 from qvl_edge.bundle import MANIFEST, is_bundle
-from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import Config
 from qvl_edge.errors import QvlError
 from qvl_edge.evaluate.perplexity import PERPLEXITY, PassagePredictor, read_passages
 from qvl_edge.evaluate.predict import Predictor, Predicts, predict_all
@@ -19,6 +19,7 @@ from qvl_edge.evaluate.report import Scored, page, table, to_dict
 from qvl_edge.evaluate.task import Item, QualityDataError, Task
 from qvl_edge.files import replacing, sha256_of, write_json, write_jsonl
 from qvl_edge.hub import local_folder
+from qvl_edge.lora import open_checkpoint
 from qvl_edge.machine import describe_machine
 from qvl_edge.options import PROFILES
 from qvl_edge.text.tokenizer import VOCAB_FILE, Tokenizer
@@ -52,17 +53,29 @@ class Model:
         name = Path(given).name or Path(given).resolve().name
         return cls(f"{name}-against" if name == beside else name, folder, options)
 
+    @property
+    def is_quantized(self) -> bool:
+        """Whether its decoder is int4 or int8."""
+        return Config.from_folder(self.folder).quantization is not None
 
-def identity(folder: Path) -> str:
+    def with_lora(self, adapter: str) -> "Model":
+        """The same model with an adapter merged into it; an error now if it cannot be."""
+        identity(self.folder, adapter)
+        return replace(self, name=f"{self.name}-{Path(adapter).name}", options={**self.options, "lora": adapter})
+
+
+def identity(folder: Path, lora: str | None = None) -> str:
     """A hash that changes with a model's weights: of a bundle's manifest, or the fingerprint of a checkpoint."""
-    return sha256_of(folder / MANIFEST) if is_bundle(folder) else Checkpoint(folder).fingerprint
+    if is_bundle(folder) and lora is None:
+        return sha256_of(folder / MANIFEST)
+    return open_checkpoint(folder, lora).fingerprint
 
 
-def describe(folder: Path, runtime: Runtime) -> dict[str, Any]:
+def describe(folder: Path, runtime: Runtime, lora: str | None = None) -> dict[str, Any]:
     """Identity and precision of a loaded model."""
     plan, quant = runtime.plan, runtime.config.quantization
     return {
-        "identity": identity(folder),
+        "identity": identity(folder, lora),
         "decoder": "float" if quant is None else f"int{quant.bits}, groups of {quant.group_size}",
         "dtype": str(plan.dtype).removeprefix("torch."),
         "vision_tower": plan.vit,
@@ -94,7 +107,7 @@ def open_data(
         raise QualityDataError(f"{file} does not exist; docs/quality.md says what {task.name} needs")
     if task is PERPLEXITY:
         tokenizer = Tokenizer.from_file(model.folder / VOCAB_FILE)
-        passages = read_passages(file, tokenizer, seqlen=seqlen)
+        passages = read_passages(file, tokenizer, seqlen=seqlen, images=images)
         items = [passage.item(tokenizer) for passage in passages]
 
         def predictor(runtime: Runtime) -> Predicts:
@@ -150,7 +163,7 @@ def check(items: Sequence[Item], say: Progress) -> dict[str, str]:
 def predict(task: Task, data: Data, model: Model, out: Path, *, say: Progress) -> Scored:
     """Load a model, answer the items that `out` has no predictions for, and score them."""
     runtime = Runtime.from_pretrained(model.folder, progress=say, **model.options)
-    about = {"name": model.name, **describe(model.folder, runtime)}
+    about = {"name": model.name, **describe(model.folder, runtime, model.options.get("lora"))}
     machine = describe_machine(runtime.plan.device)
     made = {name: machine[name] for name in ("device", "versions", "commit")}
     generation = dict(task.generation)

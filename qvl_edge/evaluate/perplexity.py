@@ -48,14 +48,16 @@ class Passage:
         return Item(self.id, (tokenizer.decode(ids),), {"tokens": self.tokens, "ids": digest})
 
 
-def read_passages(file: Path, tokenizer: Tokenizer, *, seqlen: int = 2048) -> list[Passage]:
+def read_passages(
+    file: Path, tokenizer: Tokenizer, *, seqlen: int = 2048, images: Path | None = None
+) -> list[Passage]:
     """The windows of a .txt file, or the entries of a .json or .jsonl file (text/conversations.py), cut at `seqlen`.
 
     QualityDataError or CalibrationError say what cannot be used.
     """
     if file.suffix == ".txt":
         return _windows(file, tokenizer, seqlen)
-    samples = read_samples(file, tokenizer, samples=1 << 62, seqlen=seqlen, seed=0)
+    samples = read_samples(file, tokenizer, samples=1 << 62, seqlen=seqlen, seed=0, images=images)
     passages = [Passage(one.where.removeprefix(f"{file} "), one, _spans(one, tokenizer)) for one in samples]
     passages = [passage for passage in passages if passage.spans]
     if not passages:

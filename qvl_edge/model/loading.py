@@ -15,9 +15,11 @@ from qvl_edge.model.fused import FusedDecoder, Int4Projection, fuse_block
 from qvl_edge.model.linear import Int4Linear, Int8Linear, packed
 from qvl_edge.model.vit import VisionTransformer
 from qvl_edge.options import Embeddings, Head
+from qvl_edge.shards import ZERO3
 
 QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # of every block, in the order they run
-GPTQ_TENSORS = ("qweight", "qzeros", "scales", "g_idx", "bias")
+GPTQ_WEIGHT = ("qweight", "qzeros", "scales", "g_idx")
+GPTQ_TENSORS = (*GPTQ_WEIGHT, "bias")
 OnBytes = Callable[[int], None]
 """Called with the bytes of each tensor that was read."""
 _TRIMMED_AFTER = 200_000_000  # bytes that are read
@@ -44,6 +46,11 @@ def expected_tensors(config: Config, *, decoder: bool = True, visual: bool = Tru
     return shapes
 
 
+def has_bias(config: Config, layer: str) -> bool:
+    """Whether a projection, e.g. layer = "mlp.w1", has a bias in the float model (modeling_qwen.py)."""
+    return layer == "attn.c_attn" or not config.no_bias
+
+
 def projections(config: Config) -> dict[str, tuple[int, int]]:
     """(outputs, inputs) of a block's projections, by their names in it."""
     hidden, inner = config.hidden_size, config.ffn_size
@@ -68,23 +75,31 @@ def gptq_shapes(config: Config, layer: str) -> dict[str, tuple[int, ...]]:
 
 def check_tensors(checkpoint: Checkpoint, *, decoder: bool = True, visual: bool = True) -> None:
     """CheckpointError if tensors are missing, left over, or of shapes that contradict config.json."""
-    expected = expected_tensors(checkpoint.config, decoder=decoder, visual=visual)
+    config = checkpoint.config
+    expected = expected_tensors(config, decoder=decoder, visual=visual)
+    # AutoGPTQ before 0.5 writes a bias of zeros for a layer that has none, later versions and GPTQModel write none
+    unbiased = tuple(f".{layer}.bias" for layer in QUANTIZED if config.quantization and not has_bias(config, layer))
     wanted = {n for n in checkpoint.names if (visual if n.startswith(VISUAL) else decoder)}
     found = {name for name in wanted if not name.endswith(_IGNORED) or name in expected}
+    missing = {name for name in set(expected) - found if not name.endswith(unbiased)}
+    unknown = found - set(expected)
     problems = [
         f"{what} {len(names)} tensors, such as {sorted(names)[0]}"
-        for what, names in (("lacks", set(expected) - found), ("has unknown", found - set(expected)))
+        for what, names in (("lacks", missing), ("has unknown", unknown))
         if names
     ]
-    for name in sorted(found & set(expected)):
-        if (shape := checkpoint.shape(name)) != expected[name]:
-            problems.append(f"{name} has shape {shape}, config.json asks for {expected[name]}")
-            break
+    shapes = {name: checkpoint.shape(name) for name in sorted(found & set(expected))}
+    wrong = [name for name, shape in shapes.items() if shape != expected[name]]
+    if wrong:
+        problems.append(f"{wrong[0]} has shape {shapes[wrong[0]]}, config.json asks for {expected[wrong[0]]}")
+    if any(".lora_" in name for name in unknown):
+        remedy = "It was saved with an adapter in it: merge that with PEFT (merge_and_unload), and save the model again"
+    elif any(shapes[name] == (0,) for name in wrong):
+        remedy = ZERO3
+    else:
+        remedy = "Is its config.json that of these weights, and is the copy complete?"
     if problems:
-        raise CheckpointError(
-            f"{checkpoint.path} " + "; ".join(problems) + ". Is its config.json that of these weights, and is the copy "
-            "complete?"
-        )
+        raise CheckpointError(f"{checkpoint.path} {'; '.join(problems)}. {remedy}")
 
 
 class _Reader:
@@ -106,21 +121,28 @@ class _Reader:
 
     def int4(self, name: str) -> Int4Projection:
         """A projection with 4 bits; call `done_gptq` when it has been packed. CheckpointError if it is damaged."""
+        parts = (self.checkpoint[f"{name}.{part}"].to(self.device) for part in GPTQ_WEIGHT)
         quant = self.checkpoint.config.quantization
         assert quant is not None
-        *parts, bias = (self.checkpoint[f"{name}.{part}"].to(self.device) for part in GPTQ_TENSORS)
         try:
             weight = Int4Weight.from_gptq(
                 *parts, group_size=quant.group_size, checkpoint_format=quant.checkpoint_format, name=name
             )
         except ValueError as error:
             raise CheckpointError(f"{self.checkpoint.path}: {error}") from None
-        # auto-gptq writes a bias of zeros for layers that had none; adding it would only cost time
-        return weight, bias.to(self.dtype, copy=True) if bool(bias.any()) else None
+        return weight, self.bias(name)
+
+    def bias(self, name: str) -> Tensor | None:
+        """Of a quantized projection: None if it is absent or zero, which adding would only cost time."""
+        if f"{name}.bias" not in self.checkpoint:
+            return None
+        bias = self.checkpoint[f"{name}.bias"]
+        return bias.to(self.device, self.dtype, copy=True) if bool(bias.any()) else None
 
     def done_gptq(self, name: str) -> None:
         for part in GPTQ_TENSORS:
-            self.done(f"{name}.{part}")
+            if f"{name}.{part}" in self.checkpoint:
+                self.done(f"{name}.{part}")
 
     def head(self, head: Head) -> Tensor | Int8Weight:
         """lm_head, quantized from the mapped file row by row if it is to be int8."""
@@ -142,7 +164,7 @@ class _Reader:
 
     def done(self, name: str) -> None:
         """Count a tensor that was read, and release its pages."""
-        size = self.checkpoint[name].nbytes
+        size = self.checkpoint.nbytes(name)
         self._on_bytes(size)
         self.checkpoint.release(name)
         self._untrimmed += size
@@ -182,12 +204,13 @@ def load_decoder(
             continue
         if module in outer:
             continue
+        if f"{name}.qweight" in checkpoint:  # GPTQ with 8 bits
+            _set(module, "weight", read_projection(checkpoint, name).to(device=device, dtype=dtype))
+            _set(module, "bias", read.bias(name))
+            read.done_gptq(name)
+            continue
         for parameter in [key for key, _ in module.named_parameters(recurse=False)]:
-            if parameter == "weight" and f"{name}.qweight" in checkpoint:  # GPTQ with 8 bits
-                _set(module, parameter, read_projection(checkpoint, name).to(device=device, dtype=dtype))
-                read.done_gptq(name)
-            else:
-                _set(module, parameter, read(f"{name}.{parameter}"))
+            _set(module, parameter, read(f"{name}.{parameter}"))
     return model.eval()
 
 
@@ -248,11 +271,11 @@ def read_projection(checkpoint: Checkpoint, name: str) -> Tensor:
     """The weight (N, K) float32 of a quantized projection, e.g. name = "transformer.h.0.mlp.w1"."""
     quant = checkpoint.config.quantization
     assert quant is not None
-    parts = [checkpoint[f"{name}.{part}"] for part in GPTQ_TENSORS[:4]]
+    parts = [checkpoint[f"{name}.{part}"] for part in GPTQ_WEIGHT]
     return dequantize_gptq(
         *parts, bits=quant.bits, group_size=quant.group_size, checkpoint_format=quant.checkpoint_format, name=name
     )
 
 
-def _set(module: nn.Module, parameter: str, tensor: Tensor) -> None:
-    setattr(module, parameter, nn.Parameter(tensor, requires_grad=False))
+def _set(module: nn.Module, parameter: str, tensor: Tensor | None) -> None:
+    setattr(module, parameter, None if tensor is None else nn.Parameter(tensor, requires_grad=False))

@@ -129,12 +129,15 @@ class VisionEncoder:
         current.wait_stream(self._stream)
 
     def _check_files(self) -> None:
-        folder = self.path.parent.resolve()
+        folder = self.path.parent.absolute()
+        allowed = {folder.resolve()}
+        if folder.parent.name == "snapshots":  # of a hub's cache, whose links lead there
+            allowed.add((folder.parent.parent / "blobs").resolve())
         again = _AGAIN.format(folder=self.path.parent)
         for file in (self.path, self.path.with_name(VIT_DATA)):
             if not file.is_file():
                 raise BundleError(f"{file} is missing; copy it, or {again}")
-            if file.resolve().parent != folder:
+            if file.resolve().parent not in allowed:
                 raise BundleError(
                     f"{file} is a link to {file.resolve()}, outside its folder; put the file itself there, or {again}"
                 )

@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import qvl_edge.demo
 from export.part import export_vit
@@ -22,6 +24,7 @@ from qvl_edge.evaluate.evaluation import first_items
 from qvl_edge.evaluate.report import WORDS
 from qvl_edge.evaluate.synthetic import write_scenes
 from qvl_edge.evaluate.task import Item, QualityDataError
+from qvl_edge.lora import LoraCheckpoint
 
 from .miniature import MAKERS, Miniature, make
 
@@ -104,6 +107,30 @@ def test_every_task_runs_from_its_file_to_a_report(
         assert found["rows"]
     page = (tmp_path / "out" / f"{task}.int4.html").read_text(encoding="utf-8")
     assert page.startswith("<!doctype html>") and page.rstrip().endswith("</html>")
+
+
+def test_an_adapter_goes_to_the_float_model_of_the_two(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name, base = "lm_head", Checkpoint(SMALL)
+    settings = {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": [name], "bias": "none"}
+    (adapter / "adapter_config.json").write_text(json.dumps(settings))
+    outputs, inputs = base.shape(f"{name}.weight")
+    shapes = {"A": (1, inputs), "B": (outputs, 1)}
+    parts = {f"base_model.model.{name}.lora_{part}.weight": torch.ones(shape) for part, shape in shapes.items()}
+    save_file(parts, adapter / "adapter_model.safetensors")
+    data, lora = miniature("perplexity", tmp_path / "data"), ["--lora", str(adapter), "--limit", "2"]
+    merged = LoraCheckpoint(SMALL, adapter).fingerprint
+    found = run(home, tmp_path / "out", "perplexity", data, "--against", str(home / "float"), *lora)
+    assert found["against"]["identity"] == merged
+    arguments = ["--task", "perplexity", "--data", str(data.data), "--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main(["evaluate", str(home / "float"), *arguments, *lora]) == 0
+    own = json.loads((tmp_path / "out/perplexity.float-adapter.json").read_text())
+    assert own["model"]["identity"] == merged
+    assert main(["evaluate", str(home / "int4"), *arguments, *lora]) == 1
+    assert "is quantized, and a LoRA cannot be merged" in capsys.readouterr().err
 
 
 def test_a_killed_evaluation_started_again_gives_the_report_of_an_uninterrupted_one(home: Path, tmp_path: Path) -> None:

@@ -1,0 +1,111 @@
+"""Files of weights: each opened as tensors by name, without running code, and memory-mapped where that can be."""
+
+import json
+import struct
+import zipfile
+from pathlib import Path
+from typing import TypeAlias
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from qvl_edge.errors import CheckpointError
+
+POINTER = (
+    "{path} is a Git LFS pointer and not the file itself: the repository was cloned without its large files. "
+    "Fetch them with\n  git -C {folder} lfs pull"
+)
+ZERO3 = (
+    "Empty tensors are what DeepSpeed's ZeRO-3 saves of a model that is spread over GPUs: make the whole ones with its "
+    "zero_to_fp32.py, or train again with stage3_gather_16bit_weights_on_model_save"
+)
+_LFS = b"version https://git-lfs.github.com/spec/v1"
+_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # of DataParallel, torch.compile, a merged PEFT model
+
+
+class SafetensorsShard:
+    """A .safetensors file: its tensors are views of the mapped file."""
+
+    mapped = True
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} cannot be opened: {error}{_size_note(path)}; copy the file again") from None
+
+    def names(self) -> list[str]:
+        return list(self._file.keys())
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._file.get_slice(name).get_shape())
+
+    def tensor(self, name: str) -> Tensor:
+        return self._file.get_tensor(name)
+
+
+def _size_note(path: Path) -> str:
+    """', 123 bytes where its header promises 456' for a truncated safetensors file, else ''."""
+    try:
+        with open(path, "rb") as file:
+            length = struct.unpack("<Q", file.read(8))[0]
+            header = json.loads(file.read(min(length, 1 << 28)))
+        promised = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
+    except (OSError, ValueError, KeyError, TypeError, struct.error):
+        return ""
+    size = path.stat().st_size
+    return f" ({size} bytes where its header promises {promised})" if size != promised else ""
+
+
+class BinShard:
+    """A file of torch.save, loaded as tensors only, of which those in a zip archive (torch >= 1.6) are mapped."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        try:
+            self.mapped = zipfile.is_zipfile(path)
+            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
+        except Exception as error:  # of a damaged file nearly any
+            # not pickle's own text, which advises to load the file in a way that runs what it holds
+            known = isinstance(error, OSError | RuntimeError) and str(error)
+            reason = str(error).splitlines()[0] if known else "it is damaged, or holds something else, even code to run"
+            raise CheckpointError(
+                f"{path} cannot be loaded as tensors only: {reason}; copy the file again, or convert it to safetensors"
+            ) from None
+        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+            raise CheckpointError(f"{path} holds a {type(tensors).__name__}, expected a dictionary of tensors by name")
+        self._tensors: dict[str, Tensor] = tensors
+
+    def names(self) -> list[str]:
+        return list(self._tensors)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._tensors[name].shape)
+
+    def tensor(self, name: str) -> Tensor:
+        return self._tensors[name]
+
+
+Shard: TypeAlias = SafetensorsShard | BinShard
+
+
+def open_shard(path: Path) -> Shard:
+    """The file at `path`, by the ending of its name. CheckpointError if it cannot be read as tensors."""
+    if is_pointer(path):
+        raise CheckpointError(POINTER.format(path=path, folder=path.parent))
+    return SafetensorsShard(path) if path.suffix == ".safetensors" else BinShard(path)
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether the file is the text that git keeps in the place of a large file, until `git lfs pull` fetches it."""
+    with open(path, "rb") as file:
+        return file.read(len(_LFS)) == _LFS
+
+
+def published_name(name: str) -> str:
+    """A tensor's name without what training tools put before it."""
+    while (prefix := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None)) is not None:
+        name = name.removeprefix(prefix)
+    return name
