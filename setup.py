@@ -10,6 +10,7 @@ RUNTIME = [
     "pillow>=11",
     "safetensors>=0.4.5",
     "tiktoken>=0.7",
+    "regex>=2024.4.16",  # which tiktoken needs too
     "filelock>=3.14",
     "tqdm>=4.66",
     "psutil>=5.9",

@@ -21,7 +21,7 @@ from qvl_edge.bundle import MANIFEST, WORK, add_part, check_same_source, read_ma
 from qvl_edge.checkpoint import SAFETENSORS_INDEX, Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import BundleError, CheckpointError, ConfigError
-from qvl_edge.files import copy_file, locked, read_json, sha256_of, write_json, write_shard
+from qvl_edge.files import copy_file, is_plain_name, locked, read_json, sha256_of, write_json, write_shard
 from qvl_edge.model.loading import QUANTIZED, expected_tensors, gptq_shapes
 from qvl_edge.model.streaming import check_finite
 from qvl_edge.text.tokenizer import VOCAB_FILE
@@ -61,7 +61,7 @@ class WorkFolder:
         files=None resumes what an earlier run began to publish (`is_ready`).
         """
         if files is None:
-            files = list(read_json(self / READY)["files"])
+            files = self._ready()
         else:
             write_json(self / READY, {"files": files})
         old = read_manifest(self.folder).get(_PART)
@@ -75,6 +75,12 @@ class WorkFolder:
         info = {key: value for key, value in self.settings.items() if key != "fingerprint"}
         add_part(self.folder, _PART, files, fingerprint=self.settings["fingerprint"], info=info)
         self.empty()
+
+    def _ready(self) -> list[str]:
+        files = read_json(self / READY).get("files")
+        if not isinstance(files, list) or not all(is_plain_name(name) for name in files):
+            raise BundleError(f"{self / READY} does not list files of its folder; delete {self.path} and start again")
+        return files
 
     def empty(self) -> None:
         """Remove everything but the lock."""
@@ -101,6 +107,11 @@ def open_work(
     if folder.exists() and not folder.is_dir():
         raise BundleError(f"{folder} is a file; give a folder for the bundle")
     work = WorkFolder(folder, settings)
+    for file in (work.path, *(work.path.iterdir() if work.path.is_dir() else ())):
+        if file.is_symlink():
+            raise BundleError(
+                f"{file} is a link to {os.readlink(file)}, which this would write to; delete the link and start again"
+            )
     foreign = [*folder.glob("*.safetensors"), *folder.glob("*.bin"), *folder.glob("config.json")]
     if foreign and not (folder / MANIFEST).exists() and not work.path.exists():
         raise BundleError(

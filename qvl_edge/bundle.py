@@ -14,7 +14,7 @@ from typing import Any
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import BundleError
-from qvl_edge.files import read_json, sha256_of, write_json
+from qvl_edge.files import is_plain_name, read_json, sha256_of, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -48,6 +48,13 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     parts: dict[str, dict[str, Any]] = content["parts"]
     if unknown := sorted(parts.keys() - COMMANDS.keys()):
         raise BundleError(f"{path}: parts has {unknown[0]!r}, known are {', '.join(COMMANDS)}")
+    for part, entry in parts.items():
+        for name in entry["files"]:
+            if not is_plain_name(name):  # writers delete and readers open what is listed
+                raise BundleError(
+                    f"{path}: parts.{part}.files has {name!r:.60}, which is no file of its folder; do not use this "
+                    "bundle, make it again in an empty folder"
+                )
     if "vit" in parts:
         _check(path, "parts.vit.dtype", parts["vit"].get("dtype"), str)
     return parts
@@ -173,8 +180,6 @@ class Bundle:
 
 def _check_file(folder: Path, part: str, name: str, expected: Mapping[str, Any], *, verify: bool) -> None:
     file, again = folder / name, f"make the {part} again with:\n  {COMMANDS[part].format(path=folder)}"
-    if Path(name).name != name:
-        raise BundleError(f"{folder / MANIFEST} names {name!r}, which is not a file of the bundle; {again}")
     if not file.is_file():
         raise BundleError(f"{file} is missing; copy it, or {again}")
     size = file.stat().st_size

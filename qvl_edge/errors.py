@@ -1,8 +1,16 @@
 """Errors a caller can cause. Each says what, where, both numbers and the next step."""
 
+import re
+
+# what moves a terminal's cursor, changes its colours or turns its text around: names come from files of others
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069]")
+
 
 class QvlError(Exception):
-    """Base class of every error that this project raises on purpose."""
+    """Base class of every error that this project raises on purpose. Its text has no control characters."""
+
+    def __str__(self) -> str:
+        return _CONTROL.sub(lambda found: ascii(found[0])[1:-1], super().__str__())
 
 
 class ConfigError(QvlError, ValueError):

@@ -8,8 +8,9 @@ import math
 import os
 import shutil
 import struct
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -22,6 +23,8 @@ if TYPE_CHECKING:
 Layout: TypeAlias = "Mapping[str, tuple[torch.dtype, tuple[int, ...]]]"
 """dtype and shape of each tensor of a safetensors file, in the order of its data."""
 _DTYPES = {"torch.float32": "F32", "torch.float16": "F16", "torch.bfloat16": "BF16", "torch.int32": "I32"}
+_DIGEST = 64  # characters of a sha256
+_COARSEST_CLOCK_S = 3  # FAT counts the times of files in twos
 _ALIGNMENT = 8  # of the data within a safetensors file, as in those of safetensors' own writer
 
 
@@ -29,9 +32,11 @@ _ALIGNMENT = 8  # of the data within a safetensors file, as in those of safetens
 def replacing(path: Path) -> Iterator[Path]:
     """Write to the yielded path beside `path`; on success it takes `path`'s place, on any error nothing stays.
 
-    A full disk becomes a BundleError with the free bytes.
+    What an earlier run left there is removed first, a link without what it leads to. A full disk becomes a BundleError
+    with the free bytes.
     """
     partial = path.with_name(f"{path.name}.partial")
+    partial.unlink(missing_ok=True)
     try:
         yield partial
         with open(partial, "rb+") as file:
@@ -174,6 +179,11 @@ def write_shard(path: Path, layout: Layout, pieces: "Callable[[str], Iterable[Te
                 raise ValueError(f"{name} has {math.prod(shape)} values, and its pieces {math.prod(shape) - missing}")
 
 
+def is_plain_name(name: object) -> bool:
+    """Whether `name` is the name of a file inside a folder, on every system: no path, no drive, no parent."""
+    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+
+
 def copy_file(source: Path, target: Path) -> None:
     """A copy of `source` in the place of `target`."""
     with replacing(target) as partial:
@@ -184,6 +194,30 @@ def sha256_of(path: Path) -> str:
     """Hex sha256 of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
+    """What `compute` makes of the bytes of these files, kept in `cache_home` until one has another size, time or inode.
+
+    Nothing is kept of a file that was changed in the last seconds: the clock of its disk may be too coarse to show the
+    next change. Where the cache cannot be written, every call computes.
+    """
+    try:
+        stats = [(str(path.resolve()), path.stat()) for path in sorted(files)]
+    except FileNotFoundError:  # removed since it was opened
+        return compute()
+    stamps = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
+    kept = cache_home() / "hashes" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    with suppress(OSError):
+        if len(text := kept.read_text(encoding="ascii")) == _DIGEST:
+            return text
+    made = compute()
+    if all(time.time() - stat.st_mtime > _COARSEST_CLOCK_S for _, stat in stats):
+        with suppress(OSError):
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(kept) as partial:
+                partial.write_text(made, encoding="ascii")
+    return made
 
 
 def cache_home() -> Path:

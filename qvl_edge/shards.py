@@ -24,6 +24,10 @@ _LFS = b"version https://git-lfs.github.com/spec/v1"
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # of DataParallel, torch.compile, a merged PEFT model
 
 
+_MAX_HEADER = 16 << 20  # bytes: the published model's takes 0.1 MB, and one of 99 MB took the parser 40 s
+_DTYPES = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split())  # of safetensors; a model has no other ones
+
+
 class SafetensorsShard:
     """A .safetensors file: its tensors are views of the mapped file."""
 
@@ -32,9 +36,14 @@ class SafetensorsShard:
     def __init__(self, path: Path):
         self.path = path
         try:
+            if (length := _header_bytes(path)) > _MAX_HEADER:
+                raise CheckpointError(f"{path} has a header of {length} bytes, at most {_MAX_HEADER} are read")
             self._file = safe_open(path, framework="pt")
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} cannot be opened: {error}{_size_note(path)}; copy the file again") from None
+        for name in self.names():
+            if (dtype := self._file.get_slice(name).get_dtype()) not in _DTYPES:
+                raise CheckpointError(f"{path}: {name} is {dtype}, which no tensor of this model is")
 
     def names(self) -> list[str]:
         return list(self._file.keys())
@@ -46,14 +55,23 @@ class SafetensorsShard:
         return self._file.get_tensor(name)
 
 
+def _header_bytes(path: Path) -> int:
+    """What the first 8 bytes say; 0 if they are not there."""
+    with open(path, "rb") as file:
+        start = file.read(8)
+    return (
+        struct.unpack("<Q", start)[0] if len(start) == 8 and struct.unpack("<Q", start)[0] < path.stat().st_size else 0
+    )
+
+
 def _size_note(path: Path) -> str:
     """', 123 bytes where its header promises 456' for a truncated safetensors file, else ''."""
     try:
         with open(path, "rb") as file:
             length = struct.unpack("<Q", file.read(8))[0]
-            header = json.loads(file.read(min(length, 1 << 28)))
+            header = json.loads(file.read(min(length, _MAX_HEADER)))
         promised = 8 + length + max(v["data_offsets"][1] for k, v in header.items() if k != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, struct.error):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error):
         return ""
     size = path.stat().st_size
     return f" ({size} bytes where its header promises {promised})" if size != promised else ""
@@ -76,6 +94,14 @@ class BinShard:
             ) from None
         if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
             raise CheckpointError(f"{path} holds a {type(tensors).__name__}, expected a dictionary of tensors by name")
+        for name, tensor in tensors.items():
+            if not isinstance(name, str):
+                raise CheckpointError(f"{path} names a tensor {name!r}, expected text")
+            if tensor.layout != torch.strided or tensor.device.type != "cpu" or tensor.is_quantized:
+                kind = "quantized" if tensor.is_quantized else f"{tensor.layout} on {tensor.device}"
+                raise CheckpointError(f"{path}: {name} is {kind}, expected plain tensors; save the model again")
+            if tensor.is_complex():
+                raise CheckpointError(f"{path}: {name} is {tensor.dtype}, which no tensor of this model is")
         self._tensors: dict[str, Tensor] = tensors
 
     def names(self) -> list[str]:
@@ -93,6 +119,8 @@ Shard: TypeAlias = SafetensorsShard | BinShard
 
 def open_shard(path: Path) -> Shard:
     """The file at `path`, by the ending of its name. CheckpointError if it cannot be read as tensors."""
+    if not path.is_file():  # a pipe would be waited for
+        raise CheckpointError(f"{path} is {'no file' if path.exists() else 'missing'}; copy it from the model")
     if is_pointer(path):
         raise CheckpointError(POINTER.format(path=path, folder=path.parent))
     return SafetensorsShard(path) if path.suffix == ".safetensors" else BinShard(path)

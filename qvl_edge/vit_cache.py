@@ -1,17 +1,19 @@
 """The vision tower of an untouched checkpoint, exported once into a cache folder by the export command."""
 
 import importlib.util
+import shlex
 import subprocess
-import sys
 from collections.abc import Callable
+from functools import partial
 from os import PathLike
 from pathlib import Path
 from typing import TypeAlias
 
+from qvl_edge import child
 from qvl_edge.bundle import VIT, read_manifest
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.errors import BundleError
-from qvl_edge.files import cache_home, locked
+from qvl_edge.files import cache_home, locked, remembered, sha256_of
 from qvl_edge.lora import LoraCheckpoint
 
 Progress: TypeAlias = Callable[[str], None]
@@ -26,8 +28,8 @@ def exported_vit(
 ) -> Path:
     """Path of the checkpoint's vit.onnx in `dtype`, made now unless the cache has it.
 
-    The folder's name holds the fingerprint of the weights, so an edited checkpoint is exported anew. BundleError if the
-    export cannot run or fails, with its last line of output.
+    The folder's name holds the fingerprint of the weights, so an edited checkpoint is exported anew, and so is a file
+    that is not what its export wrote. BundleError if the export cannot run or fails, with its last line of output.
     """
     folder = Path(cache_dir or cache_home()) / f"vit-{checkpoint.fingerprint[:16]}-{dtype}"
     if not _is_exported(folder):
@@ -38,7 +40,11 @@ def exported_vit(
 
 
 def _is_exported(folder: Path) -> bool:
-    return "vit" in read_manifest(folder) and (folder / VIT).exists()
+    files = read_manifest(folder).get("vit", {}).get("files", {})
+    return bool(files) and all(
+        (folder / name).is_file() and remembered([folder / name], partial(sha256_of, folder / name)) == entry["sha256"]
+        for name, entry in files.items()
+    )
 
 
 def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress | None) -> None:
@@ -47,12 +53,12 @@ def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress
             f"the vision tower of {checkpoint.path} has to be exported once, and that needs the package onnx: "
             "pip install 'qvl-edge[export]'"
         )
-    command = [sys.executable, "-m", "export.vit", str(checkpoint.path), str(folder), "--dtype", dtype]
+    arguments = [str(checkpoint.path), str(folder), "--dtype", dtype]
     if isinstance(checkpoint, LoraCheckpoint):
-        command += ["--lora", str(checkpoint.adapter)]
+        arguments += ["--lora", str(checkpoint.adapter)]
     if progress:
         progress(f"exporting the vision tower into {folder} (once)")
-    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+    with child.start("export.vit", *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         last = ""
         for line in process.stderr:
@@ -60,4 +66,5 @@ def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress
             if progress:
                 progress(line.rstrip())
     if process.returncode != 0:
-        raise BundleError(f"`{' '.join(command)}` failed with exit code {process.returncode}: {last}")
+        command = shlex.join(["python", "-m", "export.vit", *arguments])
+        raise BundleError(f"`{command}` failed with exit code {process.returncode}: {last}")

@@ -35,7 +35,7 @@ LAYERS = (
     ("bundle", "checkpoint", "lora", "shards"),
     ("published", "memory", "machine", "plot"),
     ("config", "options"),
-    ("files",),
+    ("files", "child"),
     ("errors",),
 )
 

@@ -56,6 +56,15 @@ def test_the_fingerprint_tells_weights_apart(tmp_path: Path) -> None:
     assert len(prints) == 2 and again in prints
 
 
+def test_the_fingerprint_knows_every_byte(small_checkpoint: Path) -> None:
+    before = Checkpoint(small_checkpoint).fingerprint
+    file = small_checkpoint / "model.safetensors"
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    assert Checkpoint(small_checkpoint).fingerprint != before
+
+
 def test_a_missing_folder_or_missing_weights_say_what_was_expected(tmp_path: Path, small_checkpoint: Path) -> None:
     with pytest.raises(CheckpointError, match="not a folder"):
         Checkpoint(tmp_path / "nowhere")

@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -22,7 +23,9 @@ from qvl_edge.files import (
     layout_bytes,
     locked,
     read_jsonl,
+    remembered,
     replacing,
+    sha256_of,
     write_jsonl,
     write_shard,
     write_tensors,
@@ -163,3 +166,19 @@ def test_a_piece_of_another_dtype_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"odd is torch\.float32, and a piece of it torch\.float16"):
         write_shard(tmp_path / "a.safetensors", LAYOUT, lambda name: [TENSORS[name].half()])
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_was_computed_of_files_is_kept_until_one_changes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    file, computed = tmp_path / "file", []
+
+    def digest() -> str:
+        computed.append(file.read_bytes())
+        return sha256_of(file)
+
+    for content, age in ((b"one", 60), (b"two", 60), (b"two", 50), (b"new", 0)):
+        file.write_bytes(content)
+        os.utime(file, (time.time() - age,) * 2)
+        assert remembered([file], digest) == remembered([file], digest) == sha256_of(file)
+    # by size, time and inode once each; what has just been written twice
+    assert computed == [b"one", b"two", b"two", b"new", b"new"]

@@ -214,6 +214,12 @@ def test_processes_that_need_one_vision_tower_export_it_once(tmp_path: Path, mak
         paths = list(pool.map(lambda _: exported_vit(checkpoint, **options), range(2)))
     assert paths[0] == paths[1] and paths[0].is_file()
     assert sum("exporting the vision tower" in line for line in said) == 1
+    data = paths[0].with_name("vit.onnx.data")
+    intact = data.read_bytes()
+    for damaged in (bytes(len(intact)), intact[: len(intact) // 2]):
+        data.write_bytes(damaged)
+        exported_vit(checkpoint, **options)
+        assert data.read_bytes() == intact
 
 
 def test_the_second_turn_about_a_picture_prefills_only_what_is_new(vit_cache: Path) -> None:

@@ -1,11 +1,12 @@
 """The tokenizer against the original's ids.
 
 data/golden_ranks.tiktoken holds the 840 of qwen.tiktoken's 151,643 ranks that any part of a golden text can become, so
-merging goes as with the full file; `full_size` fills the other ids with byte strings that no UTF-8 text contains.
+merging goes as with the full file.
 """
 
 import base64
 import json
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,7 @@ from qvl_edge.text.tokenizer import GROUNDING, IMG, IMG_END, IMG_PAD, SPECIALS, 
 
 DATA = Path(__file__).parent / "data"
 GOLDEN = json.loads((DATA / "tokenizer.json").read_text(encoding="utf-8"))
-PUBLISHED_RANKS = 151_643
 TEXTS = [case for case in GOLDEN["encode"] if IMG not in case["text"]]  # test_prompt.py has those with an image
-
-
-@pytest.fixture(scope="module")
-def full_size() -> Tokenizer:
-    lines = (line.split() for line in (DATA / "golden_ranks.tiktoken").read_bytes().splitlines())
-    known = {int(rank): base64.b64decode(token) for token, rank in lines}
-    filler = (b"\xff" + rank.to_bytes(3, "big") for rank in range(PUBLISHED_RANKS))  # 0xff never occurs in UTF-8
-    return Tokenizer({known.get(rank, unused): rank for rank, unused in enumerate(filler)})
 
 
 def write_ranks(path: Path, ranks: dict[bytes, int]) -> Path:
@@ -109,7 +101,7 @@ def test_a_broken_line_is_named_by_its_number(tmp_path: Path, line: bytes) -> No
 
 @pytest.mark.parametrize("ranks", [{b"a": 0}, {**BYTES, b"ab": 257}, {**BYTES, b"ab": 255}])
 def test_a_cut_or_gapped_file_is_refused(tmp_path: Path, ranks: dict[bytes, int]) -> None:
-    with pytest.raises(CheckpointError, match=f"holds {len(ranks)} tokens"):
+    with pytest.raises(CheckpointError, match=f"holds {len(ranks)} tokens|lacks 255 of the 256 single bytes"):
         Tokenizer.from_file(write_ranks(tmp_path / "qwen.tiktoken", ranks))
 
 
@@ -118,3 +110,30 @@ def test_a_file_whose_end_is_missing_in_the_middle_of_a_line_is_refused(tmp_path
     path.write_bytes(path.read_bytes()[:-3])
     with pytest.raises(CheckpointError):
         Tokenizer.from_file(path)
+
+
+def test_a_file_without_one_of_the_bytes_is_refused(tmp_path: Path) -> None:
+    ranks = {bytes([byte]): byte for byte in range(255)} | {b"ab": 255}
+    with pytest.raises(CheckpointError, match=r"lacks 1 of the 256 single bytes, such as 0xff"):
+        Tokenizer.from_file(write_ranks(tmp_path / "qwen.tiktoken", ranks))
+
+
+def test_more_white_space_than_tiktokens_engine_takes_comes_back(full_size: Tokenizer) -> None:
+    text = "a" + " " * 1_000_000 + "b"
+    assert full_size.decode(full_size.encode(text)) == text
+
+
+def test_the_work_of_normalizing_grows_with_the_text_and_not_its_square(
+    full_size: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    longest = 0
+    normalize = unicodedata.normalize
+
+    def measured(form: str, text: str) -> str:
+        nonlocal longest
+        longest = max(longest, len(text))
+        return normalize(form, text)
+
+    monkeypatch.setattr("qvl_edge.text.tokenizer.unicodedata.normalize", measured)
+    full_size.encode("a" + "\u0301\u0316" * 50_000)  # each pair has to be put in order
+    assert longest <= 1_001

@@ -1,13 +1,11 @@
 """The main job on the small model that ships: quantize to int4, export the vision tower, answer about pictures."""
 
 import argparse
-import shutil
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_edge import child
 from qvl_edge.commands.loading import say
 
 if TYPE_CHECKING:
@@ -42,8 +40,7 @@ def execute(args: argparse.Namespace) -> int:
         raise QvlError(f"{checkpoint} is missing; the package was installed without its data, install it again")
     output: Path = args.output
     bundle = output / "bundle"
-    if bundle.exists():
-        shutil.rmtree(bundle)
+    _check_is_ours(bundle, checkpoint)
 
     _heading("1. The checkpoint: a small Qwen-VL-Chat in the published layout")
     _describe(checkpoint)
@@ -51,7 +48,7 @@ def execute(args: argparse.Namespace) -> int:
     conversations = write_conversations(output / "calibration", UNSEEN, CALIBRATION_SCENES)
     print(f"{CALIBRATION_SCENES} scenes with questions and answers: {conversations}")
     _heading("3. GPTQ: the decoder's projections to int4")
-    _command("quantize.gptq", str(checkpoint), str(bundle), "--calibration", str(conversations))
+    _command("quantize.gptq", str(checkpoint), str(bundle), "--calibration", str(conversations), "--overwrite")
     _heading("4. The vision tower as ONNX")
     _command("export.vit", str(checkpoint), str(bundle))
     _heading("5. Memory, part by part")
@@ -72,13 +69,23 @@ def _heading(text: str) -> None:
     print(f"\n{text}", flush=True)
 
 
+def _check_is_ours(bundle: Path, checkpoint: Path) -> None:
+    """QvlError if `bundle` is another model's: the demo replaces only its own."""
+    from qvl_edge.bundle import read_manifest
+    from qvl_edge.checkpoint import Checkpoint
+    from qvl_edge.errors import QvlError
+
+    made_from = {entry["fingerprint"] for entry in read_manifest(bundle).values()}
+    if made_from - {Checkpoint(checkpoint).fingerprint}:
+        raise QvlError(f"{bundle} is a bundle of another model; give another folder with --output")
+
+
 def _command(module: str, *arguments: str) -> None:
     """Run `python -m module` as a user would."""
     from qvl_edge.errors import QvlError
 
     print(f"$ python -m {module} {' '.join(arguments)}", flush=True)
-    code = subprocess.run([sys.executable, "-m", module, *arguments], check=False).returncode
-    if code:
+    if code := child.start(module, *arguments).wait():
         raise QvlError(f"python -m {module} failed with exit code {code}; see its last lines above")
 
 

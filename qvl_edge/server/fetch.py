@@ -24,6 +24,8 @@ MAX_HEADER_BYTES = 16 << 10
 PORTS = {"http": 80, "https": 443}
 REDIRECTS = frozenset({301, 302, 303, 307, 308})
 
+# IETF protocol assignments and documentation (RFC 6890, RFC 9637), whatever Python's own tables say of them
+_NEVER_PUBLIC = tuple(map(ipaddress.ip_network, ("192.0.0.0/24", "2001::/23", "3fff::/20")))
 _NAME = re.compile(r"(?=.{1,253}$)([a-z0-9]([a-z0-9_-]{0,61}[a-z0-9])?\.)+[a-z][a-z0-9-]*[a-z0-9]|localhost")
 _CLEAN = re.compile(r"[!-~]+")  # printable ASCII without spaces: nothing that could end a header line
 
@@ -41,6 +43,8 @@ def is_public(address: str) -> bool:
         inside = ip in ipaddress.ip_network("2000::/3")
         if not inside or ip.sixtofour is not None or ip.teredo is not None:
             return False
+    if any(ip in network for network in _NEVER_PUBLIC):
+        return False
     return ip.is_global and not (ip.is_multicast or ip.is_reserved or ip.is_private)
 
 
@@ -69,7 +73,10 @@ class Fetcher:
                     answer = await self._get(url, param)
                     if isinstance(answer, bytes):
                         return answer
-                    url = urljoin(url, answer)
+                    target = urljoin(url, answer)
+                    if url.startswith("https:") and not target.startswith("https:"):
+                        raise _refused(param, "the image's host redirects from https to http")
+                    url = target
                 raise _refused(param, f"the image's URL has more than {MAX_REDIRECTS} redirects")
         except TimeoutError:
             raise _refused(param, f"the image was not received within {self.timeout_s:g} s") from None

@@ -87,9 +87,10 @@ class Media:
                 raise missing
             # NOFOLLOW: it may have become a link since; NONBLOCK: opening a pipe would wait for a writer
             descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # before open(), which would leave a folder's open
+                os.close(descriptor)
+                raise missing
             with open(descriptor, "rb") as file:
-                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-                    raise missing
                 content = file.read(self.max_bytes + 1)
         except (OSError, ValueError, RuntimeError):  # ValueError: a NUL in the path; RuntimeError: a loop of links
             raise missing from None

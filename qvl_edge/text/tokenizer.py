@@ -8,9 +8,10 @@ import base64
 import binascii
 import codecs
 import unicodedata
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 
+import regex
 import tiktoken
 
 from qvl_edge.config import Config
@@ -28,6 +29,26 @@ SPLIT = (  # tokenization_qwen.py: PAT_STR; digits are split one by one
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
+
+
+_MARKS = regex.compile(r"\p{M}{1000}")  # NFC sorts a run of combining marks in time that grows with its square
+_SPACES = regex.compile(r"\s{400000}")  # from about 600,000 on tiktoken's engine runs out of its stack
+
+
+def _cut_after(pattern: "regex.Pattern[str]", text: str) -> Iterator[str]:
+    """`text` in parts that end behind the matches."""
+    start = 0
+    for match in pattern.finditer(text):
+        yield text[start : match.end()]
+        start = match.end()
+    yield text[start:]
+
+
+def _normalize(text: str) -> str:
+    """NFC; in more than 1,000 combining marks on end, of each thousand by itself."""
+    if text.isascii():
+        return text
+    return "".join(unicodedata.normalize("NFC", part) for part in _cut_after(_MARKS, text))
 
 
 class Tokenizer:
@@ -63,9 +84,14 @@ class Tokenizer:
                 raise CheckpointError(
                     f"{path} line {number} is {line[:40]!r}, expected a base64 token and its rank; copy the file again"
                 ) from None
-        if sorted(ranks.values()) != list(range(len(ranks))) or len(ranks) < 256:
+        if sorted(ranks.values()) != list(range(len(ranks))):
             raise CheckpointError(
                 f"{path} holds {len(ranks)} tokens whose ranks are not 0 … {len(ranks) - 1}; it is cut or damaged, "
+                "copy it again"
+            )
+        if missing := [byte for byte in range(256) if bytes([byte]) not in ranks]:  # tiktoken ends the thread with one
+            raise CheckpointError(
+                f"{path} lacks {len(missing)} of the 256 single bytes, such as {missing[0]:#04x}; it is damaged, "
                 "copy it again"
             )
         return cls(ranks)
@@ -90,8 +116,11 @@ class Tokenizer:
 
     def encode(self, text: str, allowed_special: Collection[str] = GROUNDING) -> list[int]:
         """NFC-normalize and encode; special tokens not in `allowed_special` are plain text, never an error."""
-        text = unicodedata.normalize("NFC", text)
-        return self.encoding.encode(text, allowed_special=set(allowed_special), disallowed_special=())
+        specials = set(allowed_special)
+        ids: list[int] = []
+        for part in _cut_after(_SPACES, _normalize(text)):
+            ids += self.encoding.encode(part, allowed_special=specials, disallowed_special=())
+        return ids
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = False, errors: str = "replace") -> str:
         """Token ids -> text; bytes that are no UTF-8 are handled as `errors` says.

@@ -245,6 +245,14 @@ def test_what_leads_out_of_the_allowed_folder_looks_like_a_missing_file(tree: Pa
     assert refused(Media(local_root=tree), path.format(root=tree)) == "file_not_found"
 
 
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts descriptors in /proc")
+def test_a_refused_path_leaves_no_descriptor_open(tree: Path) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    for path in ("sub", "pipe.png", "none.png") * 10:
+        refused(Media(local_root=tree), path)
+    assert len(os.listdir("/proc/self/fd")) <= before
+
+
 def test_a_file_that_is_no_picture_or_too_large_is_refused(tree: Path, png: bytes) -> None:
     (tree / "words.png").write_text("root:x:0:0")
     (tree / "big.png").write_bytes(png + b"\0" * 1000)
@@ -261,7 +269,8 @@ def test_a_file_that_is_no_picture_or_too_large_is_refused(tree: Path, png: byte
      "240.0.0.1", "255.255.255.255",
      "192.0.2.1", "198.18.0.1", "::1", "::", "fe80::1", "fc00::1", "fd00:ec2::254", "ff02::1", "::ffff:127.0.0.1",
      "::ffff:8.8.8.8", "::127.0.0.1",
-     "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::", "2001:db8::1", "100::1"],
+     "64:ff9b::7f00:1", "64:ff9b:1::7f00:1", "2002:7f00:1::", "2001:0:7f00:1::", "2001:db8::1", "100::1",
+     "192.0.0.1", "192.0.0.9", "192.0.0.15", "2001:1::1", "3fff::1", "3fff:fff:ffff::1"],
 )  # fmt: skip
 def test_private_addresses_in_any_form_are_not_public(address: str) -> None:
     assert not is_public(address)
@@ -404,6 +413,19 @@ def test_a_name_whose_address_changes_is_checked_again_at_each_redirect() -> Non
         code = refused(Media(fetcher=fetcher(port, lookups=lookups)), f"http://img.example:{port}/")
     assert code == "image_not_fetched" and len(lookups) == 3  # the third answer was 10.0.0.1
     assert len(requests) == 2
+
+
+def test_a_redirect_does_not_leave_https(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str] = []
+
+    async def redirects(_: Fetcher, url: str, __: str) -> str:
+        asked.append(url)
+        return "http://img.example/a.png"
+
+    monkeypatch.setattr(Fetcher, "_get", redirects)
+    with pytest.raises(Refusal, match="from https to http"):
+        load(Media(fetcher=fetcher(443)), "https://img.example/a.png")
+    assert asked == ["https://img.example/a.png"]
 
 
 def test_the_fourth_redirect_is_one_too_many() -> None:
