@@ -18,7 +18,7 @@ from qvl_edge.errors import BundleError, CalibrationError
 from qvl_edge.files import replacing
 from qvl_edge.model.streaming import stream_vision
 from qvl_edge.text.conversations import Sample
-from qvl_edge.vision.image import ImageLike, load_image, to_pixels
+from qvl_edge.vision.image import ImageLike, load_picture, to_pixels
 
 WTE = "transformer.wte.weight"
 GROUP = 16  # pictures per pass through the vision tower: 2 GB of activations, and the weights are read once for all
@@ -123,7 +123,8 @@ def embed_samples(
 
     tower = stream_vision(checkpoint, device=device, on_stage=on_stage)
     for group, members in enumerate(groups):  # noqa: B007 (on_stage reads it)
-        pixels = to_pixels([load_image(pictures[key]) for key in members], visual.image_size).to(device)
+        squares = [load_picture(pictures[key], visual.image_size).square for key in members]
+        pixels = to_pixels(squares, visual.image_size).to(device)
         for key, features in zip(members, tower(pixels).cpu(), strict=True):
             if not bool(torch.isfinite(features).all()):
                 where = samples[slots[key][0][0]].where

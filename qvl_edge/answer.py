@@ -1,9 +1,13 @@
 """What an answer is: text, boxes, token ids, and what it cost."""
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from qvl_edge.text.boxes import Box
+
+if TYPE_CHECKING:
+    from qvl_edge.vision.image import Frame
 
 FinishReason = Literal["stop", "length"]
 
@@ -59,9 +63,11 @@ class Timing:
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer of the model; `boxes` are in pixels of the original images, `finish_reason` is "stop" or "length".
+    """An answer of the model; `finish_reason` is "stop" or "length".
 
-    logprobs: of each of token_ids, where the option `logprobs` asked for them.
+    boxes: in pixels of the picture as it is shown. images: each picture's width and height as it is shown, which is the
+    frame of its boxes, and whether its orientation tag turned the stored one. logprobs: of each of token_ids, where the
+    option `logprobs` asked for them.
     """
 
     text: str
@@ -71,12 +77,14 @@ class Answer:
     usage: Usage
     timing: Timing
     logprobs: list[TokenLogprob] | None = None
+    images: "Sequence[Frame]" = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values for JSON."""
         return {
             "text": self.text,
             "boxes": [box.to_dict() for box in self.boxes],
+            "images": [image._asdict() for image in self.images],
             "token_ids": self.token_ids,
             "finish_reason": self.finish_reason,
             "logprobs": None if self.logprobs is None else [asdict(item) for item in self.logprobs],

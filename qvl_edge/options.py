@@ -239,6 +239,9 @@ class LoadOptions(Options):
     lora: str | None = option(
         None, "merge this PEFT adapter into the float checkpoint that it is loaded with", metavar="DIR"
     )
+    background: str = option(
+        "white", "colour behind transparent pixels; none: whatever is there, as upstream", metavar="COLOUR"
+    )
     verify: bool = option(False, "check the hash of every file of the bundle first")
     source: Source = option("hf", "hub of a model that is given by name")
     revision: str | None = option(None, "branch, tag or commit on the hub", metavar="REV")

@@ -35,7 +35,8 @@ from qvl_edge.text.prompt import History, Prompt, Query, chat_prompt, latest_pic
 from qvl_edge.text.tokenizer import TextStream, Tokenizer
 from qvl_edge.vision.encoder import VisionEncoder
 from qvl_edge.vision.features import FeatureCache
-from qvl_edge.vision.image import ImageLike, load_image
+from qvl_edge.vision.image import BACKGROUND, check_background, load_image, load_picture
+from qvl_edge.vision.source import ImageLike
 from qvl_edge.vit_cache import Progress, exported_vit
 
 _SHOWN = 500_000_000  # bytes from which on loading shows its progress
@@ -58,9 +59,10 @@ class Runtime:
         plan: Plan,
         *,
         lookup: int = 0,
+        background: str = BACKGROUND,
     ):
         self.config, self.plan, self.max_context = decoder.config, plan, plan.context
-        self.decoder, self.vision, self.tokenizer = decoder, vision, tokenizer
+        self.decoder, self.vision, self.tokenizer, self.background = decoder, vision, tokenizer, background
         self.generation_config = generation_config
         self.options = GenerationOptions.from_config(generation_config)
         self.chat_format = str(generation_config.get("chat_format", "raw"))
@@ -83,6 +85,7 @@ class Runtime:
         before anything is allocated, with both numbers and what would fit.
         """
         asked, say = LoadOptions.of(options), progress or (lambda _: None)
+        check_background(asked.background)
         place = find_device(asked.device)
         if asked.dtype == "float32" and place.type == "cuda":
             raise ConfigError("dtype is 'float32', the kernels for CUDA compute in 'float16' or 'bfloat16'; pass one")
@@ -118,7 +121,7 @@ class Runtime:
         encoder = VisionEncoder(vit, visual, device=str(encoding), max_batch=plan.images, release=asked.release_vision)
         vision = FeatureCache(encoder, visual.image_size)
         generation = {**checkpoint.generation, "chat_format": chat_format}
-        return cls(decoder, vision, tokenizer, generation, plan, lookup=asked.lookup)
+        return cls(decoder, vision, tokenizer, generation, plan, lookup=asked.lookup, background=asked.background)
 
     def answer(
         self,
@@ -130,7 +133,8 @@ class Runtime:
     ) -> Answer:
         """Answer `query`: text, or a list of {"image": …}, {"text": …}, {"ref": …, "box": …} elements.
 
-        An image is a path, bytes, a PIL image, a numpy array or a data URI. history: earlier (query, response) turns.
+        An image is a path, bytes, a PIL image, a numpy array, a data URI or base64. history: earlier (query, response)
+        turns.
         chat_format: "chatml" or "raw" (default: the model's). ImageError, PromptError or ConfigError on a bad argument.
         """
         return self._run(Request(query, history or (), system, chat_format, generation)).answer()
@@ -280,13 +284,15 @@ class Runtime:
         )
 
     def _encode(self, request: Request, prompt: Prompt) -> None:
-        images = [load_image(image) for image in prompt.images]
+        size, background = self.config.visual.image_size, self.background
+        pictures = [load_picture(image, size, background=background) for image in prompt.images]
+        images = [picture.square for picture in pictures]
         if self.plan.vision == "released":  # the tower and the cache must not be in memory together
             with self.engine.lock:
                 if not self.engine.slots.requests and not self.vision.holds(images):
                     self.engine.slots.unload()
         encoded = self.vision.encode(images)
-        request.image_sizes = [image.size for image in images]
+        request.images = [picture.frame for picture in pictures]
         request.cached_images, request.image_s = encoded.cached, encoded.seconds
         request.set_features(prompt.image_starts, encoded.keys, encoded.features)
 

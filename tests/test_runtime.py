@@ -31,7 +31,8 @@ TOLERANCE = 1e-4  # nats: golden logits agree to 1e-4, and so do their log-proba
 @pytest.fixture(scope="module", params=GOLDEN_MODELS)
 def golden(request, vit_cache: Path) -> tuple[Path, Runtime]:
     folder = GOLDEN / request.param
-    return folder, Runtime.from_pretrained(folder / "checkpoint", cache_dir=vit_cache)
+    # the original drops transparency
+    return folder, Runtime.from_pretrained(folder / "checkpoint", cache_dir=vit_cache, background="none")
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +103,29 @@ def test_an_image_is_encoded_once_whatever_it_is_called(
     second = runtime.ask([tmp_path / "other-name.png", picture], "b", **one)
     assert (first.usage.cached_images, second.usage.cached_images, second.usage.images) == (0, 2, 2)
     assert second.usage.image_tokens == 512
+
+
+def test_an_answer_says_the_frame_of_its_boxes(runtime: Runtime) -> None:
+    upright, turned = Image.new("RGB", (40, 20), "red"), Image.new("RGB", (40, 20), "red")
+    turned.getexif()[0x112] = 6
+    answer = runtime.ask([upright, turned], "a", do_sample=False, max_new_tokens=1)
+    assert [image.size for image in answer.images] == [(40, 20), (20, 40)]
+    assert answer.to_dict()["images"][1] == {"width": 20, "height": 40, "turned": True}
+    request = runtime.prepare(Request([{"image": turned}, {"text": "a"}], generation={"max_new_tokens": 1}))
+    request.text = "<box>(0,0),(1000,500)</box>"
+    assert request.answer().boxes[0].pixels == (0, 0, 20, 20)
+
+
+def test_the_background_of_transparent_pictures_is_chosen_at_loading(runtime: Runtime, vit_cache: Path) -> None:
+    hidden = Image.new("RGBA", (8, 8), (200, 0, 0, 0))
+    one = {"do_sample": False, "max_new_tokens": 1}
+    runtime.ask(Image.new("RGB", (8, 8), "white"), "a", **one)
+    assert runtime.ask(hidden, "a", **one).usage.cached_images == 1
+    upstream = Runtime.from_pretrained(GOLDEN / "tiny-a/checkpoint", cache_dir=vit_cache, background="none")
+    upstream.ask(Image.new("RGB", (8, 8), (200, 0, 0)), "a", **one)
+    assert upstream.ask(hidden, "a", **one).usage.cached_images == 1
+    with pytest.raises(ConfigError, match="background is 'nonsense'"):
+        Runtime.from_pretrained(GOLDEN / "tiny-a/checkpoint", background="nonsense")
 
 
 def test_a_seed_repeats_an_answer_and_greedy_needs_none(runtime: Runtime) -> None:

@@ -118,6 +118,7 @@ def _path(args: argparse.Namespace) -> str:
 def _media(args: argparse.Namespace) -> "Media":
     from qvl_edge.server.fetch import Fetcher
     from qvl_edge.server.media import Media
+    from qvl_edge.vision.image import BACKGROUND, check_background
 
     root = args.allowed_local_media_path
     if root is not None and not root.is_dir():
@@ -126,7 +127,8 @@ def _media(args: argparse.Namespace) -> "Media":
     for domain in domains:
         if "/" in domain or "*" in domain:
             raise ConfigError(f"--allowed-media-domains {domain}: give hosts alone, as in images.example.org")
-    return Media(local_root=root, fetcher=Fetcher(domains) if domains else None)
+    background = check_background(args.background or BACKGROUND)
+    return Media(local_root=root, fetcher=Fetcher(domains) if domains else None, background=background)
 
 
 def _bind(host: str, port: int) -> socket.socket:

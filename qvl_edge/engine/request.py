@@ -21,6 +21,7 @@ if TYPE_CHECKING:  # a benchmark of the decode step needs neither tiktoken nor P
     from qvl_edge.model.decoder import Decoder
     from qvl_edge.text.prompt import History, Prompt, Query
     from qvl_edge.text.tokenizer import TextStream
+    from qvl_edge.vision.image import Frame
 
 Element = int | str
 """A token id, or the content key of the image whose slot it is."""
@@ -62,7 +63,7 @@ class Request:
     elements: list[Element] = field(init=False)  # ids, with an image's key in each of its slots
     stop_ids: frozenset[int] = field(default=frozenset(), init=False)
     room: int = field(default=0, init=False)  # most tokens of the answer
-    image_sizes: list[tuple[int, int]] = field(default_factory=list, init=False)
+    images: "list[Frame]" = field(default_factory=list, init=False)  # of the pictures in the prompt
     features: list[tuple[int, Tensor]] = field(default_factory=list, init=False)  # first slot, (slots, hidden)
     cached_images: int = field(default=0, init=False)
     image_s: float = field(default=0.0, init=False)
@@ -226,8 +227,8 @@ class Request:
             prompt_tokens=len(self.ids),
             cached_tokens=self.cached_tokens,
             completion_tokens=len(self.token_ids),
-            image_tokens=IMAGE_TOKENS * len(self.image_sizes),
-            images=len(self.image_sizes),
+            image_tokens=IMAGE_TOKENS * len(self.images),
+            images=len(self.images),
             cached_images=self.cached_images,
         )
         timing = Timing(
@@ -238,9 +239,10 @@ class Request:
             decoded_tokens=max(len(self.token_ids) - 1, 0),
         )
         text = self.text.strip()  # upstream strips the response (qwen_generation_utils.py: _decode_chatml)
-        boxes = parse_boxes(text, image_sizes=self.image_sizes)
+        boxes = parse_boxes(text, image_sizes=[image.size for image in self.images])
         logprobs = None if self.options.logprobs is None else self.logprobs
-        return Answer(text, boxes, self.token_ids, self.finish_reason or "length", usage, timing, logprobs)
+        reason = self.finish_reason or "length"
+        return Answer(text, boxes, self.token_ids, reason, usage, timing, logprobs, self.images)
 
 
 def common_prefix(held: Sequence[Element], wanted: Sequence[Element]) -> int:

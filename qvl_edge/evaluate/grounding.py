@@ -9,10 +9,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 
-from PIL import Image
-
+from qvl_edge.errors import ImageError
 from qvl_edge.evaluate.records import Row, ids_of, read_json, read_rows, records_of
 from qvl_edge.evaluate.task import Item, Metric, Prediction, QualityDataError, Task, by_item
+from qvl_edge.vision.image import load_frame
 
 Box = Sequence[float]  # x1, y1, x2, y2
 MIN_IOU = 0.5  # of a correct box
@@ -80,7 +80,7 @@ def read_refcoco(file: Path, images: Path | None) -> list[Item]:
 
 
 def read_grit(file: Path, images: Path | None) -> list[Item]:
-    """An item for each expression; the size is that of the image file."""
+    """An item for each expression; the size is that of the image as it is shown, which the model sees."""
     rows = [_flat(row) for row in records_of(file, read_json(file), "refexp")]
     items = []
     for row, identity in zip(rows, ids_of(rows, "example_id"), strict=True):
@@ -90,11 +90,10 @@ def read_grit(file: Path, images: Path | None) -> list[Item]:
             )
         path = row.image(row.text("image_id", "image_path"), images or file.parent)
         try:
-            with Image.open(path) as image:
-                size = image.size
-        except (OSError, Image.DecompressionBombError) as error:
-            raise QualityDataError(f"{row.where}: {path} is not a readable image: {error}") from None
-        items.append(_item(identity, path, row.text("task_query"), row.box("bboxes"), size))
+            frame = load_frame(path)
+        except ImageError as error:
+            raise QualityDataError(f"{row.where}: {error}") from None
+        items.append(_item(identity, path, row.text("task_query"), row.box("bboxes"), frame.size))
     return items
 
 

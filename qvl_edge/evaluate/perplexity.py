@@ -48,9 +48,7 @@ class Passage:
         return Item(self.id, (tokenizer.decode(ids),), {"tokens": self.tokens, "ids": digest})
 
 
-def read_passages(
-    file: Path, tokenizer: Tokenizer, *, seqlen: int = 2048, images: Path | None = None
-) -> list[Passage]:
+def read_passages(file: Path, tokenizer: Tokenizer, *, seqlen: int = 2048, images: Path | None = None) -> list[Passage]:
     """The windows of a .txt file, or the entries of a .json or .jsonl file (text/conversations.py), cut at `seqlen`.
 
     QualityDataError or CalibrationError say what cannot be used.

@@ -18,7 +18,7 @@ from qvl_edge.errors import QvlError
 from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
 from qvl_edge.files import append_jsonl, read_jsonl, write_jsonl
 from qvl_edge.text.prompt import Content, ImageRef
-from qvl_edge.vision.image import load_image
+from qvl_edge.vision.image import load_picture
 
 CHUNK = 64  # items that are written at once
 
@@ -65,7 +65,11 @@ class Predictor:
     def _choose(self, item: Item) -> Prediction:
         """The likeliest option. The prompt is prefilled once: all options begin with what its slot holds."""
         try:
-            query: Content = [ImageRef(load_image(part)) if isinstance(part, Path) else part for part in item.content]
+            size, background = self.runtime.config.visual.image_size, self.runtime.background
+            query: Content = [
+                ImageRef(load_picture(part, size, background=background)) if isinstance(part, Path) else part
+                for part in item.content
+            ]
             scores = [self.runtime.score(query, option, chat_format=self.chat_format) for option in item.options]
         except QvlError as error:
             raise QualityDataError(f"item {item.id}: {error}") from None

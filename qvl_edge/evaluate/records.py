@@ -1,7 +1,5 @@
 """The data files of tasks, as records that name their file and line when a field is missing or wrong."""
 
-import base64
-import binascii
 import csv
 import hashlib
 import io
@@ -12,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
-
+from qvl_edge.errors import ImageError
 from qvl_edge.evaluate.task import QualityDataError
 from qvl_edge.files import read_jsonl, replacing
+from qvl_edge.vision.formats import name_of
+from qvl_edge.vision.image import load_frame
+from qvl_edge.vision.source import from_base64
 
 _MISSING = object()
 _MAX_PIXELS = 10**9  # of an image's side; NaN and infinity are not below it either
@@ -192,10 +192,10 @@ def save_images(file: Path, images: Path | None, rows: Iterable[tuple[Row, str]]
     paths = []
     for row, text in rows:
         try:
-            data = base64.b64decode("".join(text.split()), validate=True)
-            with Image.open(io.BytesIO(data)) as image:
-                suffix = (image.format or "").lower()
-        except (binascii.Error, UnidentifiedImageError, Image.DecompressionBombError, OSError):
+            data = from_base64(text)
+            load_frame(data)
+            suffix = (name_of(data) or "image").lower()
+        except ImageError:
             raise row.error(["image"], "an image file in base64", text) from None
         path = folder / f"{hashlib.sha256(data).hexdigest()[:24]}.{suffix}"
         try:

@@ -1,41 +1,54 @@
-"""The URL of an image_url part -> the bytes of an image file that is safe to decode."""
+"""The URL of an image_url part -> the picture that the model sees."""
 
 import asyncio
-import base64
-import binascii
-import io
 import os
 import re
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from PIL import Image
-
+from qvl_edge.errors import ImageError
 from qvl_edge.server.fetch import MAX_BYTES, Fetcher
 from qvl_edge.server.refusal import Refusal, invalid
-from qvl_edge.vision.image import FORMATS, MAX_PIXELS
+from qvl_edge.vision.formats import served_formats
+from qvl_edge.vision.image import BACKGROUND, Picture, load_picture
+from qvl_edge.vision.source import from_base64, from_data_uri, is_base64
 
+# One picture is decoded at a time anyway; those that wait must not take the threads that read other requests.
+_DECODER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qvl-edge-decode")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
-_DATA_URI = re.compile(r"data:(?:image/[a-z0-9.+-]{1,40})?;base64,", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
 class Media:
-    """Where images may come from: data URIs, and files below local_root and hosts of the fetcher if they are given."""
+    """Where images may come from: the request itself, and files below local_root and hosts of the fetcher if they are
+    given."""
 
     local_root: Path | None = None
     fetcher: Fetcher | None = None
     max_bytes: int = MAX_BYTES  # of one image
+    image_size: int = 448  # pixels a side of what the model sees; both generations of its checkpoints have it
+    background: str = BACKGROUND
 
-    async def load(self, url: str, param: str) -> bytes:
-        """The image file, whose header has been checked but which is not decoded. Refusal 400 at `param`."""
+    async def load(self, url: str, param: str) -> Picture:
+        """The picture, decoded: once for all answers to a request, and its file is not kept. Refusal 400 at `param`."""
+        content = await self._read(url.strip(), param)
+        return await asyncio.get_running_loop().run_in_executor(_DECODER, self._decode, content, param)
+
+    def _decode(self, content: bytes, param: str) -> Picture:
+        try:
+            return load_picture(content, self.image_size, background=self.background, accepted=served_formats())
+        except ImageError as error:
+            raise invalid(param, str(error), code="bad_image") from None
+
+    async def _read(self, url: str, param: str) -> bytes:
         found = _SCHEME.match(url)
         scheme = found[1].lower() if found else ""
-        if scheme == "data":
-            content = await asyncio.to_thread(self._from_data_uri, url, param)
-        elif scheme in ("http", "https"):
+        if scheme == "data" or is_base64(url):
+            return await asyncio.to_thread(self._from_text, url, param)
+        if scheme in ("http", "https"):
             if self.fetcher is None:
                 raise invalid(
                     param,
@@ -43,26 +56,20 @@ class Media:
                     "(or start the server with --allowed-media-domains)",
                     code="fetch_not_allowed",
                 )
-            content = await self.fetcher.fetch(url, param)
-        elif scheme in ("file", ""):
-            content = await asyncio.to_thread(self._from_file, url, param)
-        else:
-            raise invalid(param, "expected a data URI, or an http, https or file URL", code="scheme_not_allowed")
-        await asyncio.to_thread(check_header, content, param)
-        return content
+            return await self.fetcher.fetch(url, param)
+        if scheme in ("file", ""):
+            return await asyncio.to_thread(self._from_file, url, param)
+        raise invalid(param, "expected a data URI, or an http, https or file URL", code="scheme_not_allowed")
 
-    def _from_data_uri(self, url: str, param: str) -> bytes:
-        head = _DATA_URI.match(url)
-        if head is None:
-            raise invalid(
-                param, "a data URI must begin with data:image/png;base64, (or jpeg, webp …)", code="bad_image"
-            )
-        if (len(url) - head.end()) * 3 // 4 > self.max_bytes + 2:
-            raise _too_large(param, self.max_bytes)
+    def _from_text(self, url: str, param: str) -> bytes:
+        """From a data URI or base64."""
         try:
-            return base64.b64decode(url[head.end() :], validate=True)
-        except (binascii.Error, ValueError):
-            raise invalid(param, "the data URI is not valid base64", code="bad_image") from None
+            content = from_base64(url) if is_base64(url) else from_data_uri(url)
+        except ImageError as error:
+            raise invalid(param, str(error), code="bad_image") from None
+        if len(content) > self.max_bytes:
+            raise _too_large(param, self.max_bytes)
+        return content
 
     def _from_file(self, url: str, param: str) -> bytes:
         """A file that is below `local_root` once links and `..` are resolved; one outside is reported as missing."""
@@ -87,31 +94,18 @@ class Media:
                 raise missing
             # NOFOLLOW: it may have become a link since; NONBLOCK: opening a pipe would wait for a writer
             descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-            if not stat.S_ISREG(os.fstat(descriptor).st_mode):  # before open(), which would leave a folder's open
+            try:
+                if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                    raise missing
+                with open(descriptor, "rb", closefd=False) as file:
+                    content = file.read(self.max_bytes + 1)
+            finally:  # by hand: of a folder, `open` makes no file that would close it
                 os.close(descriptor)
-                raise missing
-            with open(descriptor, "rb") as file:
-                content = file.read(self.max_bytes + 1)
         except (OSError, ValueError, RuntimeError):  # ValueError: a NUL in the path; RuntimeError: a loop of links
             raise missing from None
         if len(content) > self.max_bytes:
             raise _too_large(param, self.max_bytes)
         return content
-
-
-def check_header(content: bytes, param: str) -> None:
-    """Refusal 400 unless `content` has the header of one of FORMATS with at most MAX_PIXELS; nothing is decoded."""
-    accepted = f"accepted are {', '.join(FORMATS)}"
-    try:
-        with Image.open(io.BytesIO(content), formats=FORMATS) as image:
-            width, height = image.size
-    except Image.DecompressionBombError:
-        raise invalid(param, f"the image has more than {MAX_PIXELS / 1e6:.0f} Mpixel", code="bad_image") from None
-    except Exception:  # PIL raises many types on damaged files
-        raise invalid(param, f"this is not an image that can be read; {accepted}", code="bad_image") from None
-    if width * height > MAX_PIXELS:
-        size = f"{width} x {height} = {width * height / 1e6:.1f} Mpixel"
-        raise invalid(param, f"the image is {size}, at most {MAX_PIXELS / 1e6:.0f} are decoded", code="bad_image")
 
 
 def _too_large(param: str, limit: int) -> Refusal:

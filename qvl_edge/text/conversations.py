@@ -21,6 +21,7 @@ from qvl_edge.text.entries import EXAMPLE, Content, Entry, read_entry
 from qvl_edge.text.prompt import Prompt, chat_prompt, raw_prompt
 from qvl_edge.text.tokenizer import GROUNDING, IM_END, Tokenizer
 from qvl_edge.vision.image import ImageLike, content_key, load_image
+from qvl_edge.vision.source import is_path
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,7 @@ def _prompt(tokenizer: Tokenizer, content: Content, system: str) -> Prompt:
 
 
 def _located(image: ImageLike, folder: Path | None) -> ImageLike:
-    if not isinstance(image, str) or folder is None or image.startswith(("data:", "http://", "https://", "file:")):
+    if not isinstance(image, str) or folder is None or not is_path(image):
         return image
     return str(folder / image)  # an absolute path stays one
 

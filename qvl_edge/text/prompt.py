@@ -25,6 +25,7 @@ from qvl_edge.text.tokenizer import (
     IMG_PAD,
     Tokenizer,
 )
+from qvl_edge.vision.source import is_base64, is_data_uri, short
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,9 @@ class ImageRef:
     def name(self) -> str:
         """The path, or a few words for an image that has none."""
         if isinstance(self.image, str):
-            return self.image.partition(",")[0] + ",…" if self.image.startswith("data:") else self.image
+            if is_data_uri(self.image):
+                return self.image.partition(",")[0] + ",…"
+            return short(self.image) if is_base64(self.image) else self.image
         if isinstance(self.image, os.PathLike):
             return str(os.fspath(self.image))
         if isinstance(self.image, bytes | bytearray | memoryview):

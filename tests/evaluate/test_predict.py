@@ -63,7 +63,7 @@ def test_predictions_are_those_of_lone_runs(runtime: Runtime, items: list[Item])
 
 def test_text_of_an_item_opens_nothing(runtime: Runtime, items: list[Item]) -> None:
     request = runtime.prepare(Request(content_of(items[-1]), chat_format="raw"))
-    assert request.image_sizes == [] and items[-1].images == []
+    assert request.images == [] and items[-1].images == []
 
 
 def test_a_prompt_has_no_label_that_the_item_does_not_have(runtime: Runtime, items: list[Item]) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from qvl_edge.evaluate import TASKS
-from qvl_edge.evaluate.task import QualityDataError
+from qvl_edge.evaluate.task import Prediction, QualityDataError
+from qvl_edge.vision.image import load_image
 
 from .miniature import Miniature, make, scenes
 
@@ -100,6 +102,17 @@ def test_seed_bench_takes_the_questions_about_images_by_dimension(tmp_path: Path
     miniature = make("seed_bench", tmp_path)
     items = TASKS["seed_bench"].read(miniature.data, miniature.images)
     assert [item.group for item in items] == ["1", "2", "3"]  # the miniature's fourth question is about a video
+
+
+def test_grits_frame_is_that_of_the_boxes_the_picture_as_it_is_shown(tmp_path: Path) -> None:
+    turned = Image.new("RGB", (60, 40))
+    turned.getexif()[0x112] = 6
+    turned.save(tmp_path / "a.jpg", exif=turned.getexif())
+    entry = {"input": {"image_path": "a.jpg", "task_query": "tv"}, "gt": {"bboxes": [[0, 0, 40, 30]]}}
+    [item] = TASKS["grit"].read(write(tmp_path / "samples.json", {"refexp": [entry]}), None)
+    assert item.reference["size"] == [40, 60] == list(load_image(tmp_path / "a.jpg").size)
+    said = {item.id: Prediction(item.id, "(0,0),(999,499.5)")}
+    assert TASKS["grit"].score([item], said)[0].values == [1.0]
 
 
 def test_grits_examples_file_is_read_with_the_size_of_the_image(tmp_path: Path) -> None:
@@ -199,7 +212,7 @@ def test_json_too_deep_to_read_is_named(tmp_path: Path) -> None:
 def test_a_damaged_image_whose_size_is_needed_is_named(tmp_path: Path) -> None:
     miniature = make("grit", tmp_path)
     (miniature.images / "coco" / "1.jpg").write_bytes(b"no picture")
-    fails("grit", miniature, "record 2", "coco/1.jpg is not a readable image")
+    fails("grit", miniature, "record 2", "coco/1.jpg is not an image that can be read")
 
 
 def test_vqa_accuracy_does_not_take_one_answer_for_ten_peoples(tmp_path: Path) -> None:

@@ -268,7 +268,30 @@ def test_pictures_are_pasted_dropped_and_taken_away(page, files) -> None:
         page.click("#pictures li:first-child button")
         assert page.locator("#pictures img").evaluate_all("all => all.map(one => one.alt)") == ["drop.png"]
         page.set_input_files("#files", {"name": "a.png", "mimeType": "image/png", "buffer": b"no picture"})
-        shows(page, "#status", "a.png is not a picture that can be shown")
+        shows(page, "#status", "a.png is not a picture that can be shown in this browser; save it as JPEG or PNG.")
+
+
+def test_what_is_shown_is_what_the_model_gets(page, tmp_path: Path) -> None:
+    tags = Image.Exif()
+    tags[0x112] = 6
+    photo, drawing, big = tmp_path / "photo.jpg", tmp_path / "drawing.svg", tmp_path / "big.png"
+    Image.new("RGB", (80, 40), "red").save(photo, exif=tags)
+    drawing.write_text(
+        '<svg xmlns="http://www.w3.org/2000/svg" width="30" height="20"><rect width="9" height="9"/></svg>'
+    )
+    Image.new("RGBA", (5000, 4000), (9, 9, 9, 0)).save(big)
+    engine = ScriptedWorker("<box>(0,0),(1000,500)</box>")
+    with serving(engine) as server:
+        visit(page, server)
+        ask(page, "a", photo, drawing, big)
+        page.wait_for_selector(DONE)
+        sizes = page.locator(".asked img").evaluate_all("all => all.map(one => [one.naturalWidth, one.naturalHeight])")
+    pictures = [element["image"] for element in engine.requests[0].query if "image" in element]
+    assert [picture.frame for picture in pictures] == [(*size, False) for size in sizes]
+    assert sizes[:2] == [[40, 80], [30, 20]] and sizes[2][0] / sizes[2][1] == pytest.approx(5 / 4, abs=1e-3)
+    assert sizes[2][0] * sizes[2][1] <= 16_000_000 and pictures[2].square.getpixel((9, 9)) == (255, 255, 255)
+    assert pictures[1].square.getpixel((9, 9)) == (0, 0, 0)  # the black corner of the drawing
+    assert pictures[1].square.getpixel((400, 400)) == (255, 255, 255)
 
 
 def test_the_conversation_and_the_picture_with_its_frames_are_saved(page, server: Server, files, tmp_path) -> None:

@@ -10,7 +10,7 @@ const WORDS = {
     drop: "Drop the pictures here", settingsMore: "Empty fields are the model's own settings.", system: "System message", temperature: "Temperature (0: greedy)",
     penalty: "Repetition penalty", tokens: "Longest answer (tokens)", seed: "Seed", key: "API key (kept until this tab closes)", keyNeeded: "This server needs an API key.", done: "Done",
     you: "You", answer: "Answer", copy: "Copy", copied: "Copied", again: "Regenerate", save: "Save picture", remove: "Remove", picture: "Picture", box: "box",
-    stopped: "stopped", cut: "cut at the token limit", noPicture: "is not a picture that can be shown", tokensWord: "tokens", perSecond: "tokens/s", first: "first after", thinking: "Answering …", ready: "Answer complete", offline: "The server cannot be reached.", ended: "The answer ended early.",
+    stopped: "stopped", cut: "cut at the token limit", noPicture: "is not a picture that can be shown in this browser; save it as JPEG or PNG.", tokensWord: "tokens", perSecond: "tokens/s", first: "first after", thinking: "Answering …", ready: "Answer complete", offline: "The server cannot be reached.", ended: "The answer ended early.",
   },
   zh: {
     skip: "跳到问题", theme: "浅色或深色", export: "导出", clear: "清空", settings: "设置",
@@ -20,7 +20,7 @@ const WORDS = {
     drop: "把图片拖到这里", settingsMore: "留空则使用模型自己的设置。", system: "系统消息", temperature: "温度（0 为贪心）",
     penalty: "重复惩罚", tokens: "回答最大长度（token）", seed: "随机种子", key: "API 密钥（关闭标签页即清除）", keyNeeded: "本服务器需要 API 密钥。", done: "完成",
     you: "您", answer: "回答", copy: "复制", copied: "已复制", again: "重新生成", save: "保存图片", remove: "移除", picture: "图片", box: "框",
-    stopped: "已停止", cut: "达到长度上限", noPicture: "不是可显示的图片", tokensWord: "token", perSecond: "token/秒", first: "首字", thinking: "正在回答……", ready: "回答完成", offline: "无法连接服务器。", ended: "回答提前中断。",
+    stopped: "已停止", cut: "达到长度上限", noPicture: "不是本浏览器能显示的图片，请另存为 JPEG 或 PNG。", tokensWord: "token", perSecond: "token/秒", first: "首字", thinking: "正在回答……", ready: "回答完成", offline: "无法连接服务器。", ended: "回答提前中断。",
   },
 };
 // as qvl_edge/text/draw.py, so that the page and `--draw` colour alike
@@ -343,23 +343,37 @@ function say(text, problem = false) {
 
 // ---------------------------------------------------------------- pictures
 
-function readFile(file) {
-  return new Promise((resolve, reject) => {
-    const reader = new FileReader();
-    reader.onload = () => resolve(reader.result);
-    reader.onerror = () => reject(reader.error);
-    reader.readAsDataURL(file);
-  });
+const MOST_PIXELS = 16e6; // of a canvas in Safari
+const LOSSLESS_PIXELS = 2e6; // beyond, a photo is sent as JPEG: as PNG it would take ten times as long
+
+// What the browser shows is what the model gets: any format that this browser reads, turned as it is shown, the first
+// frame, over white. Boxes then fit the picture on the page, and metadata such as the place of a photo stays here.
+async function drawn(file) {
+  const source = URL.createObjectURL(file);
+  try {
+    const shown = new Image();
+    shown.src = source;
+    await shown.decode();
+    const across = shown.naturalWidth || 1024, down = shown.naturalHeight || 1024; // a drawing may have no size
+    const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (across * down)));
+    const width = Math.max(1, Math.floor(across * scale)), height = Math.max(1, Math.floor(down * scale));
+    const canvas = element("canvas", { width, height });
+    const pen = canvas.getContext("2d", { alpha: false });
+    pen.fillStyle = "#fff";
+    pen.fillRect(0, 0, width, height);
+    pen.imageSmoothingQuality = "high";
+    pen.drawImage(shown, 0, 0, width, height);
+    const url = canvas.toDataURL(width * height > LOSSLESS_PIXELS ? "image/jpeg" : "image/png", 0.95);
+    return { name: file.name || t("picture"), url, width, height };
+  } finally {
+    URL.revokeObjectURL(source);
+  }
 }
 
 async function add(files) {
   for (const file of files) {
     try {
-      const url = await readFile(file);
-      const shown = new Image();
-      shown.src = url;
-      await shown.decode();
-      pending.push({ name: file.name || t("picture"), url, width: shown.naturalWidth, height: shown.naturalHeight });
+      pending.push(await drawn(file));
       say("");
     } catch {
       say(`${file.name} ${t("noPicture")}`, true);
@@ -378,7 +392,8 @@ function showPending() {
 }
 
 function imagesOf(transfer) {
-  return [...(transfer?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+  const files = [...(transfer?.files ?? [])]; // a browser that does not know a format gives it no type
+  return files.filter((file) => file.type.startsWith("image/") || (!file.type && /\.[a-z0-9]+$/i.test(file.name)));
 }
 
 // ---------------------------------------------------------------- export
