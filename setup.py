@@ -43,8 +43,8 @@ setup(
     install_requires=RUNTIME,
     extras_require={
         # one of the two runs the vision tower; installing both breaks either
-        "cpu": ["onnxruntime>=1.20"],
-        "cuda": ["onnxruntime-gpu>=1.20", TRITON],
+        "cpu": ["onnxruntime>=1.23"],
+        "cuda": ["onnxruntime-gpu>=1.23", TRITON],
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         "serve": SERVE,

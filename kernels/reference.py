@@ -65,18 +65,9 @@ class AttentionArgs:
 class PackedWeight:
     """A weight of 4 or 8 bits in the order of one backend."""
 
-    def unpack(self) -> Int4Weight | Int8Weight:
-        """Back to what it was packed from, bit for bit."""
-        raise NotImplementedError
-
     def dequantize(self) -> Tensor:
         """W (N, K) float32."""
-        return self.unpack().dequantize()
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of all tensors."""
-        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
+        raise NotImplementedError
 
 
 Weight: TypeAlias = Int4Weight | Int8Weight | PackedWeight

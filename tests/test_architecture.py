@@ -19,7 +19,7 @@ MAY_IMPORT = {
 }
 # third-party packages that a room must not need
 NEVER = {
-    "kernels": {"transformers", "onnx", "onnxruntime", "PIL", "safetensors", "tiktoken", "numpy"},
+    "kernels": {"transformers", "onnx", "PIL", "safetensors", "tiktoken", "numpy"},
     "qvl_edge": {"transformers", "onnx", "triton", "auto_gptq", "optimum"},
     "quantize": {"transformers", "onnx", "auto_gptq", "optimum"},
     "export": {"transformers", "auto_gptq", "optimum"},

@@ -117,7 +117,8 @@ def test_packing_takes_what_was_estimated(device: str, desc_act: bool) -> None:
 
     with LiveBytes() as memory:
         if device == "cpu":
-            stays = pack_for_cpu(read("mlp.c_proj")[0]).nbytes
+            pack_for_cpu(read("mlp.c_proj")[0])
+            stays = 0  # what onnxruntime packs is no tensor
         else:
             block = fuse_block("h", lambda _: torch.ones(1), read)
             stays = sum(linear.weight.nbytes for linear in (block.c_attn, block.attn_c_proj, block.w1_w2))

@@ -7,25 +7,25 @@ import pytest
 import torch
 from torch import Tensor
 
-from kernels import Int4Weight, Int8Weight, int4_gemm, int8_gemm, pack_for_cpu, pack_levels, pack_zeros, quantize_int8
-from kernels.cpu import FEW_ROWS, TILE_CHANNELS
+from kernels import Int4Weight, int4_gemm, int8_gemm, pack_for_cpu, pack_levels, pack_zeros, quantize_int8
+from kernels.cpu import OUTPUTS
 
 # relative norm error against float64; float32: sums over up to 4,096 channels; the others: half a unit in the last
 # place of the one rounding at the end, 2^-8 and 2^-11
 TOLERANCE = {torch.float32: 1e-6, torch.bfloat16: 3.91e-3, torch.float16: 4.9e-4}
-# the definition sums as torch's BLAS does, which may add K products one after another: u / sqrt(6) * sqrt(K) is then to
-# be expected (u = 2^-24; 1.6e-6 at K = 4,096, of which 1.3e-6 was seen), and twice that is allowed
+# torch's BLAS and onnxruntime's MLAS may add K products one after another: u / sqrt(6) * sqrt(K) is then to be expected
+# (u = 2^-24; 1.6e-6 at K = 4,096, of which 1.3e-6 was seen in both), and twice that is allowed
 
 
-def tolerance(backend: str, dtype: torch.dtype, k: int) -> float:
+def tolerance(dtype: torch.dtype, k: int) -> float:
     """The relative norm error that is allowed."""
-    one_by_one = 2 * 2**-24 * math.sqrt(k / 6) if backend == "torch" and dtype == torch.float32 else 0.0
+    one_by_one = 2 * 2**-24 * math.sqrt(k / 6) if dtype == torch.float32 else 0.0
     return max(TOLERANCE[dtype], one_by_one)
 
 
-# (K, N, group_size): odd outputs, less than one block, several blocks, padding, one group, groups that divide no vector
+# (K, N, group_size): one group, groups that are padded to whole blocks of 16, blocks of 16 to 128
 SHAPES = [(64, 8, 32), (256, 40, 64), (384, 264, 128), (768, 520, -1), (4096, 24, -1), (144, 1000, 72), (1408, 16, 704)]
-ROWS = [1, 3, FEW_ROWS, FEW_ROWS + 1, 33]  # both ways of the CPU path, and the border between them
+ROWS = [1, 3, 8, 33]
 
 
 def make_weight(k: int, n: int, group_size: int, *, sym: bool, desc_act: bool) -> tuple[Int4Weight, Tensor]:
@@ -64,16 +64,14 @@ def test_every_backend_computes_the_written_formula(
         y = int4_gemm(x, weight, bias, backend=backend)
         assert y.dtype == dtype
         expected = x.double() @ formula.T + bias.double()
-        assert relative_error(y, expected) < tolerance(backend, dtype, shape[0]), rows
+        assert relative_error(y, expected) < tolerance(dtype, shape[0]), rows
 
 
-@pytest.mark.parametrize("rows", [2, FEW_ROWS + 1])
-@pytest.mark.parametrize("n", [1032, 2504])
-def test_blocks_and_tiles_are_put_together_in_order(n: int, rows: int) -> None:
-    k = 2 * TILE_CHANNELS + 128  # tiles of two groups, and one that is left over
-    weight, formula = make_weight(k, n, 128, sym=False, desc_act=False)
-    x = torch.randn(rows, k, generator=torch.Generator().manual_seed(2))
-    assert relative_error(int4_gemm(x, pack_for_cpu(weight)), x.double() @ formula.T) < TOLERANCE[torch.float32]
+def test_outputs_past_one_product_are_put_together_in_order() -> None:
+    generator = torch.Generator().manual_seed(2)
+    weight = quantize_int8(torch.randn(OUTPUTS + 40, 64, generator=generator))
+    x = torch.randn(3, 64, generator=generator)
+    assert relative_error(int8_gemm(x, pack_for_cpu(weight)), x.double() @ weight.dequantize().double().T) < 1e-6
 
 
 def test_two_threads_may_call_at_once() -> None:
@@ -113,7 +111,7 @@ def test_no_rows_in_give_no_rows_out(backend: str) -> None:
 
 def test_rows_that_are_not_finite_stay_alone() -> None:
     weight = pack_for_cpu(make_weight(64, 8, 32, sym=True, desc_act=False)[0])
-    for rows in (2, FEW_ROWS + 2):
+    for rows in (2, 10):
         x = torch.ones(rows, 64)
         clean = int4_gemm(x, weight)
         x[1] = float("nan")
@@ -148,8 +146,8 @@ def test_what_does_not_fit_is_refused_with_both_numbers() -> None:
         int4_gemm(torch.ones(2, 128, requires_grad=True), weight)
 
 
-@pytest.mark.parametrize("rows", [1, FEW_ROWS, FEW_ROWS + 1])
-@pytest.mark.parametrize(("channels", "outputs"), [(64, 8), (320, 1500)])
+@pytest.mark.parametrize("rows", [1, 8, 9])
+@pytest.mark.parametrize(("channels", "outputs"), [(64, 8), (320, 1500), (72, 9)])
 def test_int8_gemm_on_the_cpu_is_the_float64_formula(rows: int, channels: int, outputs: int) -> None:
     generator = torch.Generator().manual_seed(outputs)
     weight = quantize_int8(torch.randn(outputs, channels, generator=generator))
@@ -159,8 +157,7 @@ def test_int8_gemm_on_the_cpu_is_the_float64_formula(rows: int, channels: int, o
     assert relative_error(int8_gemm(x, weight), formula) < TOLERANCE[torch.float32]
 
 
-def test_an_int8_weight_comes_back_from_the_cpus_order_bit_for_bit() -> None:
+def test_an_int8_weight_dequantizes_to_its_levels_times_its_scales() -> None:
     weight = quantize_int8(torch.randn(1500, 64, generator=torch.Generator().manual_seed(0)))
-    back = pack_for_cpu(weight).unpack()
-    assert isinstance(back, Int8Weight)
-    assert torch.equal(back.levels, weight.levels) and torch.equal(back.scales, weight.scales)
+    error = (pack_for_cpu(weight).dequantize() - weight.dequantize()).abs().max()
+    assert error <= 2**-22 * weight.dequantize().abs().max()  # high and low half are each rounded, then their sum

@@ -52,7 +52,7 @@ def test_a_batch_is_split_and_each_image_has_the_features_that_it_has_alone(
     pixels, expected = golden_images("tiny-long")
     pixels, expected = torch.cat([pixels] * 3)[:5], torch.cat([expected] * 3)[:5]
     for max_batch in (1, 2, 8):
-        found = VisionEncoder(exported / VIT, visual, threads=1, max_batch=max_batch).encode(pixels)
+        found = VisionEncoder(exported / VIT, visual, max_batch=max_batch).encode(pixels)
         torch.testing.assert_close(found, expected, atol=TOLERANCE, rtol=0)
     assert VisionEncoder(exported / VIT, visual).encode(pixels[:0]).shape == (0, 256, 256)
 

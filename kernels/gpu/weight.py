@@ -65,7 +65,7 @@ class TritonWeight(PackedWeight):
         return levels.transpose(1, 2).flatten(0, 1)[: self.in_features, : self.out_features].contiguous()
 
     def unpack(self) -> Int4Weight | Int8Weight:
-        """See PackedWeight."""
+        """Back to what it was packed from, bit for bit."""
         levels = self.levels()
         if self.bits == 8:
             return Int8Weight((levels ^ 128).view(torch.int8).T.contiguous(), self.scales[0, : self.out_features])
@@ -76,6 +76,15 @@ class TritonWeight(PackedWeight):
         else:
             zeros = (self.zeros[part] + MIDDLE).to(torch.int16)
         return Int4Weight.from_grouped(levels, scales, zeros, self.perm)
+
+    def dequantize(self) -> Tensor:
+        """See PackedWeight."""
+        return self.unpack().dequantize()
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(value.nbytes for value in vars(self).values() if isinstance(value, Tensor))
 
 
 def pack_for_triton(weight: Int4Weight | Int8Weight) -> TritonWeight:

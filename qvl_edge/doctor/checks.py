@@ -227,7 +227,9 @@ def run_graph(ort: Any, provider: str) -> str | None:
     """Why a graph does not run on this provider; None if it does."""
     import numpy as np
 
-    options = ort.SessionOptions()
+    from kernels.sessions import session_options
+
+    options = session_options()
     options.log_severity_level = 4  # the finding says what goes wrong
     try:
         session = ort.InferenceSession(GRAPH, options, providers=[provider])
@@ -309,6 +311,8 @@ def check_kernel(name: str, _: Path | None) -> str:
         raise Skipped("plain PyTorch on a CPU")
     try:
         error = self_tests.KERNELS[name](device, backend)
+    except ImportError:  # a finding of another check
+        raise
     except Exception as raised:
         raise Failed(one_line(f"{type(raised).__name__}: {raised}")[:300], KERNEL_FIXES[backend]) from None
     found = f"{backend}, error {error:.1e}"

@@ -11,8 +11,9 @@ from math import ceil
 
 import torch
 
-from kernels.cpu import BLOCK, TAIL
+from kernels.cpu import padded_group
 from kernels.gpu.weight import CHUNK, TILE
+from kernels.matmul_nbits import block_size
 from qvl_edge.config import Config
 from qvl_edge.engine.slots import CHUNK as PREFILLED
 from qvl_edge.errors import ConfigError, FitError
@@ -102,20 +103,24 @@ def _layers_bytes(config: Config, plan: Plan) -> int:
     quant = config.quantization
     bits = 4 if quant is not None and quant.bits == 4 else None  # 8 bits are dequantized at load
     group = 0 if quant is None else quant.group_size
-    block = sum(_matrix_bytes(n, k, bits, k if group == -1 else group, plan) for n, k in projections(config).values())
+    block = sum(
+        _matrix_bytes(n, k, bits, k if group == -1 else group, plan, quant is not None and quant.sym)
+        for n, k in projections(config).values()
+    )
     vectors = (3 * config.hidden_size + 2 * config.hidden_size) * plan.dtype.itemsize  # c_attn's bias, two norms
     return config.num_hidden_layers * (block + vectors) + config.hidden_size * plan.dtype.itemsize
 
 
-def _matrix_bytes(outputs: int, inputs: int, bits: int | None, group: int, plan: Plan) -> int:
+def _matrix_bytes(outputs: int, inputs: int, bits: int | None, group: int, plan: Plan, symmetric: bool = False) -> int:
     """One matrix product's weight as the backend of the device keeps it (kernels/cpu.py, kernels/gpu/weight.py)."""
     if bits is None:
         return outputs * inputs * plan.dtype.itemsize
     groups = ceil(inputs / group)
     if plan.device == "cpu":
-        count = ceil(outputs / BLOCK)
-        block = ceil(outputs / count / 16) * 16
-        return count * (inputs * (block + TAIL) + 4 * groups * block)
+        padded = padded_group(group)
+        channels = bits // 4 * groups * padded
+        blocks = channels // block_size(padded)
+        return outputs * (channels // 2 + 4 * blocks + (0 if symmetric else ceil(blocks / 2)))
     scales = 4 if bits == 8 else 2
     return ceil(outputs / TILE) * TILE * (ceil(inputs / CHUNK) * CHUNK * bits // 8 + scales * groups)
 
@@ -129,9 +134,8 @@ def _prefill_bytes(config: Config, plan: Plan) -> int:
     if plan.kv_cache == "int8" and plan.device == "cpu":  # the definition turns a layer's keys and values into floats
         attention = 2 * plan.context * hidden * 4
     if plan.device == "cpu":
-        # residual, normed, qkv and its rotated copies, attended; w1, w2 and their product; a block of float weights
-        block = BLOCK * max(hidden, inner) * 4 if config.quantization is not None else 0
-        return logits + max(rows * hidden * 10 * size + attention, rows * (2 * hidden + 4 * inner) * size + block)
+        # residual, normed, qkv and its rotated copies, attended; w1, w2 and their product
+        return logits + max(rows * hidden * 10 * size + attention, rows * (2 * hidden + 4 * inner) * size)
     # residual in float32, embeddings, normed rows, qkv, attended; the MLP's product
     return logits + rows * (4 * hidden + (6 * hidden + inner) * size) + attention
 
@@ -139,18 +143,21 @@ def _prefill_bytes(config: Config, plan: Plan) -> int:
 def _packing_bytes(config: Config, plan: Plan) -> int:
     """The largest projection while it is packed, beside what it is packed into.
 
-    4 bits: its words as they are on disk (w1 and w2 as one on CUDA), with desc_act sorted too, and 3 bytes a level of
-    1,024 outputs. 8 bits are dequantized: 10 bytes a level.
+    4 bits: its words as they are on disk (w1 and w2 as one on CUDA), with desc_act sorted too, and on a CPU in rows of
+    outputs; on CUDA 3 bytes a level of 1,024 outputs. 8 bits are dequantized: 10 bytes a level.
     """
     quant, sizes = config.quantization, projections(config)
     if quant is None:
         return config.vocab_size * config.hidden_size * 2 if plan.device == "cpu" else 0
-    largest = max(n * k for n, k in sizes.values())
+    largest, inputs = max((n * k, k) for n, k in sizes.values())
     if quant.bits == 8:
         return 10 * largest
-    if plan.device == "cuda":
-        largest = max(largest, 2 * config.ffn_size * config.hidden_size)
-    return largest // 2 * (1 + quant.desc_act) + 3 * BLOCK * max(k for _, k in sizes.values())
+    if plan.device == "cpu":  # and three copies of the scales or zeros
+        return largest // 2 * (2 + quant.desc_act) + 8 * largest // block_size(
+            padded_group(inputs if quant.group_size == -1 else quant.group_size)
+        )
+    largest = max(largest, 2 * config.ffn_size * config.hidden_size)
+    return largest // 2 * (1 + quant.desc_act) + 3 * 1024 * max(k for _, k in sizes.values())
 
 
 def longest_context(config: Config, plan: Plan, memory: int) -> int:

@@ -10,6 +10,7 @@ import onnxruntime as ort
 import torch
 from torch import Tensor
 
+from kernels.sessions import session_options
 from qvl_edge.bundle import VIT_DATA
 from qvl_edge.config import IMAGE_TOKENS, VisualConfig
 from qvl_edge.errors import BundleError, ConfigError, ImageError
@@ -18,7 +19,6 @@ from qvl_edge.vision.cuda_versions import cuda_mismatch
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _AGAIN = "make it again with:\n  python -m export.vit CHECKPOINT {folder}"
-_ERRORS_ONLY = 3  # onnxruntime's log severity: its warnings about float16 on a CPU are of no use to a caller
 _SELF_TEST_GRID = (4, 8)  # feature rows and columns, evenly spread: enough to tell a broken encoder
 _SELF_TEST_COSINE = 0.999  # the same weights on another machine: float16 rounds in another order
 
@@ -32,21 +32,20 @@ class VisionEncoder:
         visual: VisualConfig,
         *,
         device: str = "cpu",
-        threads: int | None = None,
         max_batch: int = 4,
         release: bool = False,
     ):
         """Open `path`; its data file must lie beside it.
 
-        device: "cpu", "cuda" or "cuda:N", and nothing else is used in its place. threads: of a CPU session (default:
-        all cores). max_batch: images that are encoded at once; more are split. release: have the session in memory only
-        while images are encoded; each `encode` opens it anew.
+        device: "cpu", "cuda" or "cuda:N", and nothing else is used in its place. max_batch: images that are encoded at
+        once; more are split. release: have the session in memory only while images are encoded; each `encode` opens it
+        anew.
         ConfigError if the device cannot be used; BundleError if the file is missing, damaged, reaches out of its
         folder, or belongs to another model.
         """
         self.path, self.visual, self.max_batch, self.release = Path(path), visual, max_batch, release
-        if max_batch < 1 or (threads is not None and threads < 1):
-            raise ConfigError(f"max_batch is {max_batch} and threads is {threads}; both have to be at least 1")
+        if max_batch < 1:
+            raise ConfigError(f"max_batch is {max_batch}, it has to be at least 1")
         kind, _, index = device.partition(":")
         if kind not in PROVIDERS or (index and not index.isdigit()):
             raise ConfigError(f"device is {device!r}, known are {', '.join(PROVIDERS)} and cuda:N")
@@ -62,7 +61,6 @@ class VisionEncoder:
                 f"device is {device!r}, but torch {torch.__version__} finds {torch.cuda.device_count()} CUDA devices; "
                 "`qvl-edge doctor` says more, or use device='cpu'"
             )
-        self._threads = threads
         # onnxruntime takes torch's default stream, whose handle is 0, for none at all, so this is another one
         self._stream = torch.cuda.Stream(self.device) if kind == "cuda" else None
         self._session: ort.InferenceSession | None = None
@@ -150,9 +148,9 @@ class VisionEncoder:
 
     def _open(self) -> ort.InferenceSession:
         if self._stream is None:
-            return self._start("CPUExecutionProvider", {}, cpu_options(self.metadata.get("dtype"), self._threads))
+            return self._start("CPUExecutionProvider", {}, cpu_options(self.metadata.get("dtype")))
         torch.cuda.empty_cache()  # what torch keeps for later is of no use to onnxruntime
-        options = _quiet()
+        options = session_options()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         settings = _CUDA | {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
@@ -206,21 +204,15 @@ def _bind(binding: ort.IOBinding, pixels: Tensor, features: Tensor) -> None:
         bind(name, device.type, device.index or 0, np.float32, tuple(tensor.shape), tensor.data_ptr())
 
 
-def _quiet() -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.log_severity_level = _ERRORS_ONLY
-    return options
-
-
 def _unoptimized() -> ort.SessionOptions:
     """Of a session that maps its weights and makes nothing of them."""
-    options = _quiet()
+    options = session_options()
     options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     options.add_session_config_entry("session.disable_prepacking", "1")
     return options
 
 
-def cpu_options(dtype: str | None, threads: int | None = None) -> ort.SessionOptions:
+def cpu_options(dtype: str | None) -> ort.SessionOptions:
     """Of a session on the CPU over a graph of this dtype.
 
     Four blocks and the resampler at full width, onnxruntime 1.32 on x86-64 (MiB in memory; CPU seconds an image):
@@ -237,11 +229,9 @@ def cpu_options(dtype: str | None, threads: int | None = None) -> ort.SessionOpt
         options = _unoptimized()
         options.execution_order = ort.ExecutionOrder.PRIORITY_BASED
     else:
-        options = _quiet()
+        options = session_options()
     options.enable_mem_pattern = False
     options.enable_mem_reuse = False
-    if threads is not None:
-        options.intra_op_num_threads = threads
     return options
 
 
