@@ -33,6 +33,10 @@ class PromptError(QvlError, ValueError):
     """Text or markup that cannot be turned into a prompt."""
 
 
+class ContextError(PromptError):
+    """A prompt has more tokens than the context holds."""
+
+
 class FitError(QvlError, MemoryError):
     """A model does not fit into the memory that is free."""
 

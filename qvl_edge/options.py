@@ -6,6 +6,7 @@ at the end of this file, and every value is checked by them: ConfigError names t
 
 import argparse
 import difflib
+import json
 import math
 import numbers
 from collections.abc import Iterable, Mapping
@@ -48,6 +49,7 @@ PROFILES = {
 INT64 = (-(1 << 63), (1 << 63) - 1)
 INT32_MAX = (1 << 31) - 1
 MAX_LOGPROBS = 20  # as OpenAI's top_logprobs
+MAX_BIAS = 100  # of logit_bias, either way, as OpenAI
 MIN_TEMPERATURE = 1e-3  # below it logits / temperature overflows float32, and sampling is greedy anyway
 # given without do_sample, each of these turns sampling on
 SAMPLING = ("temperature", "top_p", "top_k", "seed")
@@ -67,6 +69,7 @@ class Option:
     above: bool = False
     flag: str | None = ""
     metavar: str | None = None
+    items: type = str  # of a tuple
 
     @property
     def range(self) -> str:
@@ -124,7 +127,8 @@ class Options:
             if kind is bool:
                 arguments["action"] = "store_false" if item.default is True else "store_true"
             elif kind is tuple:
-                arguments |= {"action": "append", "metavar": details.metavar}
+                convert = _number_or_text if details.items is int else str
+                arguments |= {"action": "append", "type": convert, "metavar": details.metavar}
             elif get_origin(kind) is Literal:
                 arguments["choices"] = get_args(kind)
             else:
@@ -156,7 +160,7 @@ def _checked(cls: Any, item: "Field[Any]", value: Any) -> Any:
     (kind, optional), details = kind_of(cls, item.name), item.metadata["option"]
     if value is None and optional:
         return None
-    found, expected = _converted(kind, value)
+    found, expected = _items(details, value) if kind is tuple else _converted(kind, value)
     if found is None or (isinstance(found, int | float) and not details.holds(found)):
         if details.range:
             expected = f"{expected}, {details.range}"
@@ -170,18 +174,34 @@ def _converted(kind: Any, value: Any) -> tuple[Any, str]:
         return (bool(value) if isinstance(value, bool) or type(value).__name__ == "bool_" else None), "True or False"
     if get_origin(kind) is Literal:
         return (value if value in get_args(kind) else None), "one of " + ", ".join(map(repr, get_args(kind)))
-    if kind is tuple:
-        texts = (value,) if isinstance(value, str) else value
-        valid = isinstance(texts, list | tuple) and all(isinstance(text, str) and text for text in texts)
-        return (tuple(texts) if valid else None), "a string or strings, none of them empty"
     if kind is Mapping:
-        return (value if isinstance(value, Mapping) else None), "a mapping"
+        return _mapping(value), "a mapping, or its JSON"
     if kind not in (int, float):
         return (str(value) if isinstance(value, kind) or hasattr(value, "__fspath__") else None), "a string"
     number = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
     if kind is float:
         return (float(value) if number else None), "a number"
     return (int(value) if number and int(value) == value else None), "an integer"  # JSON writes 1 as 1.0 too
+
+
+def _items(details: Option, value: Any) -> tuple[Any, str]:
+    """A tuple of strings or of integers, as `_converted`."""
+    values = value if isinstance(value, list | tuple) else (value,)
+    if details.items is str:
+        valid = all(isinstance(text, str) and text for text in values)
+        return (tuple(values) if valid else None), "a string or strings, none of them empty"
+    numbers = tuple(_converted(int, number)[0] for number in values)
+    valid = all(number is not None and details.holds(number) for number in numbers)
+    return (numbers if valid else None), "an integer or integers"
+
+
+def _mapping(value: Any) -> Any:
+    if isinstance(value, str):  # from a command line
+        try:
+            value = json.loads(value)
+        except ValueError:
+            return None
+    return value if isinstance(value, Mapping) else None
 
 
 def _number_or_text(text: str) -> Any:
@@ -274,7 +294,7 @@ class GenerationOptions(Options):
     noun: ClassVar[str] = "generation option"
 
     max_new_tokens: int = option(512, "most tokens of an answer", least=1, most=INT32_MAX, metavar="N")
-    min_new_tokens: int = option(0, "tokens before the model's own end may come", least=0, most=INT32_MAX, flag=None)
+    min_new_tokens: int = option(0, "tokens before the model's own end may come", least=0, most=INT32_MAX, metavar="N")
     do_sample: bool = option(True, "sample, or always take the likeliest token (--greedy)", flag="--greedy")
     temperature: float = option(1.0, "divides the logits; 0 is greedy", least=0, metavar="T")
     top_p: float = option(
@@ -282,23 +302,43 @@ class GenerationOptions(Options):
         metavar="P",
     )  # fmt: skip
     top_k: int = option(0, "sample from the K likeliest tokens (0: all)", least=0, most=INT32_MAX, metavar="K")
+    min_p: float = option(
+        0.0, "sample from tokens at least P times as probable as the likeliest", least=0, most=1, metavar="P"
+    )
     repetition_penalty: float = option(
-        1.0, "above 1, tokens seen so far become less likely", least=0, most=10, above=True, metavar="R"
+        1.0, "above 1, tokens of prompt and answer become less likely: their logits are divided by R, or multiplied "
+        "where negative", least=0, most=10, above=True, metavar="R",
+    )  # fmt: skip
+    presence_penalty: float = option(
+        0.0, "subtracted from the logits of tokens that the answer has", least=-2, most=2, metavar="R"
+    )
+    frequency_penalty: float = option(
+        0.0, "subtracted from the logits of tokens for each time that the answer has them", least=-2, most=2,
+        metavar="R",
+    )  # fmt: skip
+    logit_bias: Mapping[int, float] | None = option(
+        None, f"added to the logits: {{token id: -{MAX_BIAS} to {MAX_BIAS}}}", metavar="JSON"
     )
     seed: int | None = option(
         None, "makes sampling repeatable (default: different at every call)", least=INT64[0], most=INT64[1], metavar="S"
     )
     stop: tuple[str, ...] = option((), "end the answer before this text; repeatable", metavar="TEXT")
+    stop_token_ids: tuple[int, ...] = option(
+        (), "end the answer at this token, besides the model's own; repeatable", least=0, most=INT32_MAX, items=int,
+        metavar="ID",
+    )  # fmt: skip
     logprobs: int | None = option(
         None, "log-probability of each token, and of this many likeliest ones", least=0, most=MAX_LOGPROBS, flag=None
     )
     response_format: Mapping[str, Any] | None = option(
-        None, "constrained output, as OpenAI's response_format (engine/constraint.py)", flag=None
+        None, "constrained output, as OpenAI's response_format (engine/constraint.py)", metavar="JSON"
     )
-    ignore_eos: bool = option(False, "continue past the model's own end, to max_new_tokens: for benchmarks", flag=None)
+    ignore_eos: bool = option(False, "continue past the model's own end, to max_new_tokens: for benchmarks")
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.logit_bias is not None:
+            object.__setattr__(self, "logit_bias", _biases(self.logit_bias))
         if self.min_new_tokens > self.max_new_tokens:
             raise ConfigError(
                 f"min_new_tokens is {self.min_new_tokens}, expected at most max_new_tokens, {self.max_new_tokens}"
@@ -312,15 +352,36 @@ class GenerationOptions(Options):
         known = {item.name for item in fields(cls)}
         return cls(**{k: v for k, v in generation_config.items() if k in known and v is not None})
 
+    def check_vocab(self, vocab: int) -> None:
+        """ConfigError if a token id is not below `vocab`."""
+        for name, ids in (("logit_bias", self.logit_bias or ()), ("stop_token_ids", self.stop_token_ids)):
+            if ids and max(ids) >= vocab:
+                raise ConfigError(f"{name} has token id {max(ids)}, expected ids below {vocab}, the vocabulary's size")
+
     def with_overrides(self, overrides: Mapping[str, Any]) -> "GenerationOptions":
         """A copy with `overrides`, of which None is none. ConfigError for a name that is not known."""
         self.known(overrides)
         given = {name: value for name, value in overrides.items() if value is not None}
-        if "do_sample" not in given and any(name in given for name in SAMPLING):
+        if "do_sample" not in given and (any(name in given for name in SAMPLING) or given.get("min_p")):
             given["do_sample"] = True  # unless temperature is 0: see __post_init__
         if given.get("do_sample") and "temperature" not in given and self.temperature < MIN_TEMPERATURE:
             given["temperature"] = 1.0
         return replace(self, **given)
+
+
+def _biases(given: Mapping[Any, Any]) -> dict[int, float]:
+    """logit_bias with numbers as keys, which JSON writes as strings."""
+    found = {}
+    for key, value in given.items():
+        name = str(key)
+        bias = _converted(float, value)[0]
+        if not (name.isascii() and name.isdigit()) or len(name) > 10 or bias is None or abs(bias) > MAX_BIAS:
+            raise ConfigError(
+                f"logit_bias is {{{key!r:.40}: {value!r:.40}}}, expected token ids with numbers from -{MAX_BIAS} to "
+                f"{MAX_BIAS}"
+            )
+        found[int(name)] = bias
+    return found
 
 
 def table(cls: type[Options]) -> str:
@@ -332,7 +393,8 @@ def table(cls: type[Options]) -> str:
         if get_origin(kind) is Literal:
             shown = " or ".join(f"`{value}`" for value in get_args(kind))
         else:
-            shown = {tuple: "strings", Mapping: "mapping"}.get(kind, getattr(kind, "__name__", str(kind)))
+            sequence = "integers" if details.items is int else "strings"
+            shown = {tuple: sequence, Mapping: "mapping"}.get(kind, getattr(kind, "__name__", str(kind)))
         flag = "" if details.flag is None else f"`{details.flag or '--' + item.name.replace('_', '-')}`"
         default = "" if item.default in (None, ()) else f"`{item.default}`"
         rows.append(f"| `{item.name}` | {flag} | {shown} | {default} | {details.range} | {details.help} |")

@@ -19,7 +19,7 @@ from qvl_edge.engine.device import find_device, named_with_others
 from qvl_edge.engine.engine import Engine
 from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
-from qvl_edge.errors import ConfigError, PromptError, QvlError
+from qvl_edge.errors import ConfigError, ContextError, PromptError, QvlError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import LoraCheckpoint
 from qvl_edge.memory import free_memory, parse_bytes
@@ -31,7 +31,16 @@ from qvl_edge.published import SYSTEM
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
 from qvl_edge.text.list_format import from_list_format, to_list_format
-from qvl_edge.text.prompt import History, Prompt, Query, chat_prompt, latest_picture, raw_prompt, stop_token_ids
+from qvl_edge.text.prompt import (
+    History,
+    Prompt,
+    Query,
+    chat_prompt,
+    latest_picture,
+    messages_prompt,
+    raw_prompt,
+    stop_token_ids,
+)
 from qvl_edge.text.tokenizer import TextStream, Tokenizer
 from qvl_edge.vision.encoder import VisionEncoder
 from qvl_edge.vision.features import FeatureCache
@@ -226,13 +235,16 @@ class Runtime:
         ImageError, PromptError or ConfigError for what cannot be answered.
         """
         prompt = request.prompt or self._prompt(request)
+        if any(not 0 <= token < self.config.vocab_size for token in prompt.ids):
+            raise PromptError(f"the prompt has a token id that is not one of 0 to {self.config.vocab_size - 1}")
         if not prompt.ids:
             raise PromptError("the prompt is empty; give some text or an image")
         self._check_context(len(prompt.ids) + (not request.scored))
         options = self.options.with_overrides(request.generation)
-        stop_ids = frozenset[int]()
+        options.check_vocab(self.config.vocab_size)
+        stop_ids = frozenset(options.stop_token_ids)
         if not options.ignore_eos:
-            stop_ids = stop_token_ids(self.tokenizer, request.chat_format or self.chat_format)
+            stop_ids |= stop_token_ids(self.tokenizer, request.chat_format or self.chat_format)
         vocab = self.config.vocab_size
         constraint = constraint_for(options.response_format, self.tokenizer, vocab, stop_ids or frozenset({0}))
         if options.min_new_tokens:
@@ -271,9 +283,16 @@ class Runtime:
     def _prompt(self, request: Request) -> Prompt:
         chat_format = request.chat_format or self.chat_format
         if chat_format == "raw":
+            if request.messages:
+                return self._raw_messages(request)
             return raw_prompt(self.tokenizer, request.query, markup_images=request.markup_images)
         if chat_format != "chatml":
             raise ConfigError(f"chat_format is {chat_format!r}, known are 'chatml' and 'raw'")
+        if request.messages:
+            window = self.max_window_size
+            return messages_prompt(
+                self.tokenizer, request.messages, continued=request.continued, max_window_size=window
+            )
         return chat_prompt(
             self.tokenizer,
             request.query,
@@ -282,6 +301,14 @@ class Runtime:
             max_window_size=self.max_window_size,
             markup_images=request.markup_images,
         )
+
+    def _raw_messages(self, request: Request) -> Prompt:
+        """One message of the user's as it is: the base model knows no turns."""
+        if len(request.messages) > 1 or request.messages[0].role != "user":
+            raise PromptError(
+                "the model's chat_format is 'raw', which has no turns: send one user message, or use /v1/completions"
+            )
+        return raw_prompt(self.tokenizer, request.messages[0].content, markup_images=False)
 
     def _encode(self, request: Request, prompt: Prompt) -> None:
         size, background = self.config.visual.image_size, self.background
@@ -301,10 +328,11 @@ class Runtime:
 
     def _check_context(self, positions: int) -> None:
         if positions > self.max_context:
-            raise PromptError(
-                f"the prompt needs {positions} tokens, room for the answer's first one included, and the context holds "
-                f"{self.max_context}; shorten the text, send fewer images (258 tokens each) or raise max_context "
-                f"(at most {self.config.max_position_embeddings})"
+            # clients look for the first words to cut a conversation
+            raise ContextError(
+                f"this model's maximum context length is {self.max_context} tokens, and the prompt needs {positions}, "
+                "room for the answer's first one included; shorten the text, send fewer images (258 tokens each) or "
+                f"raise max_context (at most {self.config.max_position_embeddings})"
             )
 
 

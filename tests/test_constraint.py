@@ -12,6 +12,7 @@ from conftest import byte_tokenizer, write_small_checkpoint
 
 from qvl_edge import ConfigError, Runtime
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
+from qvl_edge.engine.schema import closed
 from qvl_edge.text.tokenizer import BOX, BOX_END, IM_END, REF, REF_END, Tokenizer
 
 VOCAB = 512
@@ -125,6 +126,17 @@ def test_a_constraint_does_not_change_what_keeps_to_it_anyway(runtime: Runtime) 
         ({"type": "xml"}, "type 'xml', known are 'text', 'boxes'"),
         ("json", "type None"),
         ({"type": "json_schema"}, "no schema"),
+        ({"type": "json_schema", "json_schema": {"schema": {}, "shcema": {}}}, "json_schema has 'shcema'"),
+        (
+            {"type": "json_object", "json_schema": {}},
+            "with type 'json_object' known are type, schema",
+        ),
+        ({"type": "text", "schema": {}}, "has 'schema'; with type 'text' known are type"),
+        ({"type": "json_object", "schema": 3}, "no schema"),
+        ({"type": "regex"}, "no pattern"),
+        ({"type": "regex", "regex": "("}, "cannot be used"),
+        ({"type": "choice", "choice": ["a", ""]}, "no choices"),
+        ({"type": "choice", "choice": []}, "no choices"),
         ({"type": "json_schema", "json_schema": {"schema": {"type": "nonsense"}}}, "cannot be used"),
         ({"type": "json_schema", "json_schema": {"schema": {"enum": ["x" * 100_000]}}}, "characters, at most"),
     ],
@@ -133,6 +145,87 @@ def test_a_format_that_cannot_be_used_says_why(wanted, said: str) -> None:
     pytest.importorskip("llguidance")
     with pytest.raises(ConfigError, match=said):
         constraint_for(wanted, byte_tokenizer(), VOCAB, frozenset({300}))
+
+
+A = {"type": "object", "properties": {"a": {"type": "integer"}}, "required": ["a"]}
+B = {"type": "object", "properties": {"b": {"type": "integer"}}, "required": ["b"]}
+DEFINED = {"$defs": {"A": A}}
+NODE = {"type": "object", "required": ["v", "next"]}
+NODE["properties"] = {"v": A, "next": {"anyOf": [{"$ref": "#/$defs/N"}, {"type": "null"}]}}
+EXTRA = '{"a": 1, "z": 1}'
+
+
+def accepts(schema: dict, said: str) -> bool:
+    """Whether a schema's grammar leads to the end by way of `said`."""
+    grammar = constraint_for({"type": "json_object", "schema": schema}, byte_tokenizer(), VOCAB, frozenset({300}))
+    for byte in said.encode():
+        if not grammar.allowed()[byte]:
+            return False
+        grammar.accept(byte)
+    return bool(grammar.allowed()[300])
+
+
+@pytest.mark.parametrize(
+    ("schema", "good", "bad"),
+    [
+        (A, '{"a": 1}', EXTRA),
+        ({**A, "additionalProperties": True}, EXTRA, "{}"),
+        ({**A, "patternProperties": {"^z": {}}}, EXTRA, '{"a": 1, "y": 1}'),
+        ({"type": "object"}, EXTRA, "[]"),
+        ({"type": "array", "items": A}, '[{"a": 1}, {"a": 2}]', f"[{EXTRA}]"),
+        ({"anyOf": [A, B]}, '{"b": 1}', EXTRA),
+        ({"allOf": [A, B]}, '{"a": 1, "b": 1}', '{"a": 1, "b": 1, "z": 1}'),
+        ({**DEFINED, "$ref": "#/$defs/A"}, '{"a": 1}', EXTRA),
+        ({**DEFINED, "allOf": [{"$ref": "#/$defs/A"}]}, '{"a": 1}', EXTRA),
+        ({**DEFINED, "allOf": [{"$ref": "#/$defs/A"}, B]}, '{"a": 1, "b": 1}', '{"a": 1, "b": 1, "z": 1}'),
+        ({**DEFINED, "allOf": [{"$ref": "#/$defs/A"}, {"additionalProperties": {"type": "integer"}}]}, EXTRA, "{}"),
+        ({**A, "anyOf": [B, {"required": ["a"]}]}, '{"a": 1, "b": 1}', EXTRA),
+        ({"$defs": {"N": NODE}, "$ref": "#/$defs/N"}, '{"v": {"a": 1}, "next": null}', 
+         
+         f'{{"v": {EXTRA}, "next": null}}'),
+        ({"type": "object", "properties": {"properties": A}}, '{"properties": {"a": 1}}', f'{{"properties": {EXTRA}}}'),
+        ({"enum": [{"properties": None}]}, '{"properties": null}', "{}"),
+    ],
+)  # fmt: skip
+def test_an_object_has_the_properties_that_are_named_unless_the_schema_says_otherwise(
+    schema: dict, good: str, bad: str
+) -> None:
+    pytest.importorskip("llguidance")
+    before = json.dumps(schema)
+    assert accepts(schema, good) and not accepts(schema, bad)
+    assert json.dumps(schema) == before
+
+
+def test_closing_a_schema_takes_no_time_that_its_references_multiply() -> None:
+    definitions = {f"D{i}": {"allOf": [{"$ref": f"#/$defs/D{i + 1}"}] * 2} for i in range(60)}
+    assert closed({"$defs": definitions, "allOf": [{"$ref": "#/$defs/D0"}, A]})["properties"] == {"a": True}
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_a_random_model_keeps_to_a_pattern_and_to_choices(runtime: Runtime, seed: int) -> None:
+    pytest.importorskip("llguidance")
+    sampled = {"do_sample": True, "seed": seed, "max_new_tokens": 60}
+    pattern = runtime.answer("?", response_format={"type": "regex", "regex": r"[a-f]{3}-\d{2}"}, **sampled)
+    assert re.fullmatch(r"[a-f]{3}-\d{2}", pattern.text) and pattern.finish_reason == "stop"
+    words = ['a "quoted" one', "zwei\nZeilen", "否"]
+    chosen = runtime.answer("?", response_format={"type": "choice", "choice": words}, **sampled)
+    assert chosen.text in words and chosen.finish_reason == "stop"
+
+
+def test_a_stop_token_ends_the_answer_and_is_not_in_its_text(runtime: Runtime) -> None:
+    free = runtime.answer("Hello", do_sample=False, max_new_tokens=12, ignore_eos=True)
+    token = free.token_ids[5]
+    first = free.token_ids.index(token)
+    for eos in (False, True):
+        options = {"do_sample": False, "max_new_tokens": 12, "stop_token_ids": [token], "ignore_eos": eos}
+        cut = runtime.answer("Hello", **options)
+        assert (cut.token_ids, cut.finish_reason) == (free.token_ids[: first + 1], "stop")
+        longer = runtime.answer("Hello", min_new_tokens=first + 2, **options)
+        assert len(longer.token_ids) >= first + 2 and token not in longer.token_ids[: first + 1]
+    with pytest.raises(ConfigError, match="stop_token_ids has token id 70000, expected ids below"):
+        runtime.answer("Hello", stop_token_ids=[70000])
+    with pytest.raises(ConfigError, match="logit_bias has token id 70000"):
+        runtime.answer("Hello", logit_bias={"70000": 1})
 
 
 @pytest.mark.parametrize("kind", ["json_object", "boxes"])

@@ -27,6 +27,9 @@ MODELS_OWN = GenerationOptions(do_sample=False)  # as a generation_config.json t
         ({"top_k": 3}, True),
         ({"seed": 1}, True),
         ({"repetition_penalty": 1.1}, False),
+        ({"min_p": 0.1}, True),
+        ({"min_p": 0}, False),
+        ({"presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {}, "stop_token_ids": [1]}, False),
         ({"temperature": 0, "top_p": 0.5, "seed": 1}, False),
         ({"do_sample": False, "temperature": 0.7, "seed": 1}, False),
         ({"do_sample": True, "top_p": 0.5}, True),
@@ -67,6 +70,17 @@ def test_a_models_own_temperature_of_0_is_greedy_until_sampling_is_asked_for() -
         {"stop": 3},
         {"do_sample": 1},
         {"logprobs": 21},
+        {"min_p": 1.1},
+        {"presence_penalty": -2.1},
+        {"frequency_penalty": "1"},
+        {"logit_bias": {"a": 1}},
+        {"logit_bias": {-1: 1}},
+        {"logit_bias": {1: 101}},
+        {"logit_bias": {1: None}},
+        {"logit_bias": [1]},
+        {"stop_token_ids": [-1]},
+        {"stop_token_ids": ["5"]},
+        {"stop_token_ids": [1.5]},
         {"response_format": "json"},
         {"min_new_tokens": 5, "max_new_tokens": 4},
     ],
@@ -142,11 +156,23 @@ def test_command_lines_say_only_what_was_given() -> None:
         "stop": ("a", "b"),
         "top_p": 0.5,
     }
+    arguments = ["--logit-bias", '{"5": -100}', "--stop-token-ids", "7", "--stop-token-ids", "8", "--ignore-eos"]
+    arguments += ["--response-format", '{"type": "json_object"}', "--min-new-tokens", "2", "--min-p", "0.1"]
+    options = GenerationOptions().with_overrides(parsed(GenerationOptions, *arguments))
+    assert (options.logit_bias, options.stop_token_ids, options.min_p) == ({5: -100.0}, (7, 8), 0.1)
+    assert (options.response_format, options.ignore_eos, options.min_new_tokens) == ({"type": "json_object"}, True, 2)
 
 
 @pytest.mark.parametrize(
     ("flag", "value"),
-    [("--max-new-tokens", "3.5"), ("--temperature", "hot"), ("--seed", str(1 << 64)), ("--top-k", "-1")],
+    [
+        ("--max-new-tokens", "3.5"),
+        ("--temperature", "hot"),
+        ("--seed", str(1 << 64)),
+        ("--top-k", "-1"),
+        ("--logit-bias", "5"),
+        ("--stop-token-ids", "x"),
+    ],
 )
 def test_a_bad_flag_is_refused_in_the_same_words(flag: str, value: str) -> None:
     with pytest.raises(ConfigError, match=f"{flag[2:].replace('-', '_')} is .*expected"):

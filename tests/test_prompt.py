@@ -15,10 +15,12 @@ from hypothesis import strategies as st
 from qvl_edge.errors import PromptError
 from qvl_edge.text.list_format import from_list_format
 from qvl_edge.text.prompt import (
+    Message,
     Prompt,
     chat_prompt,
     decode_reply,
     latest_picture,
+    messages_prompt,
     parse_query,
     raw_prompt,
     stop_token_ids,
@@ -271,3 +273,44 @@ def test_the_latest_picture_is_the_last_one_that_a_query_shows() -> None:
     assert latest_picture(history) == "c.jpg"
     assert latest_picture(history[:1]) == "a.jpg"
     assert latest_picture(history[2:]) is None
+
+
+def ordered(tokenizer: Tokenizer, *turns: tuple[str, str], continued: bool = True, window: int = 6144) -> str:
+    """The text of a prompt whose turns are in this order."""
+    messages = [Message(role, content) for role, content in turns]
+    prompt = messages_prompt(tokenizer, messages, continued=continued, max_window_size=window)
+    assert tokenizer.decode(prompt.ids) == prompt.text
+    return prompt.text
+
+
+@pytest.mark.parametrize("window", [0, 20, 60, 100, 6144])
+def test_messages_of_an_ordinary_conversation_are_the_same_prompt_as_its_pairs(window: int) -> None:
+    tokenizer = byte_tokenizer()
+    pairs = [("one", "eins"), ([{"image": "a.png"}, {"text": "two"}], "zwei")]
+    messages = [Message("system", "s")]
+    for query, response in pairs:
+        messages += [Message("user", query), Message("assistant", response)]
+    made = messages_prompt(tokenizer, [*messages, Message("user", "three")], continued=True, max_window_size=window)
+    assert made == chat_prompt(tokenizer, "three", pairs, "s", max_window_size=window, markup_images=False)
+
+
+def test_messages_in_any_order_are_what_a_chatml_template_writes() -> None:
+    def written(*turns: tuple[str, str]) -> str:
+        return "".join(f"<|im_start|>{role}\n{content}<|im_end|>\n" for role, content in turns)
+
+    tokenizer, usual, answer = byte_tokenizer(), ("system", SYSTEM), "<|im_start|>assistant\n"
+    s, u, a = ("system", "s"), ("user", "u"), ("assistant", "a")
+    for turns in ([s, s, u], [u, s], [u, a, s, u], [a, u], [a, a, u], [u, a, a, u], [s], [u, u]):
+        expected = written(*([] if turns[0] == s else [usual]), *turns) + answer
+        assert ordered(tokenizer, *turns) == expected, turns
+    # the assistant's last is continued, or answered by another one
+    assert ordered(tokenizer, u, a) == written(usual, u) + "<|im_start|>assistant\na"
+    assert ordered(tokenizer, u, a, continued=False) == written(usual, u, a) + answer
+
+
+def test_a_window_keeps_all_that_begins_and_ends_a_conversation() -> None:
+    tokenizer = byte_tokenizer()
+    old = [("user", "o" * 50), ("assistant", "p" * 50)]
+    lead, last = [("system", "s" * 70), ("system", "t" * 70)], [("user", "u" * 70), ("assistant", "v" * 70)]
+    text = ordered(tokenizer, *lead, *old, *last, window=100)
+    assert all(content in text for _, content in [*lead, *last]) and "o" * 50 not in text and "p" * 50 not in text

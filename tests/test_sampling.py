@@ -55,6 +55,11 @@ NONE = float("-inf")
         ({"top_p": 0.1}, [2.0, NONE, NONE, NONE, NONE]),
         # top_p works on what top_k left: 0.731, 0.269 of the first two
         ({"top_k": 2, "top_p": 0.7}, [2.0, NONE, NONE, NONE, NONE]),
+        # a token's share of the likeliest one's probability: 1, 0.368, 0.135, …
+        ({"min_p": 0.3}, [2.0, 1.0, NONE, NONE, NONE]),
+        ({"min_p": 0.3, "temperature": 2.0}, [1.0, 0.5, 0.0, NONE, NONE]),
+        ({"min_p": 1.0}, [2.0, NONE, NONE, NONE, NONE]),
+        ({"logit_bias": {"1": 1, "4": 7.0, "0": -100}}, [NONE, 2.0, 0.0, -1.0, 2.0]),
     ],
 )
 @pytest.mark.slow
@@ -80,6 +85,7 @@ def test_a_sequence_draws_the_same_alone_and_in_a_batch() -> None:
         GenerationOptions(seed=3, temperature=1.5),
         GenerationOptions(do_sample=False, repetition_penalty=1.3),
         GenerationOptions(seed=4, top_k=20, top_p=0.9, repetition_penalty=1.2),
+        GenerationOptions(seed=5, min_p=0.1, presence_penalty=0.4, frequency_penalty=0.3, logit_bias={3: 2.5}),
     ]
     generator = torch.Generator().manual_seed(0)
     steps = torch.randn(12, len(options), 50, generator=generator)
@@ -98,6 +104,35 @@ def test_repetition_penalty_divides_positive_and_multiplies_negative_logits_of_s
     assert choose(samplers, logits) == [0]  # 0.9 / 2 < 1.0 / 2
     assert choose(alone(greedy, 2, (0,)), torch.tensor([-0.1, -0.15])) == [1]  # -0.1 * 2 < -0.15
     assert logits.tolist() == pytest.approx([1.0, 0.9, -0.1, -0.15])
+
+
+@pytest.mark.parametrize("prompt", [(), (0, 0, 1)])
+def test_presence_and_frequency_penalties_count_tokens_of_the_answer_only(prompt: tuple[int, ...]) -> None:
+    logits = torch.tensor([1.0, 0.7, 0.0, -0.05])
+    once = alone(GenerationOptions(do_sample=False, presence_penalty=0.5), 4, prompt)
+    assert [choose(once, logits)[0] for _ in range(4)] == [0, 1, 0, 0]  # 1.0, 0.7; then 0.5 and 0.2 for good
+    each = alone(GenerationOptions(do_sample=False, frequency_penalty=0.5), 4, prompt)
+    # 1.0, 0.7, 0.5, 0.2, then 0.0 (twice taken) against 0.0 of token 2, the first of equals
+    assert [choose(each, logits)[0] for _ in range(7)] == [0, 1, 0, 1, 0, 2, 3]
+    more = alone(GenerationOptions(do_sample=False, presence_penalty=-2, frequency_penalty=0.9), 4, prompt)
+    assert [choose(more, logits)[0] for _ in range(4)] == [0, 0, 0, 1]
+
+
+def test_a_slot_forgets_the_penalties_and_biases_of_the_request_before() -> None:
+    logits = torch.tensor([1.0, 0.9])
+    samplers = alone(GenerationOptions(do_sample=False, frequency_penalty=2.0, logit_bias={1: -50}), 2)
+    assert [choose(samplers, logits)[0] for _ in range(2)] == [0, 0]
+    for options in (GenerationOptions(do_sample=False), GenerationOptions(do_sample=False, frequency_penalty=0.05)):
+        samplers.set(0, Sampler(options, []))
+        assert choose(samplers, logits) == [0]
+
+
+@pytest.mark.parametrize(
+    "options", [{"presence_penalty": 1}, {"frequency_penalty": 1}, {"logit_bias": {1: 1}}, {"repetition_penalty": 2}]
+)
+def test_what_changes_logits_is_not_plainly_greedy(options: dict) -> None:
+    # prompt lookup would skip it
+    assert not Sampler(GenerationOptions(do_sample=False, **options), []).is_greedy
 
 
 @pytest.mark.parametrize("sampled", [False, True])

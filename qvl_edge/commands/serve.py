@@ -1,6 +1,7 @@
 """Serve an OpenAI-compatible API under /v1, and a page that draws the boxes: qvl-edge serve BUNDLE [--port 8000]"""
 
 import argparse
+import hashlib
 import ipaddress
 import logging
 import os
@@ -8,11 +9,13 @@ import socket
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_edge import __version__
 from qvl_edge.commands import loading
 from qvl_edge.errors import ConfigError, QvlError
 from qvl_edge.options import GenerationOptions, LoadOptions
 
 if TYPE_CHECKING:
+    from qvl_edge.runtime import Runtime
     from qvl_edge.server.media import Media
 
 KEY_VARIABLE = "QVL_EDGE_API_KEY"
@@ -39,7 +42,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", "--server-name", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument("--port", "--server-port", type=int, default=8000, help="0: any free one (default: 8000)")
     group.add_argument("--api-key", metavar="KEY", help=f"required from clients (better: in {KEY_VARIABLE})")
-    group.add_argument("--served-model-name", metavar="NAME", help="the model's name (default: the folder's)")
+    group.add_argument(
+        "--served-model-name",
+        action="append",
+        metavar="NAME",
+        help="the model's name; repeatable (default: the folder's)",
+    )
+    group.add_argument(
+        "--allowed-origins",
+        nargs="+",
+        default=[],
+        metavar="ORIGIN",
+        help="web pages elsewhere that may use the API, as in https://app.example.org; * with a key: all (none)",
+    )
     group.add_argument(
         "--slots", "--parallel", type=int, default=4, metavar="N", help="answers generated at once (default: 4)"
     )
@@ -76,7 +91,7 @@ def execute(args: argparse.Namespace) -> int:
 
         from qvl_edge.server.app import Settings, create_app
         from qvl_edge.server.guard import Access
-        from qvl_edge.server.protocol import Limits
+        from qvl_edge.server.settings import Limits
     except ImportError as error:
         raise QvlError(f"the server needs {error.name}; install it with: pip install 'qvl-edge[serve]'") from None
     from qvl_edge.engine.worker import Worker
@@ -84,15 +99,19 @@ def execute(args: argparse.Namespace) -> int:
     if args.release_vision:
         raise ConfigError("--release-vision drops the cache of running answers; leave it out here")
     loading.check_chat(path, options)
-    access = Access(args.host, args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE))
+    key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
+    access = Access(args.host, key, tuple(args.allowed_origins))
     media = _media(args)
     listening = _bind(args.host, args.port)  # before the model is loaded: an error about the port comes at once
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     runtime = loading.load(path, options)
     runtime.options = runtime.options.with_overrides(generation)
     worker = Worker(runtime, max_waiting=args.max_concurrent_requests, time_limit_s=args.time_limit)
+    name, *aliases = dict.fromkeys(args.served_model_name or [Path(path).resolve().name])
     settings = Settings(
-        model=args.served_model_name or Path(path).resolve().name,
+        model=name,
+        aliases=tuple(aliases),
+        fingerprint=_fingerprint(runtime),
         max_model_len=runtime.max_context,
         access=access,
         limits=Limits(images=args.max_images, n=args.max_n),
@@ -102,10 +121,16 @@ def execute(args: argparse.Namespace) -> int:
     )
     config = uvicorn.Config(create_app(worker, settings), **UVICORN)
     host, port = listening.getsockname()[:2]
-    name = f"[{host}]" if ":" in host else host
-    loading.say(f"serving {settings.model!r}: page http://{name}:{port}/  API http://{name}:{port}/v1")
+    place = f"[{host}]" if ":" in host else host
+    loading.say(f"serving {settings.model!r}: page http://{place}:{port}/  API http://{place}:{port}/v1")
     uvicorn.Server(config).run(sockets=[listening])
     return 0
+
+
+def _fingerprint(runtime: "Runtime") -> str:
+    """Changes with whatever changes an answer of the same seed: the code, the model's shape, how it is loaded."""
+    made = f"{__version__} {runtime.config} {runtime.plan} {runtime.options}"
+    return f"fp_{hashlib.sha256(made.encode()).hexdigest()[:12]}"
 
 
 def _path(args: argparse.Namespace) -> str:

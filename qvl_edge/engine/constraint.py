@@ -1,4 +1,4 @@
-"""Constrained decoding: well-formed boxes and JSON by llguidance, and no end before min_new_tokens."""
+"""Constrained decoding: boxes, JSON, patterns and choices by llguidance, and no end before min_new_tokens."""
 
 import functools
 import importlib
@@ -10,12 +10,21 @@ import torch
 from torch import Tensor
 
 from qvl_edge.engine.sampling import Constraint
+from qvl_edge.engine.schema import closed
 from qvl_edge.errors import ConfigError
 from qvl_edge.text.tokenizer import BOX, BOX_END, REF, REF_END, Tokenizer
 
-Format = Literal["text", "boxes", "json_object", "json_schema"]
+Format = Literal["text", "boxes", "json_object", "json_schema", "regex", "choice"]
 FORMATS: tuple[str, ...] = get_args(Format)
-MAX_SCHEMA = 100_000  # characters of a schema
+# what each has beside its type; `schema` beside json_schema is llama.cpp's way to write it
+KEYS = {
+    "json_object": ("schema",),
+    "json_schema": ("json_schema", "schema"),
+    "regex": ("regex",),
+    "choice": ("choice",),
+}
+SCHEMA_KEYS = ("name", "description", "schema", "strict")  # of json_schema
+MAX_SCHEMA = 100_000  # characters of a schema, a pattern or all choices
 # Free text, and boxes as Qwen-VL was trained to write them: coordinates 0 to 999, and a <ref> has a label and at least
 # one box. In llguidance's dialect of Lark <[N]> is the special token of that id, and terminals match ordinary ones.
 _NUMBER = "(0|[1-9][0-9]{0,2})"
@@ -34,7 +43,8 @@ def constraint_for(
     """The constraint of one answer; None where anything may come.
 
     response_format as OpenAI writes it: {"type": "text"}, {"type": "json_object"}, {"type": "json_schema",
-    "json_schema": {"schema": {…}}}; and {"type": "boxes"}, whose boxes are well formed. ConfigError says what is wrong
+    "json_schema": {"schema": {…}}}; and {"type": "boxes"}, whose boxes are well formed, {"type": "regex", "regex": …},
+    {"type": "choice", "choice": ["yes", "no"]}, and a `schema` beside "json_object". ConfigError says what is wrong
     with it.
     """
     if response_format is None:
@@ -42,6 +52,7 @@ def constraint_for(
     kind = response_format.get("type") if isinstance(response_format, Mapping) else None
     if kind not in FORMATS:
         raise ConfigError(f"response_format has type {kind!r}, known are {', '.join(map(repr, FORMATS))}")
+    check_keys(response_format)
     if kind == "text":
         return None
     matcher, encoding = _llguidance().LLMatcher, _encoding(tokenizer, vocab, stop_ids)
@@ -49,23 +60,65 @@ def constraint_for(
         grammar = _BOXES
         for name, token in (("REF", REF), ("REF_END", REF_END), ("BOX", BOX), ("BOX_END", BOX_END)):
             grammar = grammar.replace(f"<[{name}]>", f"<[{tokenizer.specials[token]}]>")
-        return Grammar(matcher(encoding, grammar, log_level=0), vocab)
-    schema: Any = {"type": "object"}
-    if kind == "json_schema":
-        given = response_format.get("json_schema")
-        schema = given.get("schema") if isinstance(given, Mapping) else None
-        if not isinstance(schema, Mapping):
-            raise ConfigError('response_format has no schema; expected {"json_schema": {"schema": {…}}}')
-    text = json.dumps(schema)
-    if len(text) > MAX_SCHEMA:
-        raise ConfigError(f"the JSON schema has {len(text)} characters, at most {MAX_SCHEMA} are taken")
-    # without free whitespace: a small model may emit whitespace forever
-    options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-    try:
-        grammar = matcher.grammar_from_json_schema(text, overrides=options)
-    except ValueError as error:
-        raise ConfigError(f"the JSON schema cannot be used: {error}") from None
+    elif kind == "regex":
+        grammar = matcher.grammar_from_regex(_short_enough("pattern", _text(response_format)))
+    elif kind == "choice":
+        # Lark's strings are escaped as JSON's
+        words = " | ".join(json.dumps(word, ensure_ascii=False) for word in _choices(response_format))
+        grammar = matcher.grammar_from_lark("start: " + _short_enough("choice", words))
+    else:
+        text = _short_enough("JSON schema", json.dumps(closed(_schema(response_format))))
+        # without free whitespace: a small model may emit whitespace forever
+        options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
+        try:
+            grammar = matcher.grammar_from_json_schema(text, overrides=options)
+        except ValueError as error:
+            raise ConfigError(f"the JSON schema cannot be used: {error}") from None
     return Grammar(matcher(encoding, grammar, log_level=0), vocab)
+
+
+def check_keys(response_format: Mapping[str, Any]) -> None:
+    """ConfigError for a key that its type does not have: what a misspelt one asks for would be dropped silently."""
+    kind, schema = response_format["type"], response_format.get("json_schema")
+    keys = ("type", *KEYS.get(kind, ()))
+    for place, given, known in (
+        ("response_format", response_format, keys),
+        ("response_format.json_schema", schema if isinstance(schema, Mapping) else {}, SCHEMA_KEYS),
+    ):
+        unknown = [key for key, value in given.items() if key not in known and value is not None]
+        if unknown:
+            names = ", ".join(f"{key!r:.40}" for key in unknown[:8])
+            raise ConfigError(f"{place} has {names}; with type {kind!r} known are {', '.join(known)}")
+
+
+def _schema(response_format: Mapping[str, Any]) -> Mapping[str, Any]:
+    given = response_format.get("json_schema")
+    schema = given.get("schema") if isinstance(given, Mapping) else response_format.get("schema")
+    if schema is None and response_format["type"] == "json_object":
+        return {"type": "object"}
+    if not isinstance(schema, Mapping):
+        raise ConfigError('response_format has no schema; expected {"json_schema": {"schema": {…}}}')
+    return schema
+
+
+def _text(response_format: Mapping[str, Any]) -> str:
+    pattern = response_format.get("regex")
+    if not isinstance(pattern, str) or not pattern:
+        raise ConfigError('response_format has no pattern; expected {"type": "regex", "regex": "…"}')
+    return pattern
+
+
+def _choices(response_format: Mapping[str, Any]) -> list[str]:
+    words = response_format.get("choice")
+    if not isinstance(words, list | tuple) or not words or not all(isinstance(word, str) and word for word in words):
+        raise ConfigError('response_format has no choices; expected {"type": "choice", "choice": ["…", "…"]}')
+    return list(words)
+
+
+def _short_enough(what: str, text: str) -> str:
+    if len(text) > MAX_SCHEMA:
+        raise ConfigError(f"the {what} has {len(text)} characters, at most {MAX_SCHEMA} are taken")
+    return text
 
 
 class MinNewTokens:

@@ -19,7 +19,7 @@ from qvl_edge.text.boxes import parse_boxes
 
 if TYPE_CHECKING:  # a benchmark of the decode step needs neither tiktoken nor PIL
     from qvl_edge.model.decoder import Decoder
-    from qvl_edge.text.prompt import History, Prompt, Query
+    from qvl_edge.text.prompt import History, Message, Prompt, Query
     from qvl_edge.text.tokenizer import TextStream
     from qvl_edge.vision.image import Frame
 
@@ -49,6 +49,8 @@ class Request:
     system: str = SYSTEM
     chat_format: str | None = None  # "chatml" or "raw"; None: the model's
     generation: Mapping[str, Any] = field(default_factory=dict)  # overrides of the model's own GenerationOptions
+    messages: "Sequence[Message]" = ()  # turns in any order, in the place of query, history and system
+    continued: bool = True  # whether the assistant's message is continued where it is the last of `messages`
     markup_images: bool = False  # whether <img>path</img> in text opens that file
     prompt: "Prompt | None" = None  # in the place of query, history and system
     scored: Sequence[tuple[int, int]] = ()  # spans of the prompt whose tokens are scored; nothing is generated then

@@ -83,7 +83,8 @@ class Slots:
             place_sequence(model.config, cache, slot, 1)
             self._park(slot)
         if self._graph:
-            self._graphs = StepGraphs(self._step_all, (self._tokens, cache.lengths, self.samplers.seen), model.device)
+            kept = (self._tokens, cache.lengths, self.samplers.seen, self.samplers.counts)
+            self._graphs = StepGraphs(self._step_all, kept, model.device)
         return cache
 
     def unload(self) -> None:

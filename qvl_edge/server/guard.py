@@ -1,11 +1,13 @@
 """What runs before every route: authentication, security headers, and limits on the body and its JSON."""
 
 import asyncio
+import contextlib
 import hmac
 import ipaddress
 import logging
 import re
 import traceback
+import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -22,6 +24,7 @@ log = logging.getLogger("qvl_edge.server")
 
 MAX_DEPTH = 16  # of JSON; a request with a schema in response_format needs about ten
 MAX_MARKS = 100_000  # brackets and commas of JSON: what bounds the objects that 32 MB can become
+DRAIN_BYTES, DRAIN_S = 64 << 20, 5.0  # of a body that is not wanted any more
 BODY_TIMEOUT_S = 60.0  # for the whole body: bounds how long a slow sender holds a connection
 
 PAGE_CSP = (
@@ -40,6 +43,8 @@ HEADERS = {
 OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/style.css", "/favicon.svg"})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
+_ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")
+_REQUEST_ID = re.compile(rb"[\w.:-]{1,128}")
 # an unterminated string matches up to the end of the body: trying again at each quote would take quadratic time
 _MARKS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[\]{},]', re.DOTALL)
 
@@ -50,8 +55,14 @@ class Access:
 
     host: str
     api_key: str | None
+    origins: tuple[str, ...] = ()  # of pages elsewhere that browsers may let read responses; "*": all
 
     def __post_init__(self) -> None:
+        for origin in self.origins:
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ConfigError(f"--allowed-origins {origin}: expected https://app.example.org, or *")
+        if "*" in self.origins and self.api_key is None:
+            raise ConfigError("--allowed-origins * would let every web page use this server; set QVL_EDGE_API_KEY too")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the API key is empty; give one, or leave it out to serve this machine only")
         if self.api_key is None and not is_loopback(self.host):
@@ -66,7 +77,12 @@ class Access:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             # a name that an attacker points at 127.0.0.1 would give his page the same origin as this server
             if re.sub(r":[0-9]*$", "", host) not in LOOPBACK_NAMES | {self.host.lower()}:
-                raise Refusal(400, "the Host header is not a name of this machine", code="host_not_allowed")
+                raise Refusal(
+                    400,
+                    "the Host header is not a name of this machine; with an API key (QVL_EDGE_API_KEY or --api-key) "
+                    "every name is accepted, host.docker.internal and those of a private network among them",
+                    code="host_not_allowed",
+                )
             return
         if path in OPEN_PATHS:
             return
@@ -90,7 +106,11 @@ def is_loopback(host: str) -> bool:
 
 
 class Guard:
-    """ASGI middleware: checks Access first, adds security headers to every response, and counts it."""
+    """ASGI middleware: checks Access first, adds security headers and x-request-id to every response, and counts it.
+
+    A response that comes before the whole body was read, as most refusals do, is complete when the rest has come, or
+    DRAIN_BYTES of it: a connection that is closed while the client still sends is reset, and the response lost.
+    """
 
     def __init__(self, app: ASGIApp, access: Access, count: Callable[[str, int], None]):
         self.app, self.access, self.count = app, access, count
@@ -103,20 +123,47 @@ class Guard:
         csp = PAGE_CSP if scope["path"] in OPEN_PATHS else API_CSP
         extra = [(k.encode(), v.encode()) for k, v in {**HEADERS, "content-security-policy": csp}.items()]
 
+        headers = dict(scope["headers"])
+        given = headers.get(b"x-request-id", b"")
+        extra.append((b"x-request-id", given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex.encode()))
+        unread = b"transfer-encoding" in headers or headers.get(b"content-length", b"0") != b"0"
+
+        async def watched() -> Message:
+            nonlocal unread
+            message = await receive()
+            unread = unread and message.get("more_body", False)
+            return message
+
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.count(scope["path"], message["status"])
                 message = {**message, "headers": [*message["headers"], *extra]}
+            elif unread and not message.get("more_body", False):
+                await send({**message, "more_body": True})
+                await _drain(watched)
+                message = {**message, "body": b""}
             await send(message)
 
         try:
-            self.access.check(scope["path"], dict(scope["headers"]))
-            await self.app(scope, receive, guarded)
+            self.access.check(scope["path"], headers)
+            await self.app(scope, watched, guarded)
         except Refusal as refusal:
             log_refusal(refusal, scope["method"])
-            await respond(refusal)(scope, receive, guarded)
+            await respond(refusal)(scope, watched, guarded)
         except Exception as error:  # the 500 has been sent; the message is not logged, it may quote the request
             log.error("%s\n%s", type(error).__name__, "".join(traceback.format_tb(error.__traceback__)))
+
+
+async def _drain(receive: Receive) -> None:
+    """Read the rest of a body, within bounds."""
+    left = DRAIN_BYTES
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(DRAIN_S):
+            while left > 0:
+                message = await receive()
+                left -= len(message.get("body", b""))
+                if not message.get("more_body", False):
+                    return
 
 
 def respond(refusal: Refusal) -> Response:
@@ -125,8 +172,8 @@ def respond(refusal: Refusal) -> Response:
 
 
 def log_refusal(refusal: Refusal, method: str) -> None:
-    """Log the status and the reason, and nothing of the request's content."""
-    log.info("refused %s: %s %s", method, refusal.status, refusal.code or refusal.kind)
+    """Log the status, the reason and the fields, and nothing of the request's content, as unknown fields are."""
+    log.info("refused %s: %s", method, " ".join([str(refusal.status), refusal.code or refusal.kind, *refusal.params]))
 
 
 async def read_body(request: Request, limit: int) -> bytes:

@@ -1,195 +1,61 @@
-"""The schema of the API, stated once: pydantic models of its requests and responses, after OpenAI's chat completions.
+"""The schema of chat completions, after OpenAI's, and of what else the server says."""
 
-Unknown fields are refused, as OpenAI does: a misspelt `temperature` must not be dropped silently.
-"""
-
-from dataclasses import dataclass, fields
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    FailFast,
-    Field,
-    TypeAdapter,
-    ValidationError,
-    create_model,
-    field_validator,
-    model_validator,
-)
-from pydantic_core import PydanticCustomError
+from pydantic import Field, model_validator
 
 from qvl_edge.answer import FinishReason
-from qvl_edge.engine.constraint import Format
-from qvl_edge.options import GenerationOptions, Option
-from qvl_edge.server.refusal import invalid, validation_refusal
+from qvl_edge.server.fields import Model, NoItems, Nothing, Request, Tolerant, complete, option
+from qvl_edge.server.messages import ChatMessage
+from qvl_edge.server.refusal import invalid
+from qvl_edge.server.settings import Limits
 from qvl_edge.text.boxes import GRID
 
-MAX_STOPS = 4  # as OpenAI
-MAX_TEMPERATURE = 2  # as OpenAI
-
-
-class Model(BaseModel):
-    """Base of the models: no conversion between types, no unknown fields."""
-
-    model_config = ConfigDict(strict=True, extra="forbid")
-
-    @classmethod
-    def parse(cls, body: Any) -> Self:
-        """From parsed JSON. Refusal names the field that is wrong."""
-        try:
-            return cls.model_validate(body)
-        except ValidationError as error:
-            raise validation_refusal(error, NEUTRAL) from None
-
-
-StopText = Annotated[str, Field(min_length=1)]
-Number = Annotated[float, Field(allow_inf_nan=False)]
+__all__ = ["ChatCompletionRequest", "Limits", "request_model"]
 Count = Annotated[int, Field(ge=0)]
 
 
-class TextPart(Model):
-    """Text of a message."""
-
-    type: Literal["text"]
-    text: str
-
-
-class ImageURL(Model):
-    """An image as a data URI, or as a URL or path where the server allows it. `detail` has no effect."""
-
-    url: str
-    detail: Literal["auto", "low", "high", "original"] = "auto"
-
-
-class ImagePart(Model):
-    """An image of a user's message."""
-
-    type: Literal["image_url"]
-    image_url: ImageURL
-
-
-def _listed(content: Any) -> Any:
-    if not isinstance(content, str | list):
-        raise PydanticCustomError("content", "expected text or a list of parts")
-    return content if isinstance(content, list) else [{"type": "text", "text": content}]
-
-
-def _stops(stop: Any) -> Any:
-    return [_STOP_TEXT.validate_python(stop)] if isinstance(stop, str) else stop
-
-
-_STOP_TEXT = TypeAdapter[str](StopText)
-Part = Annotated[TextPart | ImagePart, Field(discriminator="type")]
-Parts = Annotated[list[Part], Field(min_length=1)]
-TextParts = Annotated[list[TextPart], Field(min_length=1)]
-Stops = Annotated[list[StopText], Field(max_length=MAX_STOPS)]
-
-
-class PlainMessage(Model):
-    """A message without images."""
-
-    content: Annotated[TextParts, FailFast(), BeforeValidator(_listed, json_schema_input_type=str | TextParts)]
-    name: Any = None
-
-    @property
-    def text(self) -> str:
-        """Its parts, joined."""
-        return "".join(part.text for part in self.content)
-
-
-class SystemMessage(PlainMessage):
-    """Comes first; there is at most one."""
-
-    role: Literal["system", "developer"]
-
-
-class AssistantMessage(PlainMessage):
-    """An earlier answer, with all that a response's message has."""
-
-    role: Literal["assistant"]
-    refusal: Any = None
-    boxes: Any = None
-
-
-class UserMessage(Model):
-    """User messages that follow one another are one turn."""
-
-    role: Literal["user"]
-    content: Annotated[Parts, FailFast(), BeforeValidator(_listed, json_schema_input_type=str | Parts)]
-    name: Any = None
-
-
-Message = Annotated[SystemMessage | UserMessage | AssistantMessage, Field(discriminator="role")]
-
-
-def _option(name: str, most: float | None = None) -> Any:
-    """A field with the range and the help of a generation option; `most`: OpenAI's own limit."""
-    details: Option = next(item for item in fields(GenerationOptions) if item.name == name).metadata["option"]
-    low: dict[str, Any] = {"gt" if details.above else "ge": details.least}
-    return Field(None, le=details.most if most is None else most, description=details.help, **low)
-
-
-class Sampling(Model):
-    """Generation options, within the ranges of GenerationOptions."""
-
-    max_tokens: int | None = _option("max_new_tokens")
-    temperature: Number | None = _option("temperature", MAX_TEMPERATURE)
-    top_p: Number | None = _option("top_p")
-    top_k: int | None = _option("top_k")
-    repetition_penalty: Number | None = _option("repetition_penalty")
-    seed: int | None = _option("seed")
-    stop: Annotated[Stops, BeforeValidator(_stops, json_schema_input_type=StopText | Stops)] | None = None
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _whole(cls, value: Any) -> Any:
-        return int(value) if isinstance(value, float) and value.is_integer() else value  # JSON may write 1 as 1.0
-
-    def generation(self) -> dict[str, Any]:
-        """The options that were given, under the names of GenerationOptions."""
-        options = self.model_dump(include=set(Sampling.model_fields), exclude_none=True)
-        return {{"max_tokens": "max_new_tokens"}.get(name, name): value for name, value in options.items()}
-
-
-class StreamOptions(Model):
+class StreamOptions(Tolerant):
     """include_usage: one more event at the end, with the usage."""
 
     include_usage: bool | None = None
     include_obfuscation: Any = None
+    continuous_usage_stats: Any = None
 
 
-class ResponseFormat(Model, extra="allow"):
-    """As OpenAI's, and {"type": "boxes"}: whatever boxes the answer has are well formed."""
+class ChatCompletionRequest(Request):
+    """The body of POST /v1/chat/completions."""
 
-    type: Format
-
-
-class ChatCompletionRequest(Sampling):
-    """The body of POST /v1/chat/completions; `request_model` adds the fields that have no effect."""
-
-    model_config = ConfigDict(json_schema_extra={"not": {"required": ["max_tokens", "max_completion_tokens"]}})
-
-    model: str
-    messages: list[Message]
-    max_completion_tokens: int | None = _option("max_new_tokens")
+    messages: list[ChatMessage]
+    max_completion_tokens: int | None = option("max_new_tokens")
     n: int | None = None
-    stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None
-    top_logprobs: int | None = _option("logprobs")
-    response_format: ResponseFormat | None = None
+    top_logprobs: int | None = option("logprobs")
+    continue_final_message: bool | None = None
+    add_generation_prompt: bool | None = None
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise invalid("max_tokens", "it and max_completion_tokens are the same thing; send one of them")
-        if self.stream_options and self.stream_options.model_fields_set and not self.stream:
-            raise invalid("stream_options", "only with stream=true")
+        if None is not self.max_tokens != self.max_completion_tokens is not None:
+            raise invalid("max_tokens", "it and max_completion_tokens are the same thing and differ; send one of them")
+        check_stream_options(self.stream_options, self.stream)
         if self.top_logprobs and not self.logprobs:
             raise invalid("top_logprobs", "only with logprobs=true")
+        if self.continue_final_message and self.messages[-1].role != "assistant":
+            raise invalid("continue_final_message", "the last message is not the assistant's")
+        if self.add_generation_prompt is self.continued:
+            raise invalid(
+                "add_generation_prompt", "a new answer is begun, or the assistant's last message is continued"
+            )
         return self
+
+    @property
+    def continued(self) -> bool:
+        """Whether the last message is the assistant's and is continued."""
+        if self.messages[-1].role != "assistant":
+            return False
+        return not self.add_generation_prompt if self.continue_final_message is None else self.continue_final_message
 
     def generation(self) -> dict[str, Any]:
         """The options that were given, under the names of GenerationOptions."""
@@ -198,48 +64,39 @@ class ChatCompletionRequest(Sampling):
             options["max_new_tokens"] = self.max_completion_tokens
         if self.logprobs:
             options["logprobs"] = self.top_logprobs or 0
-        if self.response_format is not None and self.response_format.type != "text":
-            options["response_format"] = self.response_format.model_dump()
         return options
 
 
-@dataclass(frozen=True)
-class Limits:
-    """The most that one request may ask for."""
-
-    messages: int = 256
-    images: int = 16
-    n: int = 8
+def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
+    """Refusal 400 for an option that has nothing to work on, as OpenAI does."""
+    if options is not None and options.include_usage and not stream:
+        raise invalid("stream_options", "only with stream=true")
 
 
-_NO_ITEMS = Annotated[list[Any], Field(max_length=0)]
-# fields of which only the neutral value is accepted, because clients send it
-NEUTRAL: dict[str, Any] = {
-    "presence_penalty": Literal[0],
-    "frequency_penalty": Literal[0],
-    "min_p": Literal[0],
-    "logit_bias": Annotated[dict[str, Any], Field(max_length=0)],
-    "tools": _NO_ITEMS,
-    "tool_choice": Literal["none", "auto"],
-    "parallel_tool_calls": bool,
-    "functions": _NO_ITEMS,
-    "modalities": Annotated[list[Literal["text"]], Field(max_length=1)],
-}
-IGNORED = ("user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key")
-
-
-def request_model(name: str, limits: Limits) -> type[ChatCompletionRequest]:
-    """ChatCompletionRequest for a server of the model `name`."""
-    text = f"A system message first, if any; the user's last. At most {limits.images} images."
+def request_model(name: str, limits: Limits, *aliases: str) -> type[ChatCompletionRequest]:
+    """ChatCompletionRequest for a server of a model with these names."""
+    text = f"In any order; an assistant's last is continued. At most {limits.images} images."
     messages = Field(min_length=1, max_length=limits.messages, description=text)
-    narrowed: dict[str, Any] = {
-        "model": (Literal[name], ...),
-        "messages": (list[Message], messages),
-        "n": (int | None, Field(None, ge=1, le=limits.n)),
-        **{field: (kind | None, None) for field, kind in NEUTRAL.items()},
-        **{field: (Any, Field(None, description="without effect")) for field in IGNORED},
+    neutral = {
+        "tools": NoItems,
+        "tool_choice": Literal["none", "auto"],
+        "parallel_tool_calls": bool,
+        "functions": NoItems,
+        "function_call": Literal["none", "auto"],
+        "modalities": Annotated[list[Literal["text"]], Field(max_length=1)],
+        "audio": None,
+        "web_search_options": None,
+        "documents": NoItems,
+        "chat_template": None,
+        "mm_processor_kwargs": Nothing,
+        "echo": Literal[False],
     }
-    return create_model("ChatCompletionRequest", __base__=ChatCompletionRequest, **narrowed)
+    # the ChatML template has no variables, and a prediction of the answer changes its speed only
+    ignored = ("reasoning_effort", "reasoning", "verbosity", "prediction", "chat_template_kwargs")
+    n = (int | None, Field(None, ge=1, le=limits.n))
+    return complete(
+        ChatCompletionRequest, (name, *aliases), neutral, ignored, messages=(list[ChatMessage], messages), n=n
+    )
 
 
 Corners = Annotated[list[int], Field(min_length=4, max_length=4)]
@@ -316,24 +173,27 @@ class Usage(Model):
     prompt_tokens_details: dict[Literal["cached_tokens"], Count]
 
 
-class ChatCompletion(Model):
-    """The response, without stream=true."""
+class Head(Model):
+    """What every response and chunk begins with."""
 
     id: str
-    object: Literal["chat.completion"]
     created: Count
     model: str
+    system_fingerprint: str
+
+
+class ChatCompletion(Head):
+    """The response, without stream=true."""
+
+    object: Literal["chat.completion"]
     choices: list[Choice]
     usage: Usage
 
 
-class ChatCompletionChunk(Model):
+class ChatCompletionChunk(Head):
     """An event of a stream."""
 
-    id: str
     object: Literal["chat.completion.chunk"]
-    created: Count
-    model: str
     choices: list[ChunkChoice]
     usage: Usage | None = None
 

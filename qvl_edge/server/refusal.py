@@ -1,12 +1,13 @@
 """A request that is refused, in the shape that OpenAI's clients read."""
 
+import difflib
 import json
-from collections.abc import Container
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qvl_edge.errors import ImageError, OutOfMemory, PromptError, QueueFull, QvlError, Stopped, TimeLimit
+from qvl_edge.errors import ContextError, ImageError, OutOfMemory, PromptError, QueueFull, QvlError, Stopped, TimeLimit
 
 INVALID, AUTHENTICATION, RATE_LIMIT, SERVER = (
     "invalid_request_error",
@@ -15,6 +16,7 @@ INVALID, AUTHENTICATION, RATE_LIMIT, SERVER = (
     "server_error",
 )
 MAX_SHOWN = 40  # characters of a wrong value that a message repeats
+MAX_REASONS, MAX_PLACES = 16, 8  # that a message lists, and fields for each
 
 _COMPLETE = ("missing", "too_short", "too_long", "union_tag_not_found")  # messages that need no value
 _MESSAGES = {
@@ -49,11 +51,14 @@ class Refusal(Exception):
         *,
         code: str | None = None,
         param: str | None = None,
+        params: Sequence[str] | None = None,
         kind: str = INVALID,
         headers: dict[str, str] | None = None,
     ):
         super().__init__(message)
         self.status, self.code, self.param, self.kind, self.headers = status, code, param, kind, headers or {}
+        # for the log: fields of the schema; an unknown one is the caller's text
+        self.params = params if params is not None else [param] if param and code != "unknown_parameter" else []
 
     @property
     def body(self) -> ErrorResponse:
@@ -70,7 +75,8 @@ def engine_refusal(error: Exception) -> Refusal:
     """What the caller is told about an error of the engine."""
     final = {"x-should-retry": "false"}  # read by OpenAI's clients, which would send a 503 twice more
     if isinstance(error, QvlError) and not isinstance(error, MemoryError):  # FitError is both
-        code = {ImageError: "bad_image", PromptError: "bad_prompt"}.get(type(error))
+        codes = {ImageError: "bad_image", PromptError: "bad_prompt", ContextError: "context_length_exceeded"}
+        code = codes.get(type(error))
         return Refusal(400, str(error), code=code, param="messages" if code else None)
     if isinstance(error, QueueFull):
         wait = {"retry-after": str(error.retry_after)}
@@ -84,34 +90,70 @@ def engine_refusal(error: Exception) -> Refusal:
     return Refusal(500, "the server failed; its log says where", code="internal_error", kind=SERVER, headers=final)
 
 
-def validation_refusal(error: ValidationError, unsupported: Container[str] = ()) -> Refusal:
-    """The first thing that is wrong with a body, an unknown field at its top before all others.
+def validation_refusal(error: ValidationError, unsupported: Container[str], known: Iterable[str]) -> Refusal:
+    """All that is wrong with a body, unknown fields at its top before all others; what is wrong alike is said once.
 
-    unsupported: fields of which only the neutral value is accepted.
+    unsupported: fields of which only the neutral value is accepted. known: all fields.
     """
-    found = error.errors(include_url=False)
-    first = next((each for each in found if each["type"] == "extra_forbidden" and len(each["loc"]) == 1), found[0])
-    kind, path, value, context = first["type"], list(first["loc"]), first["input"], first.get("ctx", {})
-    message = _MESSAGES.get(kind, first["msg"])
+    found = sorted(error.errors(include_url=False), key=lambda each: not _is_unknown_field(each))
+    reasons: dict[str, dict[str, None]] = {}  # message -> params, in order
+    codes, params = list[str | None](), list[str]()
+    for each in found:
+        param, message, code = _wrong(each, unsupported)
+        places = reasons.setdefault(message, {})
+        if (param or "") not in places:
+            places[param or ""] = None
+            codes.append(code)
+            params += [param] if param and code != "unknown_parameter" else []
+    first = next(iter(next(iter(reasons.values())))) or None
+    if first == "model" and codes == ["model_not_found"]:
+        return Refusal(404, f"model: {next(iter(reasons))}", code="model_not_found", param="model")
+    if codes.count("unknown_parameter") == 1 == len(found[0]["loc"]) and first is not None:
+        near = difflib.get_close_matches(first, known, 1)
+        message, *rest = reasons
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        reasons = {message + hint: reasons[message], **{other: reasons[other] for other in rest}}
+    lines = [_line(list(places), message) for message, places in list(reasons.items())[:MAX_REASONS]]
+    more = [f"{len(reasons) - MAX_REASONS} more"] if len(reasons) > MAX_REASONS else []
+    code = codes[0] if codes[0] != "model_not_found" else None
+    return Refusal(400, "; ".join([*lines, *more]), code=code, param=first, params=params[:MAX_PLACES])
+
+
+def _is_unknown_field(error: Mapping[str, Any]) -> bool:
+    return error["type"] == "extra_forbidden" and len(error["loc"]) == 1
+
+
+def _line(places: list[str], message: str) -> str:
+    more = [f"{len(places) - MAX_PLACES} more"] if len(places) > MAX_PLACES else []
+    named = ", ".join([*places[:MAX_PLACES], *more])
+    return f"{named}: {message}" if named else message
+
+
+def _wrong(error: Mapping[str, Any], unsupported: Container[str]) -> tuple[str | None, str, str | None]:
+    """(param, what is wrong, code) of one of pydantic's errors."""
+    kind, path, value, context = error["type"], list(error["loc"]), error["input"], error.get("ctx", {})
+    message = _MESSAGES.get(kind, error["msg"])
     if kind == "extra_forbidden":
-        return invalid(_param(path), "this field is not known", code="unknown_parameter")
+        return _param(path), "this field is not known", "unknown_parameter"
     if not path:
-        return invalid(None, "the body must be a JSON object")
+        return None, "the body must be a JSON object", None
     if path[0] in unsupported:
-        return invalid(_param(path[:1]), "this is not supported yet", code="unsupported_parameter")
+        return _param(path[:1]), "this is not supported yet", "unsupported_parameter"
     if kind.startswith("union_tag"):
         path.append(context["discriminator"].strip("'"))
     if kind == "union_tag_invalid":
         message, value = f"expected one of {context['expected_tags']}", value[path[-1]]
+    if path[0] == "logit_bias":  # its keys are the caller's
+        path = path[:1]
     if kind not in _COMPLETE:
         message = f"{message}, not {_short(value)}"
-    if path == ["model"] and kind == "literal_error" and isinstance(value, str):
-        return Refusal(404, f"model: {message}", code="model_not_found", param="model")
-    return invalid(_param(path), message)
+    missing = path == ["model"] and kind == "literal_error" and isinstance(value, str)
+    return _param(path), message, "model_not_found" if missing else None
 
 
 def _param(path: list[Any]) -> str:
-    """messages[0].content. Behind the index of an object pydantic puts the tag of its union, which is left out."""
+    """messages[0].content. Behind the index of an object pydantic puts the tag of its union, which is left out, and so
+    is the name of a type that one of several could be."""
     names = [
         name
         for at, name in enumerate(path)

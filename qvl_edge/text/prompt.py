@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import PromptError
+from qvl_edge.published import SYSTEM
 from qvl_edge.text.list_format import check_element, element_text
 from qvl_edge.text.tokenizer import (
     ENDOFTEXT,
@@ -53,6 +54,16 @@ Content: TypeAlias = list[str | ImageRef]
 Query: TypeAlias = str | Sequence[Mapping[str, Any]] | Content
 """Text, or a list of elements as in from_list_format whose images may be of any kind that load_image takes, or the
 texts and images themselves, in order and without the "Picture N:" that an element gets."""
+
+
+@dataclass(frozen=True)
+class Message:
+    """A turn of a conversation in any order."""
+
+    role: str  # "system", "user" or "assistant"
+    content: Query
+
+
 History: TypeAlias = Sequence[tuple[Query, str]]
 """Earlier (query, response) turns, oldest first. As upstream, None is taken for a response that never came."""
 
@@ -97,8 +108,41 @@ def chat_prompt(
         size += len(turn.ids)
         turns.append(turn)
     asked = _turn(tokenizer, "user", _query(tokenizer, query, markup_images))
-    reply = _join([_special(tokenizer, IM_START), _encode(tokenizer, ["assistant"]), newline])
-    return _join([opening, *reversed(turns), newline, asked, newline, reply])
+    return _join([opening, *reversed(turns), newline, asked, newline, *_head(tokenizer, "assistant")])
+
+
+def messages_prompt(
+    tokenizer: Tokenizer, messages: Sequence[Message], *, continued: bool, max_window_size: int
+) -> Prompt:
+    """A ChatML prompt of turns in the order given, for the assistant to speak next.
+
+    Without a system turn at the beginning the usual one is there. continued: the last turn is left open if it is the
+    assistant's. From the newest back, questions with their answers are taken as in `chat_prompt`, which writes the same
+    tokens for a system turn and pairs of turns.
+    """
+    lead = next((at for at, message in enumerate(messages) if message.role != "system"), len(messages))
+    said = list(messages) if lead else [Message("system", SYSTEM), *messages]
+    lead = max(lead, 1)
+    newline = _encode(tokenizer, ["\n"])
+    continued = continued and said[-1].role == "assistant"
+    turns = [
+        _turn(tokenizer, message.role, _query(tokenizer, message.content, False), end=not continued or at < len(said))
+        for at, message in enumerate(said, 1)
+    ]
+    reply = Prompt() if continued else _join([newline, *_head(tokenizer, "assistant")])
+    groups: list[list[Prompt]] = []
+    for before, message, turn in zip(said[lead - 1 :], said[lead:], turns[lead:], strict=False):
+        if not groups or (before.role == "assistant" and message.role != "assistant"):
+            groups.append([])
+        groups[-1] += [newline, turn]
+    opening = _join([turns[0], *(part for turn in turns[1:lead] for part in (newline, turn))])
+    kept, size = groups[-1:], len(opening.ids)
+    for group in reversed(groups[:-1]):
+        size += sum(len(part.ids) for part in group)
+        if size >= max_window_size:
+            break
+        kept.insert(0, group)
+    return _join([opening, *(part for group in kept for part in group), reply])
 
 
 def raw_prompt(tokenizer: Tokenizer, query: Query, *, markup_images: bool) -> Prompt:
@@ -233,10 +277,13 @@ def _special(tokenizer: Tokenizer, token: str) -> Prompt:
     return Prompt([tokenizer.specials[token]], text=token)
 
 
-def _turn(tokenizer: Tokenizer, role: str, content: Prompt) -> Prompt:
+def _turn(tokenizer: Tokenizer, role: str, content: Prompt, *, end: bool = True) -> Prompt:
+    return _join([*_head(tokenizer, role), content, *([_special(tokenizer, IM_END)] if end else [])])
+
+
+def _head(tokenizer: Tokenizer, role: str) -> list[Prompt]:
     # role, newline and content are encoded apart (make_context: _tokenize_str); together "\n" could merge with the text
-    head = [_special(tokenizer, IM_START), _encode(tokenizer, [role]), _encode(tokenizer, ["\n"])]
-    return _join([*head, content, _special(tokenizer, IM_END)])
+    return [_special(tokenizer, IM_START), _encode(tokenizer, [role]), _encode(tokenizer, ["\n"])]
 
 
 def _join(prompts: Iterable[Prompt]) -> Prompt:

@@ -136,7 +136,7 @@ class ScriptedWorker:
         complete = False
         try:
             for number, request in enumerate(requests):
-                turns = [request.query, *(asked for asked, _ in request.history)]
+                turns = [message.content for message in request.messages if not isinstance(message.content, str)]
                 images = sum("image" in element for turn in turns for element in turn) - self.forgets
                 said = ""
                 for index, piece in enumerate(self.pieces):

@@ -145,7 +145,9 @@ def test_stop_strings_and_max_tokens_end_an_answer(server: Server, scenes: list[
 def test_sampling_options_reach_the_engine_under_their_names() -> None:
     engine = ScriptedWorker("x")
     with serving(engine) as server:
-        options = {"temperature": 0.5, "top_p": 0.25, "extra_body": {"top_k": 3}, "seed": 4, "stop": ["."]}
+        more = {"top_k": 3, "min_p": 0.1, "repetition_penalty": 1.1, "min_tokens": 2, "ignore_eos": True}
+        options = {"temperature": 0.5, "top_p": 0.25, "seed": 4, "stop": ["."], "logit_bias": {"5": -100}}
+        options |= {"presence_penalty": 0.5, "frequency_penalty": -0.5, "extra_body": more | {"stop_token_ids": [9]}}
         server.client.chat.completions.create(model=MODEL, messages=user("a"), max_tokens=5, **options)
         server.client.chat.completions.create(model=MODEL, messages=user("a"), temperature=0)
     assert engine.requests[0].generation == {
@@ -155,6 +157,14 @@ def test_sampling_options_reach_the_engine_under_their_names() -> None:
         "top_k": 3,
         "seed": 4,
         "stop": ["."],
+        "logit_bias": {"5": -100},
+        "presence_penalty": 0.5,
+        "frequency_penalty": -0.5,
+        "min_p": 0.1,
+        "repetition_penalty": 1.1,
+        "min_new_tokens": 2,
+        "ignore_eos": True,
+        "stop_token_ids": [9],
     }
     assert engine.requests[1].generation == {"temperature": 0.0} and engine.requests[1].system == SYSTEM
 
@@ -178,8 +188,12 @@ def test_messages_become_turns() -> None:
         "prompt_tokens_details": {"cached_tokens": 3},
     }
     (request,) = engine.requests
-    assert request.system == "ab" and request.query == [text_element("four")]
-    assert request.history == [([text_element("one"), text_element("\n"), text_element("two")], "three")]
+    assert [(message.role, message.content) for message in request.messages] == [
+        ("system", "ab"),
+        ("user", [text_element("one"), text_element("\n"), text_element("two")]),
+        ("assistant", "three"),
+        ("user", [text_element("four")]),
+    ]
 
 
 def text_element(words: str) -> dict[str, str]:
@@ -194,6 +208,67 @@ def test_the_model_is_listed_and_found_by_name(server: Server) -> None:
         server.client.models.retrieve("gpt-3.5-turbo")
 
 
+def test_every_name_is_listed_found_and_answered_also_one_with_slashes() -> None:
+    names = ["Qwen/Qwen-VL-Chat", "small", "a/b/c"]
+    with serving(ScriptedWorker("x"), model=names[0], aliases=tuple(names[1:]), fingerprint="fp_1") as server:
+        assert [model.id for model in server.client.models.list().data] == names
+        for name in names:
+            assert server.client.models.retrieve(name).id == name
+            assert httpx.get(f"{server.url}/v1/models/{name}").json()["id"] == name
+            said = server.client.chat.completions.create(model=name, messages=user("a"))
+            assert (said.model, said.system_fingerprint) == (name, "fp_1")
+        with pytest.raises(openai.NotFoundError, match="Qwen/Qwen-VL-Chat, small, a/b/c"):
+            server.client.models.retrieve("Qwen/other")
+        with pytest.raises(openai.NotFoundError, match="Qwen/Qwen-VL-Chat"):
+            server.client.chat.completions.create(model="other", messages=user("a"))
+        (chunk, *_) = server.client.chat.completions.create(model="small", messages=user("a"), stream=True)
+        assert chunk.system_fingerprint == "fp_1"
+
+
+def test_an_answer_goes_back_in_as_history_as_clients_dump_it(server: Server, runtime: Runtime, scenes: list) -> None:
+    content = [picture(data_uri(scenes[0].image)), text("Find the red diamond.")]
+    create = server.client.chat.completions.create
+    message = create(model=MODEL, messages=user(content), **GREEDY).choices[0].message
+    litellms = {
+        "provider_specific_fields": {"refusal": None},
+        "annotations": [],
+        "reasoning_content": None,
+        "images": [],
+    }
+    expected = None
+    for dumped in (
+        {"role": "assistant", "content": message.content},
+        message.model_dump(),
+        message.model_dump(exclude_none=True),
+        message.model_dump() | litellms | {"tool_calls": [], "function_call": None, "name": None},
+    ):
+        said = create(model=MODEL, messages=[*user(content), dumped, *user("Describe the picture.")], **GREEDY)
+        expected = expected or said.choices[0].message.content
+        assert said.choices[0].message.content == expected
+
+
+def test_an_assistants_message_is_continued_from_its_last_character(server: Server, scenes: list[Scene]) -> None:
+    content = [picture(data_uri(scenes[0].image)), text("Find the red diamond.")]
+    create = server.client.chat.completions.create
+    whole = create(model=MODEL, messages=user(content), **GREEDY).choices[0].message.content
+    begun = whole[: whole.index(" diamond")]  # as its tokens are cut
+    messages = [*user(content), {"role": "assistant", "content": begun}]
+    said = create(model=MODEL, messages=messages, **GREEDY).choices[0].message
+    assert begun + said.content == whole and len(said.boxes) <= 1
+    chunks = create(model=MODEL, messages=messages, stream=True, **GREEDY)
+    assert begun + "".join(chunk.choices[0].delta.content or "" for chunk in chunks) == whole
+    other = create(model=MODEL, messages=messages, extra_body={"add_generation_prompt": True}, **GREEDY)
+    assert other.usage.prompt_tokens > create(model=MODEL, messages=messages, **GREEDY).usage.prompt_tokens
+
+
+@pytest.mark.parametrize("roles", ["ssu", "us", "usu", "au", "aau", "uaau", "s", "a", "uas"])
+def test_any_order_of_messages_is_answered(server: Server, roles: str) -> None:
+    names = {"s": "system", "u": "user", "a": "assistant"}
+    messages = [{"role": names[role], "content": f"{role}{at}"} for at, role in enumerate(roles)]
+    said = server.post({"model": MODEL, "messages": messages, "max_tokens": 2})
+    assert said.status_code == 200, said.text
+
+
 ONE = user("a")
 WRONG = [
     ({"messages": ONE}, "model", None),
@@ -201,21 +276,21 @@ WRONG = [
     ({"model": MODEL}, "messages", None),
     ({"model": MODEL, "messages": []}, "messages", None),
     ({"model": MODEL, "messages": "hi"}, "messages", None),
-    ({"model": MODEL, "messages": [*ONE, {"role": "assistant", "content": "b"}]}, "messages", None),
-    ({"model": MODEL, "messages": [{"role": "assistant", "content": "b"}, *ONE]}, "messages[0]", None),
-    ({"model": MODEL, "messages": [*ONE, {"role": "system", "content": "b"}]}, "messages[1]", None),
+    ({"model": MODEL, "messages": ONE, "continue_final_message": True}, "continue_final_message", None),
+    ({"model": MODEL, "messages": ONE, "add_generation_prompt": False}, "add_generation_prompt", None),
+    ({"model": MODEL, "messages": [{"role": "assistant", "tool_calls": [{}]}, *ONE]}, "messages[0].tool_calls", None),
     ({"model": MODEL, "messages": [{"role": "tool", "content": "b"}]}, "messages[0].role", None),
     ({"model": MODEL, "messages": user(None)}, "messages[0].content", None),
     ({"model": MODEL, "messages": user([])}, "messages[0].content", None),
     ({"model": MODEL, "messages": user([{"type": "input_audio"}])}, "messages[0].content[0].type", None),
     ({"model": MODEL, "messages": user([{"type": "image_url",
-     "image_url": "x"}])}, "messages[0].content[0].image_url", None),
+     "image_url": 7}])}, "messages[0].content[0].image_url", None),
     ({"model": MODEL, "messages": ONE, "temperature": 2.5}, "temperature", None),
     ({"model": MODEL, "messages": ONE, "temperature": True}, "temperature", None),
     ({"model": MODEL, "messages": ONE, "top_p": 0}, "top_p", None),
-    ({"model": MODEL, "messages": ONE, "top_k": -1}, "top_k", None),
+    ({"model": MODEL, "messages": ONE, "top_k": -2}, "top_k", None),
     ({"model": MODEL, "messages": ONE, "max_tokens": 0}, "max_tokens", None),
-    ({"model": MODEL, "messages": ONE, "max_tokens": 5, "max_completion_tokens": 5}, "max_tokens", None),
+    ({"model": MODEL, "messages": ONE, "max_tokens": 5, "max_completion_tokens": 6}, "max_tokens", None),
     ({"model": MODEL, "messages": ONE, "n": 9}, "n", None),
     ({"model": MODEL, "messages": ONE, "seed": 1.5}, "seed", None),
     ({"model": MODEL, "messages": ONE, "stop": ["a"] * 5}, "stop", None),
@@ -227,7 +302,7 @@ WRONG = [
     ({"model": MODEL, "messages": ONE, "top_logprobs": 3}, "top_logprobs", None),
     ({"model": MODEL, "messages": ONE, "response_format": {"type": "xml"}}, "response_format.type", None),
     ({"model": MODEL, "messages": ONE, "tools": [{}]}, "tools", "unsupported_parameter"),
-    ({"model": MODEL, "messages": ONE, "presence_penalty": 1}, "presence_penalty", "unsupported_parameter"),
+    ({"model": MODEL, "messages": ONE, "presence_penalty": 3}, "presence_penalty", None),
 ]  # fmt: skip
 
 
@@ -248,8 +323,8 @@ def test_neutral_values_that_clients_send_are_taken(server: Server) -> None:
 def test_a_prompt_that_does_not_fit_is_a_400_with_both_numbers(server: Server) -> None:
     for stream in (False, True):
         response = server.ask("word " * 9000, stream=stream)
-        assert response.status_code == 400 and response.json()["error"]["code"] == "bad_prompt"
-        assert "the context holds 8192" in response.json()["error"]["message"]
+        assert response.status_code == 400 and response.json()["error"]["code"] == "context_length_exceeded"
+        assert "this model's maximum context length is 8192 tokens" in response.json()["error"]["message"]
 
 
 def test_paths_and_methods_that_do_not_exist_are_refused_in_openais_shape(server: Server) -> None:
@@ -258,6 +333,10 @@ def test_paths_and_methods_that_do_not_exist_are_refused_in_openais_shape(server
     assert wrong.value.code == "model_not_found" and wrong.value.param == "model"
     missing = httpx.get(f"{server.url}/v1/nothing")
     assert missing.status_code == 404 and missing.json()["error"]["code"] == "not_found"
+    message = missing.json()["error"]["message"]
+    assert "there is no /v1/nothing here" in message and "/v1/chat/completions" in message and "/v1/models" in message
+    odd = httpx.get(f"{server.url}/v1/<b>%0d%0ax").json()["error"]["message"]
+    assert odd.startswith("there is no such path here")
     for method in ("GET", "OPTIONS", "PUT"):
         response = httpx.request(method, f"{server.url}/v1/chat/completions")
         assert response.status_code == 405 and response.headers["allow"] == "POST"

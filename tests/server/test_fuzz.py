@@ -53,6 +53,16 @@ def bodies() -> list[dict[str, Any]]:
     ]
 
 
+OTHERS = [
+    ("completions", {"model": MODEL, "prompt": ["hello", [5, 6]], "max_tokens": 3, "logprobs": 1, "stop": ["x"]}),
+    ("completions", {"model": MODEL, "prompt": "hello", "max_tokens": 3, "stream": True, "logit_bias": {"5": 1}}),
+    ("responses", {"model": MODEL, "max_output_tokens": 3, "instructions": "be brief", "stream": True, "input": [
+        {"role": "user", "content": [{"type": "input_text", "text": "x"}]},
+        {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "y"}]}]}),
+    ("responses", {"model": MODEL, "max_output_tokens": 3, "input": "a", "text": {"format": {"type": "json_object"}}}),
+]  # fmt: skip
+
+
 def places(value: Any) -> list[tuple[Any, Any]]:
     """Every (container, key) below a JSON value."""
     items = (
@@ -105,10 +115,14 @@ def test_no_body_makes_a_500_and_the_next_request_is_answered(tmp_path: Path, vi
     with serving(engine) as server, httpx.Client(base_url=server.url, timeout=60) as client:
         for body in made:  # they are valid as they are
             assert client.post("/v1/chat/completions", json=body).status_code == 200, body
+        for kind, body in OTHERS:
+            assert client.post(f"/v1/{kind}", json=body).status_code == 200, body
+        choices = [*(("chat/completions", body) for body in made), *OTHERS]
         for number in range(COUNT):
-            raw = mutated(rng.choice(made), rng)
+            path, body = rng.choice(choices)
+            raw = mutated(body, rng)
             kind = "application/json" if rng.random() < 0.98 else "text/plain"
-            response = client.post("/v1/chat/completions", content=raw, headers={"content-type": kind})
+            response = client.post(f"/v1/{path}", content=raw, headers={"content-type": kind})
             assert response.status_code in ALLOWED, (number, raw[:2000], response.text)
             if response.status_code != 200:
                 assert set(response.json()["error"]) == {"message", "type", "param", "code"}, raw[:2000]

@@ -5,6 +5,7 @@ import json
 import logging
 import socket
 import sys
+import time
 
 import httpx
 import pytest
@@ -19,7 +20,17 @@ from .harness import MODEL, ScriptedWorker, Server, serving
 pytestmark = pytest.mark.slow
 
 KEY = "sesame-ключ"
-API = ("/v1/models", "/v1/models/small", "/v1/chat/completions", "/metrics", "/openapi.json", "/nothing", "/docs")
+API = (
+    "/v1/models",
+    "/v1/models/small",
+    "/v1/chat/completions",
+    "/v1/completions",
+    "/v1/responses",
+    "/metrics",
+    "/openapi.json",
+    "/nothing",
+    "/docs",
+)
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +109,60 @@ def test_a_foreign_page_gets_no_leave_from_the_browser(open_server: Server) -> N
         assert not [name for name in response.headers if name.startswith("access-control")]
 
 
+@pytest.mark.parametrize("host", ["host.docker.internal:8000", "qvl.internal", "192.168.1.7", "box.local"])
+def test_with_a_key_a_private_name_works_and_without_one_the_refusal_says_so(
+    locked: Server, open_server: Server, host: str
+) -> None:
+    good = {"authorization": f"Bearer {KEY}".encode(), "host": host.encode()}
+    assert httpx.get(f"{locked.url}/v1/models", headers=good).status_code == 200
+    refused = httpx.get(f"{open_server.url}/v1/models", headers={"host": host})
+    assert refused.status_code == 400 and "with an API key" in refused.json()["error"]["message"]
+    assert "host.docker.internal" in refused.json()["error"]["message"]
+
+
+APP = "https://app.example.org"
+
+
+def test_only_pages_of_the_allowed_origins_may_read_responses() -> None:
+    asked = {"access-control-request-method": "POST", "access-control-request-headers": "authorization,x-stainless-os"}
+    with serving(ScriptedWorker("x"), access=Access("127.0.0.1", KEY, (APP,))) as server:
+        path, key = f"{server.url}/v1/chat/completions", {"authorization": f"Bearer {KEY}".encode()}
+        leave = httpx.options(path, headers={"origin": APP, **asked})  # a browser asks without the key
+        assert leave.status_code == 200 and leave.headers["access-control-allow-origin"] == APP
+        assert "x-stainless-os" in leave.headers["access-control-allow-headers"]
+        foreign = httpx.options(path, headers={"origin": "https://evil.example", **asked})
+        assert foreign.status_code == 400 and "access-control-allow-origin" not in foreign.headers
+        models = f"{server.url}/v1/models"
+        said = httpx.get(models, headers={"origin": APP.encode(), **key})
+        assert said.headers["access-control-allow-origin"] == APP and "origin" in said.headers["vary"].lower()
+        assert said.headers["x-frame-options"] == "DENY"
+        other = httpx.get(models, headers={b"origin": b"https://evil.example", **key})
+        assert "access-control-allow-origin" not in other.headers
+        assert httpx.get(models, headers={"origin": APP}).status_code == 401
+
+
+def test_an_origin_lets_in_no_other_host_and_no_page_at_all_without_a_key() -> None:
+    with serving(ScriptedWorker("x"), access=Access("127.0.0.1", None, (APP,))) as server:
+        assert httpx.get(f"{server.url}/v1/models", headers={"origin": APP, "host": "evil.example"}).status_code == 400
+    assert Access("127.0.0.1", KEY, ("*",)).origins == ("*",)
+    with pytest.raises(ConfigError, match="QVL_EDGE_API_KEY"):
+        Access("127.0.0.1", None, ("*",))
+    for origin in ("app.example.org", "null", "https://a.example/", "https://*.example", "https://a.example\n", ""):
+        with pytest.raises(ConfigError, match="--allowed-origins"):
+            Access("127.0.0.1", KEY, (origin,))
+
+
+def test_every_response_has_the_id_of_its_request(open_server: Server) -> None:
+    given = {"x-request-id": "req_1:a.b-c"}
+    for path in ("/v1/models", "/nothing", "/health"):
+        assert httpx.get(open_server.url + path, headers=given).headers["x-request-id"] == given["x-request-id"]
+    made = {httpx.get(f"{open_server.url}/health").headers["x-request-id"] for _ in range(2)}
+    assert len(made) == 2 and all(len(each) == 32 for each in made)
+    for odd in ("a b", "x" * 129, "é"):
+        headers = {b"x-request-id": odd.encode()}
+        assert len(httpx.get(f"{open_server.url}/health", headers=headers).headers.get_list("x-request-id")[0]) == 32
+
+
 @pytest.mark.parametrize("path", ["/", "/health", "/v1/models", "/nothing"])
 def test_every_response_has_its_security_headers(open_server: Server, path: str) -> None:
     headers = httpx.get(open_server.url + path).headers
@@ -118,6 +183,37 @@ def test_a_declared_and_an_undeclared_large_body_are_refused_while_they_come(mon
             head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
             connection.sendall(f"{head}Content-Length: 10000000000\r\n\r\n".encode())
             assert b" 413 " in connection.recv(1000)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/nothing", "/v1/models"])
+@pytest.mark.parametrize("keep", ["keep-alive", "close"])
+def test_a_refusal_of_an_unread_body_arrives(path: str, keep: str) -> None:
+    with serving(ScriptedWorker("x"), max_body_bytes=1000) as server:
+        host, port = server.url[7:].split(":")
+        size = 8 << 20  # more than the buffers of both ends hold
+        head = f"POST {path} HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\nConnection: {keep}\r\n"
+        for _ in range(3):
+            with socket.create_connection((host, int(port)), timeout=30) as connection:
+                connection.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode())
+                time.sleep(0.05)  # the refusal is sent by now
+                connection.sendall(b"x" * size)
+                assert connection.recv(1000).startswith((b"HTTP/1.1 413", b"HTTP/1.1 404", b"HTTP/1.1 405"))
+
+
+def test_a_body_without_an_end_is_read_within_bounds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "DRAIN_BYTES", 100_000)
+    with serving(ScriptedWorker("x"), max_body_bytes=1000) as server:
+        host, port = server.url[7:].split(":")
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {host}\r\nContent-Type: application/json\r\n"
+            connection.sendall(f"{head}Content-Length: 10000000000\r\n\r\n".encode())
+            with pytest.raises(OSError):
+                for _ in range(10_000):
+                    connection.sendall(b"x" * 100_000)
+        monkeypatch.setattr(guard, "DRAIN_S", 0.05)
+        with socket.create_connection((host, int(port)), timeout=30) as connection:
+            connection.sendall(f"{head}Content-Length: 10000000000\r\n\r\n".encode())
+            assert b" 413 " in connection.makefile("rb").read()  # to the end of the connection
 
 
 def test_a_body_that_trickles_in_is_cut(open_server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,4 +282,7 @@ def test_the_log_says_why_without_what(open_server: Server, caplog: pytest.LogCa
     open_server.post({"model": secret, "messages": [], secret: 1})
     httpx.get(f"{open_server.url}/{secret}?{secret}", headers={"authorization": f"Bearer {secret}"})
     ours = [record.getMessage() for record in caplog.records if record.name == "qvl_edge.server"]
-    assert ours == ["refused POST: 400 invalid_request_error", "refused POST: 400 unknown_parameter"]
+    assert ours == [
+        "refused POST: 400 invalid_request_error temperature",
+        "refused POST: 400 unknown_parameter model messages",
+    ]

@@ -96,9 +96,12 @@ def test_a_port_that_is_taken_is_said_before_the_model_is_loaded(capsys) -> None
     assert "take another --host or --port" in said and "loaded" not in said
 
 
+REQUEST = request_model(MODEL, Limits(messages=9, n=3))
+
+
 def described() -> dict[str, Any]:
     """The properties of a chat request in the OpenAPI document."""
-    schemas = document(request_model(MODEL, Limits(messages=9, n=3)), keyed=True)["components"]["schemas"]
+    schemas = document(REQUEST, keyed=True)["components"]["schemas"]
     return schemas["ChatCompletionRequest"]["properties"]
 
 
@@ -106,9 +109,11 @@ def test_the_description_names_exactly_the_fields_that_are_read() -> None:
     assert described().keys() == {
         *("model", "messages", "max_tokens", "max_completion_tokens", "temperature", "top_p", "top_k", "stop"),
         *("repetition_penalty", "n", "seed", "stream", "stream_options", "logprobs", "top_logprobs", "response_format"),
-        *("presence_penalty", "frequency_penalty", "min_p", "logit_bias", "tools", "tool_choice", "functions"),
-        *("parallel_tool_calls", "modalities", "user", "metadata", "store", "service_tier", "safety_identifier"),
-        "prompt_cache_key",
+        *("presence_penalty", "frequency_penalty", "min_p", "logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
+        *("structured_outputs", "guided_json", "guided_regex", "guided_choice"),
+        *("continue_final_message", "add_generation_prompt"),
+        *REQUEST.neutral,
+        *REQUEST.ignored,
     }
 
 

@@ -1,0 +1,220 @@
+"""From the body of a request to its response, or to its stream of server-sent events, for every kind of request."""
+
+import asyncio
+import contextlib
+import time
+from abc import ABC, abstractmethod
+from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
+
+from pydantic import BaseModel
+from starlette import requests
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from qvl_edge.answer import Answer, TokenLogprob
+from qvl_edge.engine.request import Piece, Request
+from qvl_edge.engine.worker import Worker
+from qvl_edge.errors import EngineError, QueueFull, QvlError
+from qvl_edge.server import fields
+from qvl_edge.server.guard import log_refusal, parse_json, read_body
+from qvl_edge.server.messages import Conversation
+from qvl_edge.server.metrics import Metrics
+from qvl_edge.server.protocol import Box
+from qvl_edge.server.refusal import Refusal, engine_refusal, invalid
+from qvl_edge.server.settings import Settings
+
+CLIENT_CLOSED = 499  # nginx's status for a client that left before its answer was complete; only the metrics see it
+STREAM_HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),
+]
+Event: TypeAlias = tuple[int, Piece | Answer]
+Asked = TypeVar("Asked", bound=fields.Request)
+
+
+class Disconnected(Exception):
+    """The caller closed the connection."""
+
+
+class Backend:
+    """The worker, as all endpoints share it."""
+
+    def __init__(self, worker: Worker, settings: Settings, metrics: Metrics):
+        self.worker, self.settings, self.metrics = worker, settings, metrics
+        self.in_flight = 0
+
+    @contextlib.contextmanager
+    def place(self) -> Any:
+        """A place among the concurrent requests. QueueFull if all are taken."""
+        if self.in_flight >= self.settings.max_concurrent:
+            raise QueueFull(self.in_flight)
+        self.in_flight += 1
+        try:
+            yield
+        finally:
+            self.in_flight -= 1
+
+    async def load_images(self, conversation: Conversation, param: str) -> None:
+        """Put the images in the place of their URLs."""
+        count, most = len(conversation.images), self.settings.limits.images
+        if count > most:
+            raise invalid(param, f"{count} images, at most {most} are accepted", code="too_many_images")
+        for element, where in conversation.images:
+            element["image"] = await self.settings.media.load(element["image"], where)
+
+    async def events(self, asked: list[Request], whole: bool, receive: Receive) -> AsyncGenerator[Event | None, None]:
+        """The worker's events, and None where there was none for ping_s. Disconnected when the caller has left."""
+        events, began = self.worker.stream(asked, whole=whole), time.perf_counter()
+        answers: list[Answer] = []
+        silent = True
+        gone = asyncio.ensure_future(_disconnected(receive))
+        step = asyncio.ensure_future(anext(events, None))
+        try:
+            while True:
+                await asyncio.wait({step, gone}, timeout=self.settings.ping_s, return_when=asyncio.FIRST_COMPLETED)
+                if not step.done():
+                    if gone.done():
+                        raise Disconnected
+                    yield None
+                    continue
+                event = step.result()
+                if event is None:
+                    self.metrics.answered(answers, time.perf_counter() - began)
+                    return
+                if silent:
+                    self.metrics.first_token_s.observe(time.perf_counter() - began)
+                    silent = False
+                if isinstance(event[1], Answer):
+                    answers.append(event[1])
+                yield event
+                step = asyncio.ensure_future(anext(events, None))
+        finally:
+            gone.cancel()
+            step.cancel()
+            await asyncio.wait({step})
+            await events.aclose()
+
+
+class Reply(ABC):
+    """The worker's events as the response to one request, whose conversation has so many `images`."""
+
+    end: ClassVar[str] = "data: [DONE]\n\n"  # what a stream ends with
+
+    def __init__(self, images: int = 0) -> None:
+        self.images = images
+        self.texts: dict[int, str] = {}  # of each answer that has begun, as it came
+        self.logprobs: dict[int, list[TokenLogprob]] = {}
+        self.answers: dict[int, Answer] = {}
+
+    def add(self, index: int, event: Piece | Answer) -> None:
+        """Keep what `whole` and `last_events` are made of."""
+        self.texts.setdefault(index, "")
+        logprobs = self.logprobs.setdefault(index, [])
+        if isinstance(event, Piece):
+            self.texts[index] += event.text
+            logprobs += event.logprobs
+        else:
+            self.answers[index] = event
+
+    def boxes(self, answer: Answer) -> list[Box]:
+        """`image` counts the request's images; those of the oldest turns may have been left out of the prompt."""
+        left_out = self.images - answer.usage.images
+        return [Box(**{**box.to_dict(), "image": box.image + left_out}) for box in answer.boxes]
+
+    @abstractmethod
+    def whole(self) -> BaseModel:
+        """The response, once all answers are complete."""
+
+    @abstractmethod
+    def events(self, index: int, event: Piece | Answer) -> Iterable[BaseModel]:
+        """What a stream says of an event, which is added."""
+
+    @abstractmethod
+    def last_events(self) -> Iterable[BaseModel]:
+        """What a stream says once all answers are complete."""
+
+    def error(self, refusal: Refusal) -> BaseModel:
+        """What a stream says of an error after it has begun."""
+        return refusal.body
+
+
+Read: TypeAlias = Callable[[Asked], Awaitable[tuple[list[Request], Reply]]]
+"""A checked body -> what the engine is asked, and the reply that takes its answers."""
+
+
+class Endpoint(Generic[Asked]):
+    """POST of one kind of request, an ASGI application."""
+
+    def __init__(self, backend: Backend, model: type[Asked], read: "Read[Asked]"):
+        self.backend, self.model, self.read = backend, model, read
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """One request. Refusal for what goes wrong before the response has begun."""
+        try:
+            with self.backend.place():  # refused before the body is read: bodies take memory
+                await self._answer(requests.Request(scope, receive), send)
+        except Disconnected:
+            await Response(status_code=CLIENT_CLOSED)(scope, receive, send)
+        except (QvlError, EngineError) as error:
+            raise engine_refusal(error) from None
+
+    async def _answer(self, request: requests.Request, send: Send) -> None:
+        body = await read_body(request, self.backend.settings.max_body_bytes)
+        # what takes long is done off the event loop
+        asked = await asyncio.to_thread(lambda: self.model.parse(parse_json(body)))
+        wanted, reply = await self.read(asked)
+        events = self.backend.events(wanted, not asked.stream, request.receive)
+        async with contextlib.aclosing(events):
+            if asked.stream:
+                await _stream(reply, events, send)
+                return
+            async for event in events:
+                if event is not None:
+                    reply.add(*event)
+        await json_response(reply.whole())(request.scope, request.receive, send)
+
+
+async def _stream(reply: Reply, events: AsyncGenerator[Event | None, None], send: Send) -> None:
+    """Send the events as they come. What goes wrong before the first one is raised, to get its own status."""
+    begun = False
+    try:
+        async for event in events:
+            if not begun:
+                await send({"type": "http.response.start", "status": 200, "headers": STREAM_HEADERS})
+                begun = True
+            lines = ": ping\n\n" if event is None else sse(reply.events(*event))
+            await send({"type": "http.response.body", "body": lines.encode(), "more_body": True})
+        lines = sse(reply.last_events())
+    except (Disconnected, QvlError, EngineError) as error:
+        if not begun:
+            raise
+        if isinstance(error, Disconnected):
+            return
+        refusal = engine_refusal(error)
+        log_refusal(refusal, "POST")
+        lines = sse([reply.error(refusal)])
+    await send({"type": "http.response.body", "body": f"{lines}{reply.end}".encode()})
+
+
+def json_response(body: BaseModel) -> Response:
+    """A response with the fields that are set."""
+    return Response(_json(body), media_type="application/json")
+
+
+def sse(bodies: Iterable[BaseModel]) -> str:
+    """Server-sent events; one with a `type` is named by it."""
+    kinds: Sequence[tuple[str | None, BaseModel]] = [(getattr(body, "type", None), body) for body in bodies]
+    return "".join(
+        f"event: {kind}\ndata: {_json(body)}\n\n" if kind else f"data: {_json(body)}\n\n" for kind, body in kinds
+    )
+
+
+def _json(body: BaseModel) -> str:
+    return body.model_dump_json(exclude_unset=True, by_alias=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
