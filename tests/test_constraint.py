@@ -10,7 +10,7 @@ import pytest
 import torch
 from conftest import byte_tokenizer, write_small_checkpoint
 
-from qvl_edge import ConfigError, Runtime
+from qvl_edge import ConfigError, Runtime, child
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
 from qvl_edge.engine.schema import closed
 from qvl_edge.text.tokenizer import BOX, BOX_END, IM_END, REF, REF_END, Tokenizer
@@ -271,3 +271,15 @@ def test_the_end_comes_early_only_where_the_format_leaves_nothing_else() -> None
     constraint = MinNewTokens(1, frozenset({3}), 4)
     constraint.accept(0)
     assert constraint.allowed().all()
+
+
+def test_a_schema_that_compiles_for_ever_is_refused_once_and_for_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer, started = byte_tokenizer(), []
+    start = child.start
+    monkeypatch.setattr(child, "start", lambda *a, **options: started.append(a) or start(*a, **options))
+    monkeypatch.setattr("qvl_edge.engine.compile_check.LIMIT_S", 1)
+    schema = {"type": "integer", "multipleOf": 10_000_019}
+    for _ in range(2):
+        with pytest.raises(ConfigError, match="to compile; make it simpler"):
+            constraint_for({"type": "json_schema", "json_schema": {"schema": schema}}, tokenizer, VOCAB, frozenset({2}))
+    assert len(started) == 1

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from qvl_edge.engine.compile_check import check_compiles
 from qvl_edge.engine.sampling import Constraint
 from qvl_edge.engine.schema import closed
 from qvl_edge.errors import ConfigError
@@ -74,6 +75,8 @@ def constraint_for(
             grammar = matcher.grammar_from_json_schema(text, overrides=options)
         except ValueError as error:
             raise ConfigError(f"the JSON schema cannot be used: {error}") from None
+    if kind != "boxes":
+        check_compiles(grammar)
     return Grammar(matcher(encoding, grammar, log_level=0), vocab)
 
 
