@@ -1,8 +1,8 @@
 """Whether llguidance compiles a grammar within limits, tried in a process of its own.
 
-llguidance bounds the work of a step, but not that of its first regular expressions: {"multipleOf": 10000019} takes 45 MB
-a second until the system kills the process (llguidance 1.9). That work depends on the grammar alone, so a vocabulary of
-bytes will do.
+llguidance bounds the work of a step, but not that of its first regular expressions: {"multipleOf": 10000019} takes 45
+MB a second until the system kills the process (llguidance 1.9). That work depends on the grammar alone, so a vocabulary
+of bytes will do.
 """
 
 import functools
