@@ -191,6 +191,14 @@ def ask(scene: Scene, kind: str, language: str, rng: np.random.Generator) -> Que
     return Question(kind, language, text, answer, target if kind in ("find", "at", "colour") else None)
 
 
+def ask_any(scene: Scene, rng: np.random.Generator) -> Question:
+    """A question of a random kind and language that `scene` has something to ask about; colours are left out."""
+    while True:
+        kind = str(rng.choice(["find", "count", "read", "describe", "at"]))
+        if (question := ask(scene, kind, str(rng.choice(["en", "zh"])), rng)) is not None:
+            return question
+
+
 def ask_which(scenes: tuple[Scene, Scene], language: str, rng: np.random.Generator) -> Question | None:
     """Which of two pictures shows a shape; None if no shape is on only one of them."""
     names = [{(shape.colour, shape.kind) for shape in scene.shapes} for scene in scenes]

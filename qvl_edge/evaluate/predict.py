@@ -7,6 +7,7 @@ run was interrupted.
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -114,12 +115,12 @@ def predict_all(
                 f"{path} holds item {prediction.id!r} where {item.id!r} is expected; remove that file to start again"
             )
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_jsonl(path, [wanted, *(prediction.to_dict() for prediction in found[:kept])])
+    write_jsonl(path, [wanted, *map(asdict, found[:kept])])
     predictions = {prediction.id: prediction for prediction in found[:kept]}
     with tqdm(total=len(items), initial=kept, desc=path.stem, unit="item") as bar:
         for first in range(kept, len(items), CHUNK):
             made = predictor.predict(items[first : first + CHUNK])
-            append_jsonl(path, [one.to_dict() for one in made])
+            append_jsonl(path, map(asdict, made))
             predictions |= {one.id: one for one in made}
             bar.update(len(made))
     return predictions

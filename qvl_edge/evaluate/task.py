@@ -1,7 +1,7 @@
 """What an evaluation is made of: items and predictions, the metrics they give, and the task that ties them together."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -49,13 +49,9 @@ class Prediction:
     choice: int | None = None  # index of the likeliest option
     logprobs: tuple[float, ...] = ()  # summed natural log-probability of each option
 
-    def to_dict(self) -> dict[str, Any]:
-        """Plain values for JSON."""
-        return asdict(self)
-
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Prediction":
-        """Reads what to_dict returned."""
+        """Reads a line of a file of predictions."""
         return cls(values["id"], values["text"], values["choice"], tuple(values["logprobs"]))
 
 
