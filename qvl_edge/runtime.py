@@ -44,7 +44,8 @@ from qvl_edge.text.prompt import (
 from qvl_edge.text.tokenizer import TextStream, Tokenizer
 from qvl_edge.vision.encoder import VisionEncoder
 from qvl_edge.vision.features import FeatureCache
-from qvl_edge.vision.image import BACKGROUND, check_background, load_image, load_picture
+from qvl_edge.vision.image import load_image, load_picture
+from qvl_edge.vision.rgb import BACKGROUND, check_background
 from qvl_edge.vision.source import ImageLike
 from qvl_edge.vit_cache import Progress, exported_vit
 

@@ -13,7 +13,7 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import CalibrationError, ConfigError
 from qvl_edge.model.loading import load_visual
-from qvl_edge.text.conversations import digest_of, make_sample, read_samples
+from qvl_edge.text.conversations import _located, digest_of, make_sample, read_samples
 from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, Tokenizer
 from qvl_edge.vision.image import load_image, to_pixels
 
@@ -83,6 +83,12 @@ def test_a_conversation_becomes_the_text_that_the_model_was_trained_on(folder: P
     assert sample.ids.index(pad) == start
     assert sample.ids[start : start + IMAGE_TOKENS] == [pad] * IMAGE_TOKENS
     assert sample.ids.count(pad) == IMAGE_TOKENS
+
+
+def test_only_a_path_starts_from_the_folder_of_its_file(tmp_path: Path) -> None:
+    assert _located("a.png", tmp_path) == str(tmp_path / "a.png")
+    for text in ("data:image/png;base64,AA", "https://example.org/a", "file:///a.png", "iVBORw0KGgo" + "A" * 40):
+        assert _located(text, tmp_path) == text
 
 
 def test_features_of_each_picture_stand_in_its_slots_and_embeddings_elsewhere(

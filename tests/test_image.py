@@ -2,6 +2,7 @@
 
 import base64
 import io
+import re
 import struct
 import zlib
 from pathlib import Path
@@ -14,8 +15,10 @@ from pictures import ORIENTED, chunk, encoded, exif, grey, jpeg, png, tiff
 from PIL import Image, ImageOps
 
 from qvl_edge.errors import ConfigError, ImageError
+from qvl_edge.vision.formats import WEB_FORMATS
 from qvl_edge.vision.image import (
     MAX_PIXELS,
+    MAX_SIDE,
     MEAN,
     STD,
     Frame,
@@ -25,6 +28,7 @@ from qvl_edge.vision.image import (
     load_picture,
     to_pixels,
 )
+from qvl_edge.vision.source import MAX_FILE_BYTES
 
 
 @pytest.mark.parametrize("model", GOLDEN_MODELS)
@@ -108,6 +112,19 @@ def test_normalization_is_the_written_formula() -> None:
     np.testing.assert_allclose(pixels[0, :, 2, 1].double().numpy(), expected, rtol=1e-6)
 
 
+def test_the_page_of_rules_has_the_numbers_and_formats_of_the_code() -> None:
+    page = (Path(__file__).parent.parent / "docs/pictures.md").read_text(encoding="utf-8")
+    for words in (
+        f"{MAX_PIXELS // 10**6} megapixels",
+        f"{MAX_SIDE:,} pixels a side",
+        f"{MAX_FILE_BYTES >> 20} MB a file",
+    ):
+        assert words in page
+    (listed,) = (line for line in page.splitlines() if line.startswith("| Formats in Python"))
+    named = re.findall(r"[A-Z][A-Za-z]+", listed.partition("opens: ")[2])[: len(WEB_FORMATS)]
+    assert [name.upper() for name in named] == list(WEB_FORMATS)
+
+
 # ---------------------------------------------------------------- the square that is kept
 
 
@@ -152,6 +169,13 @@ def test_a_picture_stays_as_it_is_and_is_for_one_size() -> None:
 
 
 # ---------------------------------------------------------------- orientation
+
+
+@pytest.mark.parametrize("orientation", [0, 9, "6", 6.0, None])
+def test_a_tag_set_by_a_caller_counts_where_it_makes_sense(orientation) -> None:
+    image = Image.new("RGB", (4, 2))
+    image.getexif()[0x112] = orientation
+    assert load_picture(image, 448).frame == ((2, 4, True) if orientation == 6 else (4, 2, False))
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

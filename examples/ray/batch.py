@@ -24,7 +24,7 @@ from qvl_edge.errors import ConfigError, QvlError
 from qvl_edge.files import read_json, replacing, write_json
 from qvl_edge.runtime import Runtime
 
-SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif"}
+SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".avif", ".tif", ".tiff", ".heic"}
 JOB = "_job.json"  # the job's parameters; readers of Parquet folders skip names that begin with _
 PARTS = "part-*.parquet"
 SCHEMA = pa.schema(

@@ -143,7 +143,7 @@ def _path(args: argparse.Namespace) -> str:
 def _media(args: argparse.Namespace) -> "Media":
     from qvl_edge.server.fetch import Fetcher
     from qvl_edge.server.media import Media
-    from qvl_edge.vision.image import BACKGROUND, check_background
+    from qvl_edge.vision.rgb import BACKGROUND, check_background
 
     root = args.allowed_local_media_path
     if root is not None and not root.is_dir():

@@ -9,11 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from qvl_edge.errors import ImageError
+from qvl_edge.errors import ImageError, OutOfMemory
 from qvl_edge.server.fetch import MAX_BYTES, Fetcher
 from qvl_edge.server.refusal import Refusal, invalid
 from qvl_edge.vision.formats import served_formats
-from qvl_edge.vision.image import BACKGROUND, Picture, load_picture
+from qvl_edge.vision.image import Picture, load_picture
+from qvl_edge.vision.rgb import BACKGROUND
 from qvl_edge.vision.source import from_base64, from_data_uri, is_base64
 
 # One picture is decoded at a time anyway; those that wait must not take the threads that read other requests.
@@ -42,6 +43,8 @@ class Media:
             return load_picture(content, self.image_size, background=self.background, accepted=served_formats())
         except ImageError as error:
             raise invalid(param, str(error), code="bad_image") from None
+        except MemoryError:
+            raise OutOfMemory("there is no memory to decode the image now; send a smaller one, or try later") from None
 
     async def _read(self, url: str, param: str) -> bytes:
         found = _SCHEME.match(url)

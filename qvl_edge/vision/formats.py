@@ -81,7 +81,7 @@ def unreadable(content: bytes, accepted: tuple[str, ...]) -> str:
     if name := name_of(content):
         if name not in accepted:
             return f"is a {name} picture, which is not accepted here; save it as JPEG or PNG"
-        return f"begins as a {name} picture, but its header is damaged or cut"
+        return f"begins as a {name} picture, but is none that can be read; save it as PNG or JPEG"
     what = next((words for pattern, words in _OTHERS if pattern.match(content[:4096])), None)
     return f"is {what or 'not an image that can be read'}; accepted are {', '.join(accepted)}"
 

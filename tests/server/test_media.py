@@ -169,6 +169,14 @@ def test_a_picture_is_decoded_once_for_all_answers(scripted, png: bytes, monkeyp
     assert one is two is three and isinstance(one, Picture)
 
 
+def test_no_memory_for_a_picture_is_no_fault_of_the_caller(scripted, png: bytes, monkeypatch) -> None:
+    def load_picture(*_, **__) -> Picture:
+        raise MemoryError
+
+    monkeypatch.setattr(media, "load_picture", load_picture)
+    assert scripted[1].ask([picture(data_uri(png))]).status_code == 503
+
+
 def test_the_refusal_names_the_part(scripted) -> None:
     _, server = scripted
     error = server.ask([text("a"), picture("data:image/png;base64,@")]).json()["error"]
