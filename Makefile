@@ -2,6 +2,7 @@
 # make quick         set up .venv and run the tests that take a minute together
 # make test          set up .venv and run all tests
 # make test-interop  the tests against auto-gptq, optimum and peft, in an environment of their own
+# make test-gptqmodel  those against GPTQModel, whose transformers is too new for auto-gptq, likewise
 # make check         lint and types
 # make fix           format, and fix lint automatically
 # make clean         remove everything that the targets above make
@@ -9,10 +10,11 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INTEROP := .venv-interop/bin
+GPTQMODEL := .venv-gptqmodel/bin
 # two processes, a file of tests in one of them: its fixtures load a model once; in the order of tests/conftest.py
 TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: demo quick test check fix test-interop clean
+.PHONY: demo quick test check fix test-interop test-gptqmodel clean
 
 demo: .venv/ready
 	$(BIN)/qvl-edge demo
@@ -35,8 +37,11 @@ fix: .venv/ready
 test-interop: .venv-interop/ready
 	$(INTEROP)/python -m pytest -m interop tests/interop
 
+test-gptqmodel: .venv-gptqmodel/ready
+	CUDA_VISIBLE_DEVICES= $(GPTQMODEL)/python -m pytest -m interop tests/interop/test_gptqmodel.py
+
 clean:
-	rm -rf .venv .venv-interop demo-output build dist *.egg-info
+	rm -rf .venv .venv-interop .venv-gptqmodel demo-output build dist *.egg-info
 
 # torch first and alone: it is the one package whose newest version must not be taken, not even to build another one
 .venv/ready: setup.py constraints.txt
@@ -50,4 +55,10 @@ clean:
 	$(INTEROP)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints-interop.txt)" setuptools wheel
 	$(INTEROP)/pip install --quiet --disable-pip-version-check --no-build-isolation -c constraints-interop.txt \
 		-e '.[cpu,export,interop]' pytest
+	touch $@
+
+.venv-gptqmodel/ready: setup.py
+	$(PYTHON) -m venv .venv-gptqmodel
+	$(GPTQMODEL)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(GPTQMODEL)/pip install --quiet --disable-pip-version-check gptqmodel==7.6.0 -e '.[cpu]' pytest
 	touch $@

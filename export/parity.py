@@ -216,6 +216,11 @@ def require(parity: Parity) -> None:
         return
     for stage in parity.stages:
         if not math.isfinite(stage.range):
+            if parity.dtype == "float32":
+                raise ParityError(
+                    f"the float32 graph computes NaN or infinity in {stage.stage}. Nothing was written. The weights "
+                    "are damaged, or of a training that diverged"
+                )
             raise ParityError(
                 f"the {parity.dtype} graph computes values beyond the range of its dtype (float16 ends at 65504) in "
                 f"{stage.stage}. Nothing was written. Export with --dtype float32"

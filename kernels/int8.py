@@ -54,7 +54,7 @@ def quantize_int8(weight: Tensor) -> Int8Weight:
         largest = rows.abs().amax(1)
         if not bool(largest.isfinite().all()):
             row = first + int((~largest.isfinite()).nonzero()[0])
-            raise ValueError(f"row {row} of {len(weight)} holds NaN or infinity; the weight is damaged")
+            raise ValueError(f"row {row} of {len(weight)} holds NaN or infinity")
         scale = (largest / MAX_LEVEL).clamp(min=torch.finfo(torch.float32).tiny)  # a row of zeros: levels of zero
         scales[part] = scale
         levels[part] = rows.div_(scale[:, None]).round_()

@@ -263,6 +263,15 @@ def test_what_a_training_tool_left_undone_is_named(
         check_tensors(Checkpoint(small_checkpoint))
 
 
+def test_a_head_that_cannot_be_int8_is_named(small_checkpoint: Path) -> None:
+    file = small_checkpoint / "model.safetensors"
+    tensors = load_file(file)
+    tensors["lm_head.weight"][7, 3] = torch.nan
+    save_file(tensors, file)
+    with pytest.raises(CheckpointError, match="lm_head.weight, row 7 of 512 holds NaN"):
+        load_decoder(Checkpoint(small_checkpoint), dtype=torch.float32, head="int8")
+
+
 def test_buffers_that_training_tools_leave_behind_are_passed_over(small_checkpoint: Path) -> None:
     file = small_checkpoint / "model.safetensors"
     tensors = load_file(file) | {"transformer.rotary_emb.inv_freq": torch.ones(32)}

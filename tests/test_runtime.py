@@ -20,6 +20,7 @@ from qvl_edge.config import Config
 from qvl_edge.engine.budget import estimate
 from qvl_edge.engine.device import find_device
 from qvl_edge.engine.request import Request
+from qvl_edge.errors import ContextError
 from qvl_edge.options import LoadOptions
 from qvl_edge.published import CONFIG, QUANTIZATION
 from qvl_edge.runtime import _plan
@@ -161,8 +162,24 @@ def test_scores_are_log_probabilities_of_the_golden_logits(golden) -> None:
 
 
 def test_a_prompt_longer_than_the_context_is_refused_with_both_numbers(runtime: Runtime) -> None:
-    with pytest.raises(PromptError, match=r"\d+ tokens.*holds 8192"):
+    with pytest.raises(PromptError, match=r"maximum context length is 8192 tokens, and the prompt needs \d+"):
         runtime.answer("word " * 9000)
+
+
+@pytest.mark.parametrize("where", ["query", "element", "system", "history"])
+def test_a_text_that_cannot_fit_is_refused_before_it_is_tokenized(
+    runtime: Runtime, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    def encode(*_: object) -> None:
+        raise AssertionError("tokenized")
+
+    monkeypatch.setattr(runtime.tokenizer, "encode", encode)
+    long = "x" * (runtime.tokenizer.most_characters(runtime.max_context) + 1)
+    query = {"query": long, "element": [{"text": long}]}.get(where, "hello")
+    history = [("hello", long)] if where == "history" else []
+    system = {"system": long} if where == "system" else {}
+    with pytest.raises(ContextError, match=f"a text of {len(long)} characters"):
+        runtime.answer(query, history, **system)
 
 
 def test_max_context_limits_prompt_and_answer_together(vit_cache: Path) -> None:

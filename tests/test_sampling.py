@@ -140,8 +140,12 @@ def test_logits_that_are_no_numbers_are_told_apart_and_lead_to_a_way_out(sampled
     samplers = together(3, *(Sampler(GenerationOptions(do_sample=sampled, seed=0), []) for _ in range(2)))
     tokens = choose(samplers, torch.tensor([0.0, 9.0, 0.0]), torch.tensor([0.0, float("nan"), 1.0]))
     assert tokens[1] == NOT_FINITE and tokens[0] >= 0
-    with pytest.raises(ConfigError, match="sequence 1 are not finite.*use bfloat16"):
-        check_tokens(tokens)
+    with pytest.raises(
+        ConfigError, match="sequence 1 are not finite in float16: .*too large.*use bfloat16; or its weights"
+    ):
+        check_tokens(tokens, torch.float16)
+    with pytest.raises(ConfigError, match="sequence 1 are not finite in float32: its weights hold NaN"):
+        check_tokens(tokens, torch.float32)
 
 
 def test_a_draw_stays_when_logits_are_rounded_otherwise() -> None:

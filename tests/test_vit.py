@@ -21,7 +21,7 @@ def golden_images(name: str) -> tuple[Tensor, Tensor]:
     folder = GOLDEN / name
     stored = np.load(folder / "golden.npz")
     names = sorted(key.removeprefix("vision/") for key in stored.files if key.startswith("vision/"))
-    pixels = to_pixels([load_image(folder / "images" / image) for image in names], 448)
+    pixels = to_pixels([load_image(folder / "images" / image, background="none") for image in names], 448)
     return pixels, torch.from_numpy(np.stack([stored[f"vision/{image}"] for image in names]))
 
 

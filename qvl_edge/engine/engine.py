@@ -178,7 +178,7 @@ class Engine:
     def _push(self, request: Request, tokens: list[int]) -> None:
         try:
             for token in tokens:
-                check_tokens([token])
+                check_tokens([token], self.slots.model.dtype)
                 request.push(token, request.logprob)
                 if request.done:
                     break

@@ -148,6 +148,18 @@ class Request:
         return len(self.ids) + (-1 if self.scored else 1)
 
     @property
+    def characters(self) -> int:
+        """Of the longest text in what was asked."""
+        asked = [self.query, self.system, *(message.content for message in self.messages)]
+        asked += [text for turn in self.history for text in turn]
+        texts = (
+            element.get("text") if isinstance(element, Mapping) else element
+            for one in asked
+            for element in ([one] if isinstance(one, str) else one or ())
+        )
+        return max((len(text) for text in texts if isinstance(text, str)), default=0)
+
+    @property
     def decoding(self) -> bool:
         """Whether it takes part in decode steps."""
         return self.last is not None

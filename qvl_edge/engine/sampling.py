@@ -208,16 +208,17 @@ class Samplers:
         return tokens.gather(1, (ordered - noise.gather(1, tokens)).argmax(1, keepdim=True))[:, 0]
 
 
-def check_logits(logits: Tensor) -> None:
-    """ConfigError if logits are NaN or inf."""
+def check_logits(logits: Tensor, dtype: torch.dtype) -> None:
+    """ConfigError if logits are NaN or inf. dtype: of the model's activations."""
     if not bool(logits.isfinite().all()):
-        check_tokens([NOT_FINITE])
+        check_tokens([NOT_FINITE], dtype)
 
 
-def check_tokens(tokens: Sequence[int]) -> None:
+def check_tokens(tokens: Sequence[int], dtype: torch.dtype) -> None:
     """ConfigError if a token is NOT_FINITE."""
     if NOT_FINITE in tokens:
-        raise ConfigError(
-            f"the logits of sequence {list(tokens).index(NOT_FINITE)} are not finite: the model's numbers are too "
-            "large for float16, or its weights are damaged; use bfloat16"
-        )
+        cause = "its weights hold NaN or infinity; copy the checkpoint again, or take an earlier one of the training"
+        if dtype == torch.float16:
+            cause = "the model's numbers are too large for float16: use bfloat16; or " + cause
+        name = str(dtype).removeprefix("torch.")
+        raise ConfigError(f"the logits of sequence {list(tokens).index(NOT_FINITE)} are not finite in {name}: {cause}")

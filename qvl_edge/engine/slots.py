@@ -169,7 +169,7 @@ class Slots:
         targets = request.ids[done + 1 : min(done + 1 + min(most, SCORED), end)]
         logits = self._append(request, request.embed(self.model, done, done + len(targets)), all_logits=True)[0]
         request.held += request.elements[done : done + len(targets)]
-        check_logits(logits)
+        check_logits(logits, self.model.dtype)
         if request.on_logits is not None:
             request.on_logits(logits)
         return logits.log_softmax(-1)[torch.arange(len(targets)), targets].tolist()

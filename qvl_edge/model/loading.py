@@ -150,7 +150,13 @@ class _Reader:
             return self(_HEAD)
         if head != "int8":
             raise ConfigError(f"head is {head!r}, known are 'float16' (as the model's dtype) and 'int8'")
-        weight = quantize_int8(self.checkpoint[_HEAD])
+        try:
+            weight = quantize_int8(self.checkpoint[_HEAD])
+        except ValueError as error:
+            raise CheckpointError(
+                f"{self.checkpoint.path}: {_HEAD}, {error}: it is damaged, or its training diverged; copy it again, or "
+                "take an earlier one"
+            ) from None
         self.done(_HEAD)
         return Int8Weight(weight.levels.to(self.device), weight.scales.to(self.device))
 

@@ -24,7 +24,10 @@ def is_finite(tensor: Tensor) -> bool:
 def check_finite(name: str, tensor: Tensor) -> None:
     """CheckpointError if the checkpoint's tensor `name` holds NaN or infinity."""
     if not is_finite(tensor):
-        raise CheckpointError(f"{name} holds NaN or infinity; the checkpoint is damaged, copy it again")
+        raise CheckpointError(
+            f"{name} holds NaN or infinity: the checkpoint is damaged, or its training diverged; copy it again, or "
+            "take an earlier one"
+        )
 
 
 def load_part(

@@ -62,6 +62,7 @@ class Tokenizer:
         self.specials = {token: len(ranks) + index for index, token in enumerate(SPECIALS)}
         self.encoding = tiktoken.Encoding("qwen_vl", pat_str=SPLIT, mergeable_ranks=ranks, special_tokens=self.specials)
         self._special_ids = frozenset(self.specials.values())
+        self._longest = max(map(len, ranks))
 
     @classmethod
     def from_file(cls, path: str | Path) -> "Tokenizer":
@@ -108,6 +109,10 @@ class Tokenizer:
                 f"{config.vocab_size} and image_start_id {config.visual.image_start_id}; copy this model's {VOCAB_FILE}"
             )
         return tokenizer
+
+    def most_characters(self, tokens: int) -> int:
+        """No text with more characters has `tokens` tokens or fewer: none is longer, and NFC joins four at most."""
+        return 4 * tokens * self._longest
 
     @property
     def vocab_size(self) -> int:
