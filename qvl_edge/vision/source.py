@@ -28,7 +28,7 @@ _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{32,}={0,2}\s*")
 _BASE64_START = re.compile(r"/9j/|_9j_|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk|AAABAA|AAAA..Z0eX")
 _URLSAFE = bytes.maketrans(b"-_", b"+/")
 _MOST_PERCENT = 1 << 20  # each takes 45 bytes of memory while it is decoded
-_SHOWN = 80  # characters of a caller's string in a message
+_SHOWN = 160  # characters of a caller's string in a message
 
 
 def read_source(image: ImageLike) -> tuple[bytes | Image.Image, str]:
@@ -50,8 +50,12 @@ def read_source(image: ImageLike) -> tuple[bytes | Image.Image, str]:
 
 
 def short(text: str) -> str:
-    """A caller's string for a message: not its whole length, and nothing that a terminal would obey."""
-    shown = text if len(text) <= _SHOWN else f"{text[: _SHOWN // 2]}… ({len(text)} characters)"
+    """A caller's string for a message: not its whole length, and nothing that a terminal would obey.
+
+    The end stays, which names the file of a path.
+    """
+    half = _SHOWN // 2
+    shown = text if len(text) <= _SHOWN else f"{text[:half]}…{text[-half:]} ({len(text)} characters)"
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in shown)
 
 

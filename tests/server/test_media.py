@@ -165,7 +165,7 @@ def test_a_picture_is_decoded_once_for_all_answers(scripted, png: bytes, monkeyp
     monkeypatch.setattr(media, "load_picture", lambda *a, **k: decoded.append("") or load_picture(*a, **k))
     assert server.ask([picture(data_uri(png)), text("a")], n=3).status_code == 200
     assert len(decoded) == 1
-    one, two, three = (request.query[0]["image"] for request in engine.requests[-3:])
+    one, two, three = (request.messages[-1].content[0]["image"] for request in engine.requests[-3:])
     assert one is two is three and isinstance(one, Picture)
 
 
