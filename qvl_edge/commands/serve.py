@@ -143,7 +143,6 @@ def _path(args: argparse.Namespace) -> str:
 def _media(args: argparse.Namespace) -> "Media":
     from qvl_edge.server.fetch import Fetcher
     from qvl_edge.server.media import Media
-    from qvl_edge.vision.rgb import BACKGROUND, check_background
 
     root = args.allowed_local_media_path
     if root is not None and not root.is_dir():
@@ -152,8 +151,7 @@ def _media(args: argparse.Namespace) -> "Media":
     for domain in domains:
         if "/" in domain or "*" in domain:
             raise ConfigError(f"--allowed-media-domains {domain}: give hosts alone, as in images.example.org")
-    background = check_background(args.background or BACKGROUND)
-    return Media(local_root=root, fetcher=Fetcher(domains) if domains else None, background=background)
+    return Media(local_root=root, fetcher=Fetcher(domains) if domains else None)
 
 
 def _bind(host: str, port: int) -> socket.socket:

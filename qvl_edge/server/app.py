@@ -5,6 +5,7 @@ import contextlib
 import re
 import time
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ PAGE = {
 
 def create_app(worker: Worker, settings: Settings) -> ASGIApp:
     """The server as an ASGI application; it closes `worker` when it ends."""
-    return _Server(worker, settings).app
+    return _Server(worker, replace(settings, media=settings.media.for_model(worker.runtime))).app
 
 
 class _Server:

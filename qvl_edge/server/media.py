@@ -5,8 +5,9 @@ import os
 import re
 import stat
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
 from qvl_edge.errors import ImageError, OutOfMemory
@@ -30,8 +31,14 @@ class Media:
     local_root: Path | None = None
     fetcher: Fetcher | None = None
     max_bytes: int = MAX_BYTES  # of one image
-    image_size: int = 448  # pixels a side of what the model sees; both generations of its checkpoints have it
+    image_size: int = 448  # pixels a side of what the model sees
     background: str = BACKGROUND
+
+    def for_model(self, runtime: Any) -> Self:
+        """The same for the size and the background that a Runtime takes; a stand-in for one may name neither."""
+        config = getattr(runtime, "config", None)
+        size = self.image_size if config is None else config.visual.image_size
+        return replace(self, image_size=size, background=getattr(runtime, "background", self.background))
 
     async def load(self, url: str, param: str) -> Picture:
         """The picture, decoded: once for all answers to a request, and its file is not kept. Refusal 400 at `param`."""

@@ -22,7 +22,7 @@ ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | np.ndarray[An
 or (H, W, 4) uint8."""
 
 MAX_FILE_BYTES = 100 << 20
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _BASE64 = re.compile(r"[A-Za-z0-9+/_\-\s]{32,}={0,2}\s*")
 # how base64 of JPEG, PNG, GIF, WebP, TIFF, BMP, ICO, and of AVIF and HEIC begins; no path looks so to its end
 _BASE64_START = re.compile(r"/9j/|_9j_|iVBORw0KGgo|R0lGOD|UklGR|SUkqA|TU0AK|Qk|AAABAA|AAAA..Z0eX")
@@ -110,9 +110,9 @@ def _from_text(text: str) -> tuple[bytes, str]:
         return from_base64(stripped), "the base64 image"
     if stripped[:5].lower() == "file:":
         return _read_file(_path_of(stripped)), short(stripped)
-    if found := _SCHEME.match(stripped):
+    if _SCHEME.match(stripped):
         raise ImageError(
-            f"{short(stripped)} is a URL ({found[1].lower()}); nothing is fetched here. Download it and give the file, "
+            f"{short(stripped)} is a URL; nothing is fetched here. Download it and give the file, "
             "its bytes or a data URI"
         )
     return _read_file(Path(text)), short(text)

@@ -12,6 +12,7 @@ import threading
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import quote
 
 import pytest
@@ -157,6 +158,13 @@ def test_transparency_and_orientation_are_as_in_the_runtime() -> None:
     shown = load(Media(), data_uri(file.getvalue()))
     assert shown.frame == (2, 4, True) and shown.square.getpixel((0, 0)) == (255, 255, 255)
     assert load(Media(background="none"), data_uri(file.getvalue())).square.getpixel((0, 0)) == (9, 9, 9)
+
+
+def test_pictures_are_made_for_the_model_that_is_served() -> None:
+    visual = SimpleNamespace(image_size=56)
+    made = Media().for_model(SimpleNamespace(config=SimpleNamespace(visual=visual), background="lime"))
+    shown = load(made, data_uri(Image.new("RGBA", (8, 8))))
+    assert shown.square.size == (56, 56) and shown.square.getpixel((0, 0)) == (0, 255, 0)
 
 
 def test_a_picture_is_decoded_once_for_all_answers(scripted, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
