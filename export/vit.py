@@ -25,8 +25,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         with plain_warnings():
             folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=say)
+            lora = args.lora and local_folder(args.lora, source=args.source, progress=say)
             export_vit(
-                open_checkpoint(folder, args.lora),
+                open_checkpoint(folder, lora),
                 args.bundle,
                 dtype=args.dtype,
                 block_size=args.block_size,
@@ -51,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", metavar="CHECKPOINT", help="its folder, or OWNER/NAME on a hub")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write to; made if needed")
     add_source(parser)
-    parser.add_argument("--lora", type=Path, metavar="DIR", help="merge this PEFT adapter (quantize.gptq needs it too)")
+    parser.add_argument("--lora", metavar="DIR", help="merge this PEFT adapter (quantize.gptq needs it too)")
     parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
     blocks = ", ".join(f"{size} for {dtype}" for dtype, size in BLOCK_SIZES.items())
     parser.add_argument(

@@ -49,7 +49,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("checkpoint", metavar="CHECKPOINT")
     parser.add_argument("bundle", type=Path, metavar="BUNDLE")
     add_source(parser)
-    parser.add_argument("--lora", type=Path, metavar="DIR", help="merge this PEFT adapter (export.vit needs it too)")
+    parser.add_argument("--lora", metavar="DIR", help="merge this PEFT adapter (export.vit needs it too)")
     data = parser.add_argument_group("calibration")
     data.add_argument(
         "--calibration", type=Path, metavar="FILE", help="conversations (.json, .jsonl) or texts (.jsonl, .txt)"
@@ -173,7 +173,8 @@ def check_repack(args: argparse.Namespace, quant: QuantConfig) -> None:
 def run(args: argparse.Namespace, display: Display) -> Result:
     """Quantize or copy, as the checkpoint is float or int4."""
     folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=display.say)
-    checkpoint = open_checkpoint(folder, args.lora)
+    lora = args.lora and local_folder(args.lora, source=args.source, progress=display.say)
+    checkpoint = open_checkpoint(folder, lora)
     if reason := raw_reason(folder):
         display.say(f"warning: {reason}. The bundle takes over what is there")
     if checkpoint.config.quantization is not None:

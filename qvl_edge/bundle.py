@@ -14,7 +14,7 @@ from typing import Any
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import BundleError
-from qvl_edge.files import is_plain_name, read_json, sha256_of, write_json
+from qvl_edge.files import POINTER, is_plain_name, is_pointer, read_json, sha256_of, write_json
 
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
@@ -182,6 +182,8 @@ def _check_file(folder: Path, part: str, name: str, expected: Mapping[str, Any],
     file, again = folder / name, f"make the {part} again with:\n  {COMMANDS[part].format(path=folder)}"
     if not file.is_file():
         raise BundleError(f"{file} is missing; copy it, or {again}")
+    if is_pointer(file):
+        raise BundleError(POINTER.format(path=file, folder=folder))
     size = file.stat().st_size
     if size != expected["bytes"]:
         raise BundleError(f"{file} has {size} bytes, {MANIFEST} says {expected['bytes']}; copy it again, or {again}")

@@ -14,9 +14,9 @@ from torch import Tensor
 
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
-from qvl_edge.files import read_json, remembered
+from qvl_edge.files import POINTER, is_pointer, read_json, remembered
 from qvl_edge.memory import forget_pages
-from qvl_edge.shards import POINTER, Shard, is_pointer, open_shard, published_name
+from qvl_edge.shards import Shard, open_shard, published_name
 
 VISUAL = "transformer.visual."  # prefix of the vision tower's tensors
 GENERATION = "generation_config.json"
@@ -48,12 +48,7 @@ class Checkpoint:
                 f"{self.path} is not a folder; give the folder that holds config.json and the weights"
             )
         names = {file.name for file in self.path.iterdir()}
-        if ADAPTER_CONFIG in names and not any(map(is_weights, names)):
-            base = read_json(self.path / ADAPTER_CONFIG).get("base_model_name_or_path") or "CHECKPOINT"
-            raise CheckpointError(
-                f"{self.path} is an adapter, not a model; give the model that it was trained on, and the adapter as "
-                f"--lora:\n  {base} --lora {self.path}"
-            )
+        refuse_adapter(self.path)
         self.config = Config.from_folder(self.path)
         self.generation = _read_generation(self.path)
         self._tensors = _find_weights(self.path, self.config, names if only is None else names.intersection(only))
@@ -80,17 +75,6 @@ class Checkpoint:
         shard, key = self._place(name)
         if shard.mapped:
             forget_pages(shard.tensor(key))
-
-    @property
-    def chat_format(self) -> str:
-        """ "chatml", or "raw" for a base model, as generation_config.json has it. ConfigError for another value."""
-        found = self.generation.get("chat_format") or "raw"
-        if found not in ("chatml", "raw"):
-            raise ConfigError(
-                f"{self.path / GENERATION}: chat_format is {found!r}, known are 'chatml' and 'raw'; copy the file from "
-                "the model that this one was trained from"
-            )
-        return str(found)
 
     def nbytes(self, name: str) -> int:
         """Bytes of the tensor `name` on disk."""
@@ -127,7 +111,15 @@ class Checkpoint:
 
 
 def _read_generation(folder: Path) -> dict[str, Any]:
-    return read_json(folder / GENERATION) if (folder / GENERATION).exists() else {}
+    """generation_config.json, where there is one. ConfigError for a chat_format that does not exist."""
+    file = folder / GENERATION
+    generation = read_json(file) if file.exists() else {}
+    if (found := generation.get("chat_format")) not in (None, "chatml", "raw"):
+        raise ConfigError(
+            f"{file}: chat_format is {found!r}, known are 'chatml' and 'raw'; copy the file from the model that "
+            "this one was trained from"
+        )
+    return generation
 
 
 def raw_reason(folder: Path) -> str:
@@ -135,12 +127,23 @@ def raw_reason(folder: Path) -> str:
     generation = _read_generation(folder)
     if generation.get("chat_format") == "chatml":
         return ""
-    found = "sets chat_format raw" if "chat_format" in generation else "sets no chat_format"
+    found = "sets chat_format raw" if generation.get("chat_format") else "sets no chat_format"
     file = folder / GENERATION
     return (
         f"{file} {found if file.exists() else 'is missing'}, so text is continued, as by the base model. If this one "
         f"was trained to chat, copy {GENERATION} of Qwen-VL-Chat there, or give --chat-format chatml"
     )
+
+
+def refuse_adapter(folder: Path) -> None:
+    """CheckpointError if `folder` holds an adapter and no model."""
+    names = {file.name for file in folder.iterdir()}
+    if ADAPTER_CONFIG in names and not any(map(is_weights, names)):
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "CHECKPOINT"
+        raise CheckpointError(
+            f"{folder} is an adapter, not a model; give the model that it was trained on, and the adapter as --lora:\n"
+            f"  {base} --lora {folder}"
+        )
 
 
 def is_weights(name: str) -> bool:
@@ -182,8 +185,10 @@ def _find_weights(folder: Path, config: Config, names: Collection[str]) -> _Tens
         if is_weights(name) or name.endswith(_INDEX) or name in ADAPTER_FILES
     )
     if left:
-        adapter = "; an adapter is merged if you give it as --lora" if {*left} & {*ADAPTER_FILES} else ""
-        warnings.warn(f"{folder}: of {source} the model is read, and not of {', '.join(left)}{adapter}", stacklevel=3)
+        adapter = "; --lora merges an adapter" if {*left} & {*ADAPTER_FILES} else ""
+        warnings.warn(
+            f"{folder}: the model is read from {source}; ignored are {', '.join(left)}{adapter}", stacklevel=3
+        )
     return tensors
 
 

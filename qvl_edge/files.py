@@ -27,6 +27,12 @@ _DIGEST = 64  # characters of a sha256
 _COARSEST_CLOCK_S = 3  # FAT counts the times of files in twos
 _ALIGNMENT = 8  # of the data within a safetensors file, as in those of safetensors' own writer
 
+POINTER = (
+    "{path} is a Git LFS pointer and not the file itself: the repository was cloned without its large files. "
+    "Fetch them with\n  git -C {folder} lfs pull"
+)
+_LFS = b"version https://git-lfs.github.com/spec/v1"
+
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -218,6 +224,12 @@ def remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
             with replacing(kept) as partial:
                 partial.write_text(made, encoding="ascii")
     return made
+
+
+def is_pointer(path: Path) -> bool:
+    """Whether the file is the text that git keeps in the place of a large file, until `git lfs pull` fetches it."""
+    with open(path, "rb") as file:
+        return file.read(len(_LFS)) == _LFS
 
 
 def cache_home() -> Path:

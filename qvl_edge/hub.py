@@ -291,7 +291,7 @@ class _Model:
         wanted = [file for file in listed if only is None or file.name in only]
         if only and only[0] not in {file.name for file in wanted}:
             raise CheckpointError(f"{self.name} at {hub.commit} has no {only[0]} on the hub")
-        if only is None and not any(is_weights(file.name) or file.name in ADAPTER_FILES for file in wanted):
+        if only is None and not any(_is_model(file.name) for file in wanted):
             raise CheckpointError(f"{self.name} has neither *.safetensors nor pytorch_model*.bin on the hub")
         missing = hub.missing(wanted) if self.to is None else _missing_in(self.to, wanted)
         total, left = (sum(file.bytes for file in files) for files in (wanted, missing))
@@ -339,7 +339,8 @@ class _Model:
 
     def _from_cache(self, hub: Hub, only: Sequence[str] | None, reason: str) -> Path:
         """What the client's cache holds, put there by another program or copied from another machine."""
-        folder = hub.cached(only[0] if only else "config.json") if self.to is None else None
+        marks = (only[0],) if only else ("config.json", ADAPTER_CONFIG)
+        folder = next(filter(None, map(hub.cached, marks)), None) if self.to is None else None
         if folder is not None:
             known = {file.name: file.hash for file in self.files if folder == self.folder}
             files = [
@@ -350,7 +351,7 @@ class _Model:
             bundle = only is None and (folder / MANIFEST).exists()
             listed, absent = _of_bundle(folder, files) if bundle else (_needed(files), [])
             names = {file.name for file in listed}
-            if only or (names >= {*known} and any(map(is_weights, names)) and not absent):
+            if only or (names >= {*known} and any(map(_is_model, names)) and not absent):
                 self._check(folder, listed, [file for file in listed if only is None or file.name in only], None)
                 return folder
         carry = "" if self.to else "\nor on another machine with --to FOLDER, and copy that folder here"
@@ -388,6 +389,11 @@ def _of_bundle(folder: Path, files: Iterable[RemoteFile]) -> tuple[list[RemoteFi
     names = {MANIFEST}.union(*(part["files"] for part in read_manifest(folder).values()))
     found = _sorted(file for file in files if file.name in names)
     return found, sorted(names - {file.name for file in found})
+
+
+def _is_model(name: str) -> bool:
+    """Whether a file holds the weights of a model or an adapter."""
+    return is_weights(name) or name in ADAPTER_FILES
 
 
 def _sorted(files: Iterable[RemoteFile]) -> list[RemoteFile]:

@@ -59,6 +59,12 @@ class LoraCheckpoint(Checkpoint):
                 f"{self.path} is quantized, and a LoRA cannot be merged into packed levels; give the float checkpoint "
                 "that it was quantized from"
             )
+        inner = sorted(file.parent.name for file in self.adapter.glob(f"*/{ADAPTER_CONFIG}"))
+        if inner and not (self.adapter / ADAPTER_CONFIG).exists():  # a trainer's output, with one for each checkpoint
+            raise ConfigError(
+                f"{self.adapter / ADAPTER_CONFIG} is missing; there are adapters below it, give one of "
+                f"{', '.join(inner)}"
+            )
         settings = read_json(self.adapter / ADAPTER_CONFIG)
         _check_kind(settings, self.adapter / ADAPTER_CONFIG)
         self._adapter = _open_adapter(self.adapter)
@@ -105,7 +111,8 @@ class LoraCheckpoint(Checkpoint):
     def _check_complete(self, settings: Mapping[str, Any]) -> None:
         """CheckpointError if tensors that the adapter's settings name are not in its file."""
         modules = [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
-        products = [module for module in modules if len(self.shape(f"{module}.weight")) == 2]
+        # an embedding's LoRA has other names, which `_match` refuses
+        products = [m for m in modules if len(self.shape(f"{m}.weight")) == 2 and not m.endswith("wte")]
 
         def chosen(modules: list[str], spec: Any) -> list[str]:
             """Names of the weights that a pattern, or a list of ends of names, stands for."""

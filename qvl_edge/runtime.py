@@ -1,6 +1,7 @@
 """Runtime: a loaded model that answers about images."""
 
 import time
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from os import PathLike
@@ -75,7 +76,7 @@ class Runtime:
         self.decoder, self.vision, self.tokenizer, self.background = decoder, vision, tokenizer, background
         self.generation_config = generation_config
         self.options = GenerationOptions.from_config(generation_config)
-        self.chat_format = str(generation_config.get("chat_format", "raw"))
+        self.chat_format = str(generation_config.get("chat_format") or "raw")
         self.max_window_size = int(generation_config.get("max_window_size", 6144))
         kv_cache = torch.int8 if plan.kv_cache == "int8" else None
         self.engine = Engine(Slots(decoder, capacity=plan.context, count=plan.slots, kv_cache=kv_cache, lookup=lookup))
@@ -115,9 +116,12 @@ class Runtime:
             checkpoint: Checkpoint = LoraCheckpoint(folder, adapter)  # refuses a bundle
         else:
             checkpoint = bundle.checkpoint if bundle else Checkpoint(folder)
-        chat_format = asked.chat_format or checkpoint.chat_format
+        generation = checkpoint.generation | ({"chat_format": asked.chat_format} if asked.chat_format else {})
         if asked.chat_format is None and (reason := raw_reason(folder)):
-            say(reason)
+            if checkpoint.generation.get("chat_format"):  # a base model, as far as can be known
+                say(reason)
+            else:
+                warnings.warn(reason, stacklevel=2)
         check_tensors(checkpoint, visual=bundle is None)  # both halves, before either is worked on
         tokenizer = Tokenizer.from_folder(checkpoint.path, checkpoint.config)
         plan = _plan(checkpoint.config, asked, place, encoding, bundle.vit_dtype if bundle else None, say)
@@ -130,7 +134,6 @@ class Runtime:
         visual = checkpoint.config.visual
         encoder = VisionEncoder(vit, visual, device=str(encoding), max_batch=plan.images, release=asked.release_vision)
         vision = FeatureCache(encoder, visual.image_size)
-        generation = {**checkpoint.generation, "chat_format": chat_format}
         return cls(decoder, vision, tokenizer, generation, plan, lookup=asked.lookup, background=asked.background)
 
     def answer(

@@ -2,6 +2,7 @@
 
 import json
 import struct
+import warnings
 import zipfile
 from pathlib import Path
 from typing import TypeAlias
@@ -11,19 +12,14 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from qvl_edge.errors import CheckpointError
+from qvl_edge.files import POINTER, is_pointer
 
-POINTER = (
-    "{path} is a Git LFS pointer and not the file itself: the repository was cloned without its large files. "
-    "Fetch them with\n  git -C {folder} lfs pull"
-)
 ZERO3 = (
     "Empty tensors are what DeepSpeed's ZeRO-3 saves of a model that is spread over GPUs: make the whole ones with its "
     "zero_to_fp32.py, or train again with stage3_gather_16bit_weights_on_model_save"
 )
-_LFS = b"version https://git-lfs.github.com/spec/v1"
-_WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")  # of DataParallel, torch.compile, a merged PEFT model
-
-
+_WRAPPERS = ("state_dict", "model_state_dict")  # keys under which training tools save a model's tensors
+_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # of DataParallel, torch.compile, a merged PEFT model
 _MAX_HEADER = 16 << 20  # bytes: the published model's takes 0.1 MB, and one of 99 MB took the parser 40 s
 _DTYPES = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split())  # of safetensors; a model has no other ones
 
@@ -84,7 +80,8 @@ class BinShard:
         self.path = path
         try:
             self.mapped = zipfile.is_zipfile(path)
-            tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
+            with warnings.catch_warnings(action="ignore"):  # about protocols of pickle, whose remedy is not the user's
+                tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
         except Exception as error:  # of a damaged file nearly any
             # not pickle's own text, which advises to load the file in a way that runs what it holds
             known = isinstance(error, OSError | RuntimeError) and str(error)
@@ -92,8 +89,13 @@ class BinShard:
             raise CheckpointError(
                 f"{path} cannot be loaded as tensors only: {reason}; copy the file again, or convert it to safetensors"
             ) from None
-        if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        for wrapper in _WRAPPERS if isinstance(tensors, dict) else ():
+            tensors = tensors.get(wrapper, tensors)
+        if not isinstance(tensors, dict):
             raise CheckpointError(f"{path} holds a {type(tensors).__name__}, expected a dictionary of tensors by name")
+        if others := [key for key, value in tensors.items() if not isinstance(value, Tensor)]:
+            kind = type(tensors[others[0]]).__name__
+            raise CheckpointError(f"{path} holds {others[0]!r} of type {kind}, expected nothing but tensors by name")
         for name, tensor in tensors.items():
             if not isinstance(name, str):
                 raise CheckpointError(f"{path} names a tensor {name!r}, expected text")
@@ -126,14 +128,8 @@ def open_shard(path: Path) -> Shard:
     return SafetensorsShard(path) if path.suffix == ".safetensors" else BinShard(path)
 
 
-def is_pointer(path: Path) -> bool:
-    """Whether the file is the text that git keeps in the place of a large file, until `git lfs pull` fetches it."""
-    with open(path, "rb") as file:
-        return file.read(len(_LFS)) == _LFS
-
-
 def published_name(name: str) -> str:
     """A tensor's name without what training tools put before it."""
-    while (prefix := next((wrapper for wrapper in _WRAPPERS if name.startswith(wrapper)), None)) is not None:
+    while (prefix := next((wrapper for wrapper in _PREFIXES if name.startswith(wrapper)), None)) is not None:
         name = name.removeprefix(prefix)
     return name

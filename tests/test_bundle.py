@@ -75,6 +75,12 @@ def test_a_cut_or_missing_file_is_named_with_both_sizes(bundle: Path) -> None:
         Bundle.open(bundle)
 
 
+def test_a_git_lfs_pointer_in_the_place_of_a_file_is_named(bundle: Path) -> None:
+    (bundle / "vit.onnx.data").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:ab\nsize 7\n")
+    with pytest.raises(BundleError, match=r"vit\.onnx\.data is a Git LFS pointer.*\n  git -C .* lfs pull"):
+        Bundle.open(bundle)
+
+
 def test_a_manifest_cannot_name_files_outside_the_bundle(bundle: Path) -> None:
     manifest = json.loads((bundle / MANIFEST).read_text())
     manifest["parts"]["vit"]["files"]["../x"] = {"bytes": 1, "sha256": ""}

@@ -19,6 +19,7 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
 from qvl_edge.errors import CheckpointError
 from qvl_edge.model.loading import check_tensors, expected_tensors, load_decoder, load_visual
+from qvl_edge.text.tokenizer import Tokenizer
 
 
 @pytest.mark.parametrize(("name", "count"), [("Qwen-VL-Chat", 853), ("Qwen-VL-Chat-Int4", 1461)])
@@ -170,7 +171,7 @@ def test_leftovers_beside_a_whole_model_are_passed_over_and_named(case: str, sma
     before = Checkpoint(small_checkpoint)
     leave, source, unread = LEFTOVERS[case]
     leave(small_checkpoint)
-    with pytest.warns(UserWarning, match=rf"of {re.escape(source)} the model is read, and not of {re.escape(unread)}"):
+    with pytest.warns(UserWarning, match=rf"is read from {re.escape(source)}; ignored are {re.escape(unread)}"):
         after = Checkpoint(small_checkpoint)
     assert after.names == before.names and after.fingerprint == before.fingerprint
 
@@ -189,8 +190,12 @@ def test_shards_without_an_index_are_all_there_or_named(small_checkpoint: Path) 
 def test_a_git_lfs_pointer_says_how_to_fetch_the_file(file: str, small_checkpoint: Path) -> None:
     (small_checkpoint / "model.safetensors").unlink()
     (small_checkpoint / file).write_text(POINTER)
-    with pytest.raises(CheckpointError, match=rf"{file} is a Git LFS pointer.*\n  git -C {small_checkpoint} lfs pull"):
+    said = rf"is a Git LFS pointer.*\n  git -C {small_checkpoint} lfs pull"
+    with pytest.raises(CheckpointError, match=f"{file} {said}"):
         Checkpoint(small_checkpoint)
+    (small_checkpoint / "qwen.tiktoken").write_text(POINTER)
+    with pytest.raises(CheckpointError, match=f"qwen.tiktoken {said}"):
+        Tokenizer.from_file(small_checkpoint / "qwen.tiktoken")
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "base_model.model."])
@@ -203,6 +208,18 @@ def test_prefixes_of_training_tools_are_stripped(prefix: str, small_checkpoint: 
     assert after.fingerprint == before.fingerprint
     after.release("lm_head.weight")
     assert torch.equal(after["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_tensors_under_a_key_of_a_training_tool_are_found_and_other_objects_named(small_checkpoint: Path) -> None:
+    before, tensors = Checkpoint(small_checkpoint), load_file(small_checkpoint / "model.safetensors")
+    (small_checkpoint / "model.safetensors").unlink()
+    torch.save({"state_dict": tensors, "epoch": 3}, small_checkpoint / "pytorch_model.bin")
+    assert Checkpoint(small_checkpoint).fingerprint == before.fingerprint
+    torch.save({**tensors, "epoch": 3}, small_checkpoint / "pytorch_model.bin")
+    with pytest.raises(
+        CheckpointError, match="pytorch_model.bin holds 'epoch' of type int, expected nothing but tensors"
+    ):
+        Checkpoint(small_checkpoint)
 
 
 def test_an_adapter_given_as_the_model_names_its_base_and_lora(tmp_path: Path) -> None:
@@ -260,6 +277,20 @@ def test_what_a_training_tool_left_undone_is_named(
     file = small_checkpoint / "model.safetensors"
     save_file(load_file(file) | {name: tensor}, file)
     with pytest.raises(CheckpointError, match=f"{name}.*{words}"):
+        check_tensors(Checkpoint(small_checkpoint))
+
+
+@pytest.mark.parametrize("quantized", [True, False])
+def test_settings_of_quantization_that_the_weights_contradict_are_named(
+    quantized: bool, small_checkpoint: Path
+) -> None:
+    if quantized:
+        file = small_checkpoint / "model.safetensors"
+        save_file(load_file(file) | {"transformer.h.0.mlp.w1.qweight": torch.zeros(16, 256, dtype=torch.int32)}, file)
+    else:
+        (small_checkpoint / "quantize_config.json").write_text('{"bits": 4, "group_size": 64}')
+    words = "no quantize_config.json says how" if quantized else "its weights are float.*remove quantize_config.json"
+    with pytest.raises(CheckpointError, match=words):
         check_tensors(Checkpoint(small_checkpoint))
 
 

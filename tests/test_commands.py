@@ -150,3 +150,14 @@ def test_a_chat_format_that_does_not_exist_is_refused_as_it_is_loaded(
     (folder / "generation_config.json").write_text('{"chat_format": "llama"}')
     assert main(["run", str(folder), "hi", *SHORT]) == 1
     assert "generation_config.json: chat_format is 'llama', known are 'chatml' and 'raw'" in capsys.readouterr().err
+
+
+def test_a_warning_is_one_line_of_stderr_and_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(CHECKPOINT, folder)
+    (folder / "model.safetensors.index.json").write_text('{"weight_map": {"a": "model-00001-of-00002.safetensors"}}')
+    assert main(["run", str(folder), "hi", *SHORT]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "index.json" in line]
+    assert said == [
+        f"warning: {folder}: the model is read from model.safetensors; ignored are model.safetensors.index.json"
+    ]

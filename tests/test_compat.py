@@ -216,3 +216,20 @@ def test_loading_takes_transformers_names_and_refuses_what_it_cannot_do(vit_cach
 def test_an_option_with_an_unknown_name_is_an_error(tokenizer, model) -> None:
     with pytest.raises(ConfigError, match="unknown generation option 'temprature'; did you mean 'temperature'"):
         model.chat(tokenizer, "a", history=None, temprature=4)
+
+
+def test_chat_needs_no_generation_config_but_a_base_model_refuses_it(
+    tokenizer, vit_cache: Path, tmp_path: Path
+) -> None:
+    for name in ("config.json", "model.safetensors", "qwen.tiktoken"):
+        (tmp_path / name).symlink_to(CHECKPOINT / name)
+    load = {"device_map": "cpu", "cache_dir": vit_cache}
+    with pytest.warns(UserWarning, match="generation_config.json is missing, so text is continued"):
+        model = AutoModelForCausalLM.from_pretrained(tmp_path, **load)
+    assert model.chat(tokenizer, "hi", history=None, max_new_tokens=1)[1]
+    (tmp_path / "generation_config.json").write_text('{"chat_format": "raw"}')
+    base = AutoModelForCausalLM.from_pretrained(tmp_path, **load)
+    with pytest.raises(ConfigError, match="chat_format is 'raw'.*a base model"):
+        base.chat(tokenizer, "hi", history=None)
+    told = AutoModelForCausalLM.from_pretrained(tmp_path, chat_format="chatml", **load)
+    assert told.chat(tokenizer, "hi", history=None, max_new_tokens=1)[1]

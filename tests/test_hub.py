@@ -15,8 +15,10 @@ import huggingface_hub.constants
 import huggingface_hub.file_download
 import modelscope_hub
 import pytest
+import torch
 from conftest import GOLDEN, write_small_checkpoint
 from hub import Hub
+from safetensors.torch import save_file
 
 import export.vit
 import quantize.gptq
@@ -155,6 +157,27 @@ def test_a_bundle_that_lacks_a_file_of_its_manifest_on_the_hub_is_refused(hub: H
     hub.repos["me/bundle"] = {"main": files}
     with pytest.raises(CheckpointError, match="has no vit.onnx.data, which its bundle.json lists"):
         local_folder("me/bundle")
+
+
+def test_an_adapter_is_fetched_by_name(hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    base = write_small_checkpoint(tmp_path / "base")
+    name, settings = "lm_head", {"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["lm_head"]}
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter/adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": str(base)}))
+    parts = {f"base_model.model.{name}.lora_A.weight": torch.ones(1, 128)}
+    parts |= {f"base_model.model.{name}.lora_B.weight": torch.ones(512, 1)}
+    save_file(parts, tmp_path / "adapter/adapter_model.safetensors")
+    hub.repos["me/adapter"] = {"main": stand_in.files_of(tmp_path / "adapter")}
+    bundle = tmp_path / "bundle"
+    assert quantize.gptq.main([str(base), str(bundle), "--lora", "me/adapter", "--round-to-nearest"]) == 0
+    found = Checkpoint(bundle)[f"{name}.weight"].float() - Checkpoint(base)[f"{name}.weight"].float()
+    assert torch.allclose(found, torch.ones_like(found), atol=2e-3)
+    with pytest.raises(CheckpointError, match=f"is an adapter.*\n  {base} --lora"):
+        Runtime.from_pretrained("me/adapter", device="cpu")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "no record"))
+    fetched = {path.name for path in local_folder("me/adapter").iterdir()}
+    assert fetched == {"adapter_config.json", "adapter_model.safetensors"}
 
 
 def test_the_cache_is_hugging_faces_own_with_one_copy(hub: Hub) -> None:

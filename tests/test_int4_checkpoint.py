@@ -83,7 +83,10 @@ def logits(checkpoint: Checkpoint, *, fused: bool = False) -> Tensor:
         return decoder(decoder.embed(ids), KVCache(checkpoint.config, 1, 8, dtype=decoder.dtype))
 
 
-@pytest.mark.parametrize("file", ["model.safetensors", "gptq_model-4bit-128g.safetensors", "gptq_model-4bit-128g.bin"])
+@pytest.mark.parametrize(
+    "file",
+    ["model.safetensors", "gptq_model-4bit-128g.safetensors", "gptq_model-4bit-128g.bin", "gptq_model-4bit-128g.pt"],
+)
 @pytest.mark.parametrize("change", [without_zero_biases, as_gptqmodel])
 def test_an_absent_bias_is_zero_wherever_the_checkpoint_is_read(
     published: Path, tmp_path: Path, change: Callable[[Tensors, dict[str, Any]], None], file: str

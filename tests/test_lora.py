@@ -218,6 +218,8 @@ def test_adapters_of_other_trainers_give_the_same_weights(base: Checkpoint, tmp_
     memory = LoraCheckpoint(base.path, write_adapter(tmp_path / "memory", base, as_in_memory))
     excluded = setting(target_modules=[*TARGETS, "mlp.c_proj"], exclude_modules=r".*\.mlp\.c_proj")
     without = LoraCheckpoint(base.path, write_adapter(tmp_path / "excluded", base, excluded))
+    everything = setting(target_modules=r"transformer\.(?!visual)(?!.*mlp\.c_proj).*")  # wte and norms too
+    assert LoraCheckpoint(base.path, write_adapter(tmp_path / "all", base, everything)).names == base.names
     for name in base.names:
         for other in (swift, memory, without):
             if not (other is memory and name == "transformer.wte.weight"):
@@ -272,6 +274,7 @@ W1 = "base_model.model.transformer.h.0.mlp.w1"
         ),
         (tensor(f"{W1}.lora_A.weight", 0), CheckpointError, r"w1\.lora_A\.weight is empty.*ZeRO-3"),
         (tensor("base_model.model.lm_head.weight", 0), CheckpointError, r"lm_head\.weight is empty.*ZeRO-3"),
+        (tensor("base_model.model.transformer.wte.lora_embedding_A", 4, 512), CheckpointError, "not a plain LoRA"),
         (
             setting(target_modules=".*", exclude_modules=["lm_head"]),
             CheckpointError,
@@ -322,6 +325,10 @@ def test_a_folder_without_an_adapter_is_named(base: Checkpoint, tmp_path: Path) 
     with pytest.raises(ConfigError, match=r"adapter_config\.json is missing"):
         LoraCheckpoint(base.path, tmp_path)
     adapter = write_adapter(tmp_path / "a", base)
+    with pytest.raises(
+        ConfigError, match=r"adapter_config\.json is missing; there are adapters below it, give one of a"
+    ):
+        LoraCheckpoint(base.path, tmp_path)
     (adapter / "adapter_model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"holds neither adapter_model\.safetensors nor adapter_model\.bin"):
         LoraCheckpoint(base.path, adapter)

@@ -89,6 +89,7 @@ def execute(args: argparse.Namespace) -> int:
 
 def read_config(path: str, *, source: "Source" = "hf", revision: str | None = None) -> tuple["Config", str]:
     """The config to estimate, and a note for the title."""
+    from qvl_edge.checkpoint import refuse_adapter
     from qvl_edge.config import Config, QuantConfig
     from qvl_edge.hub import local_folder
     from qvl_edge.published import published_config
@@ -96,7 +97,10 @@ def read_config(path: str, *, source: "Source" = "hf", revision: str | None = No
     config = None if Path(path).exists() else published_config(path)
     if config is None:
         settings = ("config.json", "quantize_config.json")
-        config = Config.from_folder(local_folder(path, source=source, revision=revision, only=settings))
+        folder = local_folder(path, source=source, revision=revision, only=settings)
+        if folder.is_dir():
+            refuse_adapter(folder)
+        config = Config.from_folder(folder)
     if config.quantization is not None:
         return config, ""
     return replace(config, quantization=QuantConfig()), "\nas quantized by quantize.gptq, 4 bits in groups of 128"

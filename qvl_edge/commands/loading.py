@@ -61,7 +61,14 @@ def say(line: str) -> None:
 
 @contextmanager
 def plain_warnings() -> Iterator[None]:
-    """Show warnings as lines of progress, without the line of code that they come from."""
+    """Show warnings as lines of progress, each once, without the line of code that it comes from."""
+    shown = set[str]()
+
+    def show(message: str) -> None:
+        if message not in shown:
+            shown.add(message)
+            say(f"warning: {message}")
+
     with warnings.catch_warnings():
-        warnings.showwarning = lambda message, *_: say(f"warning: {message}")
+        warnings.showwarning = lambda message, *_: show(str(message))
         yield

@@ -60,8 +60,9 @@ class Model:
 
     def with_lora(self, adapter: str) -> "Model":
         """The same model with an adapter merged into it; an error now if it cannot be."""
-        identity(self.folder, adapter)
-        return replace(self, name=f"{self.name}-{Path(adapter).name}", options={**self.options, "lora": adapter})
+        folder = local_folder(adapter, source=self.options.get("source", "hf"))
+        identity(self.folder, str(folder))
+        return replace(self, name=f"{self.name}-{Path(adapter).name}", options={**self.options, "lora": str(folder)})
 
 
 def identity(folder: Path, lora: str | None = None) -> str:

@@ -96,6 +96,13 @@ def check_tensors(checkpoint: Checkpoint, *, decoder: bool = True, visual: bool 
         remedy = "It was saved with an adapter in it: merge that with PEFT (merge_and_unload), and save the model again"
     elif any(shapes[name] == (0,) for name in wrong):
         remedy = ZERO3
+    elif config.quantization and not any(name.endswith(".qweight") for name in found):
+        remedy = (
+            "Its settings say that it is quantized, and its weights are float: remove quantize_config.json, and "
+            "quantization_config from config.json"
+        )
+    elif any(name.endswith(".qweight") for name in unknown):
+        remedy = "Its weights are quantized, and no quantize_config.json says how: copy it from where they came"
     else:
         remedy = "Is its config.json that of these weights, and is the copy complete?"
     if problems:

@@ -16,6 +16,7 @@ import tiktoken
 
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
+from qvl_edge.files import POINTER, is_pointer
 
 VOCAB_FILE = "qwen.tiktoken"
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -74,6 +75,8 @@ class Tokenizer:
             raise CheckpointError(
                 f"{path} cannot be read ({error.strerror}); copy {VOCAB_FILE} from the model"
             ) from None
+        if is_pointer(path):
+            raise CheckpointError(POINTER.format(path=path, folder=path.parent))
         ranks: dict[bytes, int] = {}
         for number, line in enumerate(lines, 1):
             if not line:
