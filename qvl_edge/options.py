@@ -51,8 +51,8 @@ INT32_MAX = (1 << 31) - 1
 MAX_LOGPROBS = 20  # as OpenAI's top_logprobs
 MAX_BIAS = 100  # of logit_bias, either way, as OpenAI
 MIN_TEMPERATURE = 1e-3  # below it logits / temperature overflows float32, and sampling is greedy anyway
-# given without do_sample, each of these turns sampling on
-SAMPLING = ("temperature", "top_p", "top_k", "seed")
+# given without do_sample, each of these turns sampling on, unless it has the value that asks for nothing
+SAMPLING = {"temperature": None, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "seed": None}
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class GenerationOptions(Options):
     """How an answer is generated, under transformers' names; defaults come from the model's generation_config.json.
 
     do_sample decides between sampling and greedy decoding. Where it is not given, temperature=0 is greedy, and
-    temperature, top_p, top_k or seed alone turn sampling on.
+    temperature, top_p below 1, top_k, min_p or seed alone turn sampling on.
     """
 
     noun: ClassVar[str] = "generation option"
@@ -362,7 +362,8 @@ class GenerationOptions(Options):
         """A copy with `overrides`, of which None is none. ConfigError for a name that is not known."""
         self.known(overrides)
         given = {name: value for name, value in overrides.items() if value is not None}
-        if "do_sample" not in given and (any(name in given for name in SAMPLING) or given.get("min_p")):
+        asked = any(name in given and given[name] != nothing for name, nothing in SAMPLING.items())
+        if "do_sample" not in given and asked:
             given["do_sample"] = True  # unless temperature is 0: see __post_init__
         if given.get("do_sample") and "temperature" not in given and self.temperature < MIN_TEMPERATURE:
             given["temperature"] = 1.0

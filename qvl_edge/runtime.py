@@ -337,11 +337,12 @@ class Runtime:
 
     def _check_context(self, positions: int) -> None:
         if positions > self.max_context:
-            # clients look for the first words to cut a conversation
+            # clients look for the words in brackets, to cut a conversation
             raise ContextError(
-                f"this model's maximum context length is {self.max_context} tokens, and the prompt needs {positions}, "
-                "room for the answer's first one included; shorten the text, send fewer images (258 tokens each) or "
-                f"raise max_context (at most {self.config.max_position_embeddings})"
+                f"the prompt needs {positions} tokens, room for the answer's first one included, and the context holds "
+                f"{self.max_context} (this model's maximum context length is {self.max_context} tokens); shorten the "
+                "text, send fewer images (258 tokens each) or raise max_context (at most "
+                f"{self.config.max_position_embeddings})"
             )
 
 

@@ -62,14 +62,14 @@ def test_run_draws_the_latest_picture(capsys: pytest.CaptureFixture[str], tmp_pa
         (["serve", CHECKPOINT, "--parallel", "17"], "slots is 17, expected an integer, 1 to 16"),
         (["run", CHECKPOINT, "hi", "--device", "gpu"], "device is 'gpu', expected"),
         (["run", CHECKPOINT, "hi", "--vision-device", "gpu"], "vision_device is 'gpu', expected"),
-        (["run", CHECKPOINT, "word " * 9000], "maximum context length is 8192"),
+        (["run", CHECKPOINT, "word " * 9000], "the context holds 8192"),
     ],
 )
 def test_bad_input_is_one_clear_line_and_exit_code_1(arguments, words: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(arguments) == 1
     said = capsys.readouterr()
     assert words in said.err and "Traceback" not in said.err and not said.out
-    assert "loaded" not in said.err or "maximum context" in words
+    assert "loaded" not in said.err or "the context holds" in words
 
 
 def test_an_unwritable_picture_format_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

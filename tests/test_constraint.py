@@ -199,6 +199,8 @@ def test_an_object_has_the_properties_that_are_named_unless_the_schema_says_othe
 def test_closing_a_schema_takes_no_time_that_its_references_multiply() -> None:
     definitions = {f"D{i}": {"allOf": [{"$ref": f"#/$defs/D{i + 1}"}] * 2} for i in range(60)}
     assert closed({"$defs": definitions, "allOf": [{"$ref": "#/$defs/D0"}, A]})["properties"] == {"a": True}
+    chain = {f"D{i}": {"allOf": [{"$ref": f"#/$defs/D{i + 1}"}]} for i in range(2000)} | {"D2000": A}
+    assert closed({"$defs": chain, "allOf": [{"$ref": "#/$defs/D0"}]})["properties"] == {"a": True}
 
 
 @pytest.mark.parametrize("seed", range(3))

@@ -328,3 +328,31 @@ def test_a_thread_that_waits_for_another_threads_step_gets_its_answer(runtime: R
         thread.start()
     thread.join(60)
     assert found
+
+
+@pytest.mark.parametrize(("when", "method"), [(0, "allowed"), (3, "allowed"), (0, "accept"), (3, "accept")])
+def test_a_constraint_that_fails_ends_its_own_request_and_no_other(runtime: Runtime, when: int, method: str) -> None:
+    class Failing:
+        """A grammar that runs into a limit of its library after some tokens, as a large pattern does."""
+
+        calls = {"allowed": 0, "accept": 0}
+
+        def allowed(self) -> Tensor:
+            self.count("allowed")
+            return torch.ones(runtime.config.vocab_size, dtype=torch.bool)
+
+        def accept(self, token: int) -> None:
+            self.count("accept")
+
+        def count(self, name: str) -> None:
+            self.calls = self.calls | {name: self.calls[name] + 1}
+            if name == method and self.calls[name] > when:
+                raise ConfigError("too many expressions")
+
+    expected = runtime.answer("one", do_sample=False, max_new_tokens=12, ignore_eos=True).token_ids
+    good = added(runtime, "one", do_sample=False, max_new_tokens=12, ignore_eos=True)
+    bad = asked(runtime, "two", do_sample=False, max_new_tokens=12, ignore_eos=True)
+    bad.sampler.constraint = Failing()
+    runtime.engine.add(bad)
+    steps_until(runtime, lambda: good.done and bad.done)
+    assert isinstance(bad.error, ConfigError) and good.answer().token_ids == expected and runtime.engine.healthy

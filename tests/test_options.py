@@ -29,6 +29,8 @@ MODELS_OWN = GenerationOptions(do_sample=False)  # as a generation_config.json t
         ({"repetition_penalty": 1.1}, False),
         ({"min_p": 0.1}, True),
         ({"min_p": 0}, False),
+        ({"top_p": 1, "top_k": 0}, False),
+        ({"top_p": 1, "temperature": 1}, True),
         ({"presence_penalty": 1, "frequency_penalty": 1, "logit_bias": {}, "stop_token_ids": [1]}, False),
         ({"temperature": 0, "top_p": 0.5, "seed": 1}, False),
         ({"do_sample": False, "temperature": 0.7, "seed": 1}, False),

@@ -68,7 +68,9 @@ def constraint_for(
         words = " | ".join(json.dumps(word, ensure_ascii=False) for word in _choices(response_format))
         grammar = matcher.grammar_from_lark("start: " + _short_enough("choice", words))
     else:
-        text = _short_enough("JSON schema", json.dumps(closed(_schema(response_format))))
+        schema = _schema(response_format)
+        _short_enough("JSON schema", json.dumps(schema))
+        text = json.dumps(closed(schema))
         # without free whitespace: a small model may emit whitespace forever
         options = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
         try:

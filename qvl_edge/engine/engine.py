@@ -177,6 +177,8 @@ class Engine:
 
     def _push(self, request: Request, tokens: list[int]) -> None:
         try:
+            if request.sampler.error is not None:
+                raise request.sampler.error
             for token in tokens:
                 check_tokens([token], self.slots.model.dtype)
                 request.push(token, request.logprob)

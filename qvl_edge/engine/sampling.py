@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from qvl_edge.answer import TokenLogprob
-from qvl_edge.errors import ConfigError
+from qvl_edge.errors import ConfigError, QvlError
 from qvl_edge.options import MAX_LOGPROBS, MIN_TEMPERATURE, GenerationOptions
 
 NOT_FINITE = -1  # in the place of a token where logits are NaN or inf
@@ -42,6 +42,7 @@ class Sampler:
         device: torch.device | str = "cpu",
     ):
         self.options, self.prompt_ids, self.constraint = options, list(prompt_ids), constraint
+        self.error: QvlError | None = None  # of the constraint: it ends this sequence, and no other of its batch
         self.generator = torch.Generator(device=device)
         if options.seed is None:
             self.generator.seed()
@@ -144,16 +145,24 @@ class Samplers:
             if sampler.options.do_sample:
                 noise = self.noise[slot].exponential_(generator=sampler.generator)
                 noise.clamp_(min=torch.finfo(torch.float32).tiny)
-            if sampler.constraint is not None:
-                self.bias[slot] = self._bias(sampler).masked_fill(~sampler.constraint.allowed(), -torch.inf)
+            if sampler.constraint is not None and sampler.error is None:
+                try:
+                    allowed = sampler.constraint.allowed()
+                except QvlError as error:
+                    sampler.error = error
+                    continue
+                self.bias[slot] = self._bias(sampler).masked_fill(~allowed, -torch.inf)
 
     def accept(self, slot: int, token: int) -> TokenLogprob | None:
         """Advance `slot`'s constraint by the token; its log-probabilities, if requested."""
         sampler = self.samplers[slot]
         if sampler is None or token == NOT_FINITE:
             return None
-        if sampler.constraint is not None:
-            sampler.constraint.accept(token)
+        if sampler.constraint is not None and sampler.error is None:
+            try:
+                sampler.constraint.accept(token)
+            except QvlError as error:
+                sampler.error = error
         count = sampler.options.logprobs
         if count is None:
             return None

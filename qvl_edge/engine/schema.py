@@ -4,6 +4,7 @@ JSON Schema lets an object have any property that it does not forbid, and a mode
 strict mode and vLLM's backends, `closed` allows only the properties that a schema names, unless it says otherwise.
 """
 
+from collections import deque
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -50,36 +51,33 @@ class _Closing:
                 made[key] = value
         if whole and _builds(node):
             # its own patterns stay allowed beside `additionalProperties`; those of a part would not
-            names = self.names({key: value for key, value in node.items() if key != "patternProperties"}, set())
+            names = self.names({key: value for key, value in node.items() if key != "patternProperties"})
             if names or (names is not None and "patternProperties" in node):
                 made["properties"] = {**dict.fromkeys(names, True), **made.get("properties", {})}
                 made["additionalProperties"] = False
         return made
 
-    def names(self, node: Any, seen: set[str]) -> list[str] | None:
-        """All properties that `node` and its parts name; None if one of them says what else there may be.
-
-        seen: references that were followed, each once.
-        """
-        if not isinstance(node, Mapping):
-            return []
-        if any(key in node for key in SAYS_OTHERWISE):
-            return None
-        found = list(node["properties"]) if isinstance(node.get("properties"), Mapping) else []
-        ref = node.get("$ref")
-        parts = []
-        if isinstance(ref, str) and ref not in seen:
-            seen.add(ref)
-            parts.append(self.target(ref))
-        for key in (*PARTS, *UNIONS, "if"):
-            value = node.get(key, [])
-            parts += value if isinstance(value, list) else [value]
-        for part in parts:
-            more = self.names(part, seen)
-            if more is None:
+    def names(self, node: Any) -> list[str] | None:
+        """All properties that `node` and its parts name, its own first; None if one says what else there may be."""
+        found: dict[str, None] = {}
+        followed = set[str]()  # each reference once: they may form circles, and chains as long as a schema
+        parts = deque([node])
+        while parts:
+            part = parts.popleft()
+            if not isinstance(part, Mapping):
+                continue
+            if any(key in part for key in SAYS_OTHERWISE):
                 return None
-            found += more
-        return found
+            named = part.get("properties")
+            found |= dict.fromkeys(named if isinstance(named, Mapping) else ())
+            ref = part.get("$ref")
+            if isinstance(ref, str) and ref not in followed:
+                followed.add(ref)
+                parts.append(self.target(ref))
+            for key in (*PARTS, *UNIONS, "if"):
+                value = part.get(key, [])
+                parts += value if isinstance(value, list) else [value]
+        return list(found)
 
     def target(self, ref: str) -> Any:
         """What a local reference points to; nothing for any other."""

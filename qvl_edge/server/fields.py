@@ -23,7 +23,7 @@ from pydantic import (
 )
 from pydantic_core.core_schema import ValidationInfo
 
-from qvl_edge.engine.constraint import Format
+from qvl_edge.engine.constraint import MAX_SCHEMA, Format
 from qvl_edge.options import INT32_MAX, MAX_BIAS, GenerationOptions, Option
 from qvl_edge.server.refusal import invalid, validation_refusal
 
@@ -70,6 +70,7 @@ class Tolerant(Received):
 
 
 StopText = Annotated[str, Field(min_length=1)]
+SchemaText = Annotated[str, Field(max_length=MAX_SCHEMA)]
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Bias = Annotated[float, Field(ge=-MAX_BIAS, le=MAX_BIAS)]
 TokenId = Annotated[int, Field(ge=0, le=INT32_MAX)]
@@ -118,7 +119,7 @@ class ResponseFormat(Received):
 class StructuredOutputs(Received):
     """vLLM's structured_outputs; one of them."""
 
-    json_: dict[str, Any] | str | None = Field(None, alias="json")
+    json_: dict[str, Any] | SchemaText | None = Field(None, alias="json")
     json_object: bool | None = None
     regex: str | None = None
     choice: list[str] | None = None
@@ -148,7 +149,7 @@ class Request(Received):
     stream: bool | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    guided_json: dict[str, Any] | str | None = None
+    guided_json: dict[str, Any] | SchemaText | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
 

@@ -24,7 +24,7 @@ log = logging.getLogger("qvl_edge.server")
 
 MAX_DEPTH = 16  # of JSON; a request with a schema in response_format needs about ten
 MAX_MARKS = 100_000  # brackets and commas of JSON: what bounds the objects that 32 MB can become
-DRAIN_BYTES, DRAIN_S = 64 << 20, 5.0  # of a body that is not wanted any more
+DRAIN_BYTES, DRAIN_S, DRAIN_IDLE_S = 64 << 20, 5.0, 1.0  # of a body that is not wanted any more: in all, and silent
 BODY_TIMEOUT_S = 60.0  # for the whole body: bounds how long a slow sender holds a connection
 
 PAGE_CSP = (
@@ -160,7 +160,7 @@ async def _drain(receive: Receive) -> None:
     with contextlib.suppress(TimeoutError):
         async with asyncio.timeout(DRAIN_S):
             while left > 0:
-                message = await receive()
+                message = await asyncio.wait_for(receive(), DRAIN_IDLE_S)
                 left -= len(message.get("body", b""))
                 if not message.get("more_body", False):
                     return

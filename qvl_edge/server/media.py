@@ -69,7 +69,11 @@ class Media:
             return await self.fetcher.fetch(url, param)
         if scheme in ("file", ""):
             return await asyncio.to_thread(self._from_file, url, param)
-        raise invalid(param, "expected a data URI, or an http, https or file URL", code="scheme_not_allowed")
+        raise invalid(
+            param,
+            "expected data:image/…;base64,… with the image in it, or an http, https or file URL",
+            code="scheme_not_allowed",
+        )
 
     def _from_text(self, url: str, param: str) -> bytes:
         """From a data URI or base64."""

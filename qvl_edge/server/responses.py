@@ -57,6 +57,13 @@ class Reasoning(Tolerant):
     summary: Any = None
 
 
+class ItemReference(Tolerant):
+    """An item that a server would have kept; this one keeps none."""
+
+    type: Literal["item_reference"]
+    id: Any = None
+
+
 def _items(given: Any) -> Any:
     if isinstance(given, str):
         return [{"type": "message", "role": "user", "content": given}]
@@ -65,7 +72,7 @@ def _items(given: Any) -> Any:
     return given
 
 
-Item = Annotated[InputMessage | Reasoning, Field(discriminator="type")]
+Item = Annotated[InputMessage | Reasoning | ItemReference, Field(discriminator="type")]
 Items = Annotated[list[Item], Field(min_length=1)]
 
 
@@ -116,6 +123,10 @@ class ResponseRequest(Fields):
                     for index, part in enumerate(item.content)
                 ]
                 made.add(item.role, parts, param)
+            elif isinstance(item, ItemReference):
+                raise invalid(
+                    f"input[{at}]", "no response is kept here; send the item itself, as clients do with store=false"
+                )
         if not made.messages:
             raise invalid("input", "there is no message in it")
         return made
@@ -191,7 +202,7 @@ class ResponseEvent(Model, extra="allow"):
 def response_model(name: str, limits: Limits, *aliases: str) -> type[ResponseRequest]:
     """ResponseRequest for a server of a model with these names."""
     neutral = {
-        "previous_response_id": None,
+        "previous_response_id": None,  # no response is kept
         "conversation": None,
         "prompt": None,
         "background": Literal[False],
@@ -199,7 +210,7 @@ def response_model(name: str, limits: Limits, *aliases: str) -> type[ResponseReq
         "tools": NoItems,
         "tool_choice": Literal["none", "auto"],
         "parallel_tool_calls": bool,
-        "include": list[str],
+        "include": list[Literal["reasoning.encrypted_content"]],
         "max_tool_calls": int,
         "top_logprobs": Literal[0],
         "context_management": NoItems,

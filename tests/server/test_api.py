@@ -12,7 +12,7 @@ from PIL import Image
 
 from qvl_edge.answer import TokenLogprob
 from qvl_edge.demo.scenes import Scene
-from qvl_edge.engine.request import SYSTEM, Piece
+from qvl_edge.engine.request import Piece
 from qvl_edge.engine.worker import Worker
 from qvl_edge.errors import EngineFailed, OutOfMemory, PromptError, QueueFull, TimeLimit
 from qvl_edge.runtime import Runtime
@@ -166,7 +166,8 @@ def test_sampling_options_reach_the_engine_under_their_names() -> None:
         "ignore_eos": True,
         "stop_token_ids": [9],
     }
-    assert engine.requests[1].generation == {"temperature": 0.0} and engine.requests[1].system == SYSTEM
+    assert engine.requests[1].generation == {"temperature": 0.0}
+    assert [message.role for message in engine.requests[1].messages] == ["user"]
 
 
 def test_messages_become_turns() -> None:

@@ -14,6 +14,7 @@ from PIL import Image
 
 from qvl_edge.demo.scenes import Scene
 from qvl_edge.runtime import Runtime
+from qvl_edge.text.prompt import Message
 
 from .harness import ScriptedWorker, Server, serving
 
@@ -184,7 +185,7 @@ def test_the_answer_grows_stops_and_is_made_again(page) -> None:
         shows(page, ".said", "One thing more")
         page.wait_for_selector(DONE)
         assert page.locator(".answer").count() == 1 and "3 tokens" in page.locator(".tools").text_content()
-        assert [request.history for request in engine.requests] == [[], []]
+        assert [len(request.messages) for request in engine.requests] == [1, 1]
         page.click("#clear")
         assert page.locator(".answer").count() == 0 and page.locator("#welcome").is_visible()
 
@@ -248,7 +249,7 @@ def test_settings_language_and_theme_survive_a_reload(page) -> None:
         ask(page, "问")
         page.wait_for_selector(DONE)
     assert engine.requests[0].generation == {"temperature": 0.0, "seed": 7, "max_new_tokens": 9}
-    assert engine.requests[0].system == "Be brief."
+    assert engine.requests[0].messages[0] == Message("system", "Be brief.")
 
 
 def test_pictures_are_pasted_dropped_and_taken_away(page, files) -> None:
@@ -342,4 +343,4 @@ def test_enter_sends_shift_enter_does_not_and_composing_does_not(page) -> None:
         assert page.locator(".asked").count() == 0
         page.keyboard.press("Enter")
         page.wait_for_selector(DONE)
-    assert engine.requests[0].query == [{"text": "one\ntwo"}]
+    assert engine.requests[0].messages[-1].content == [{"text": "one\ntwo"}]

@@ -80,6 +80,7 @@ def test_a_schema_is_kept_to(server: Server) -> None:
         ({"input": []}, "input"),
         ({"input": [{"type": "function_call_output", "call_id": "a", "output": "b"}]}, "input[0].type"),
         ({"input": [{"type": "reasoning"}]}, "input"),
+        ({"input": [{"type": "item_reference", "id": "msg_1"}]}, "input[0]"),
         ({"input": [{"role": "assistant", "content": [{"type": "input_image", "image_url": "data:"}]}]},
          "input[0].content[0].image_url"),
         ({"input": "<img>a/b.png</img>"}, "input[0].content"),
