@@ -7,6 +7,7 @@ import torch
 from conftest import write_small_checkpoint
 
 from export.part import export_vit
+from kernels.sessions import session_options
 from quantize.job import quantize_checkpoint
 from qvl_edge.bundle import VIT
 from qvl_edge.checkpoint import Checkpoint
@@ -35,7 +36,12 @@ def test_the_exported_tower_gives_the_torch_features_through_optimum(tmp_path: P
     with torch.inference_mode():
         expected = load_visual(checkpoint, dtype=torch.float32)(pixels)
     model = modeling.ORTModelForCustomTasks.from_pretrained(
-        tmp_path, file_name=VIT, config=transformers.PretrainedConfig(), export=False, provider="CPUExecutionProvider"
+        tmp_path,
+        file_name=VIT,
+        config=transformers.PretrainedConfig(),
+        export=False,
+        provider="CPUExecutionProvider",
+        session_options=session_options(),  # the export's sessions have made the process's pool of threads
     )
     found = torch.as_tensor(model(pixels=pixels)["features"])
     torch.testing.assert_close(found, expected, atol=TOLERANCE[dtype], rtol=0)
