@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernels.sessions import session_options
 
-FLOAT_ACTIVATIONS, INT8_ACTIVATIONS = 0, 4  # accuracy_level
 BLOCKS = (128, 64, 32, 16)  # block sizes that the kernels are made for
+_FLOAT_ACTIVATIONS = 0  # accuracy_level
 _FLOAT, _UINT8 = 1, 2  # onnx.TensorProto.DataType
 _INT, _EXTERNAL = 2, 1  # onnx.AttributeProto.AttributeType, onnx.TensorProto.DataLocation
 _IR_VERSION, _OPSET = 10, 21
@@ -25,7 +25,7 @@ class MatMulNBits:
     0 to 15, or None where every zero is 8. All of them may be freed afterwards.
     """
 
-    def __init__(self, levels: Tensor, scales: Tensor, zeros: Tensor | None, accuracy_level: int = FLOAT_ACTIVATIONS):
+    def __init__(self, levels: Tensor, scales: Tensor, zeros: Tensor | None):
         import onnxruntime as ort
 
         self.out_features, self.in_features = levels.shape[0], levels.shape[1] * 2
@@ -38,7 +38,7 @@ class MatMulNBits:
         values = [ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for tensor in tensors.values()]
         options.add_external_initializers(list(tensors), values)
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        model = _model(self.out_features, self.in_features, block, accuracy_level, tensors)
+        model = _model(self.out_features, self.in_features, block, tensors)
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -57,9 +57,9 @@ def block_size(group_size: int) -> int:
     return next(block for block in BLOCKS if group_size % block == 0)
 
 
-def _model(outputs: int, inputs: int, block: int, accuracy_level: int, tensors: dict[str, Tensor]) -> bytes:
+def _model(outputs: int, inputs: int, block: int, tensors: dict[str, Tensor]) -> bytes:
     """An onnx.ModelProto of the one node. It is written here because the runtime does without the package onnx."""
-    sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": block, "accuracy_level": accuracy_level}
+    sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": block, "accuracy_level": _FLOAT_ACTIVATIONS}
     # NodeProto: 1 input, 2 output, 4 op_type, 5 attribute, 7 domain; AttributeProto: 1 name, 3 i, 20 type
     node = b"".join(_field(1, name) for name in ("x", *tensors)) + _field(2, "y") + _field(4, "MatMulNBits")
     node += _field(7, "com.microsoft")

@@ -1,5 +1,6 @@
 """The operands of the kernels, and the definition of every kernel in plain torch: backend "torch", on any device."""
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -62,12 +63,12 @@ class AttentionArgs:
     locks: Tensor | None = None
 
 
-class PackedWeight:
+class PackedWeight(ABC):
     """A weight of 4 or 8 bits in the order of one backend."""
 
+    @abstractmethod
     def dequantize(self) -> Tensor:
         """W (N, K) float32."""
-        raise NotImplementedError
 
 
 Weight: TypeAlias = Int4Weight | Int8Weight | PackedWeight

@@ -17,6 +17,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
 from torch import Tensor
 
@@ -40,8 +41,20 @@ _OTHER_KINDS = (
 _INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA, …) change the base's weights
 
 _MERGE = "Merge the adapter with PEFT (merge_and_unload), and give the merged checkpoint"
+_PATTERN_S = 1  # for one name; a plain pattern takes microseconds
 _OWN_NAME = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.weight$)")  # .lora_A.default.weight
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.(weight|bias)$)")
+
+
+def _matches(pattern: str, module: str) -> bool:
+    """re.fullmatch as PEFT does it, but an adapter's pattern may neither hang nor end in a traceback."""
+    try:
+        return regex.fullmatch(pattern, module, timeout=_PATTERN_S) is not None
+    except TimeoutError:
+        problem = f"takes more than {_PATTERN_S} s on {module}"
+    except regex.error as error:
+        problem = f"is no regular expression: {error}"
+    raise ConfigError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} {problem}. {_MERGE}")
 
 
 class LoraCheckpoint(Checkpoint):
@@ -117,7 +130,7 @@ class LoraCheckpoint(Checkpoint):
         def chosen(modules: list[str], spec: Any) -> list[str]:
             """Names of the weights that a pattern, or a list of ends of names, stands for."""
             if isinstance(spec, str):
-                return [f"{module}.weight" for module in modules if re.fullmatch(spec, module)]
+                return [f"{module}.weight" for module in modules if _matches(spec, module)]
             ends = tuple(f".{end}" for end in spec or ())
             return [f"{module}.weight" for module in modules if f".{module}".endswith(ends)]
 
@@ -223,7 +236,7 @@ def _rank_and_scale(module: str, settings: Mapping[str, Any]) -> tuple[int, floa
 
     def of(default: str, patterns: str) -> Any:
         for pattern, value in (settings.get(patterns) or {}).items():
-            if re.fullmatch(rf"(.*\.)?({pattern})", module):
+            if _matches(rf"(.*\.)?({pattern})", module):
                 return value
         return settings[default]
 

@@ -346,3 +346,15 @@ def test_a_bin_adapter_with_code_in_it_is_refused_unrun(base: Checkpoint, tmp_pa
     with pytest.raises(CheckpointError, match="tensors only"):
         LoraCheckpoint(base.path, adapter)
     assert not marker.exists()
+
+
+@pytest.mark.parametrize(("pattern", "said"), [(r"(.|.)*[XY]", "takes more than"), ("(", "no regular expression")])
+def test_a_pattern_that_hangs_or_is_none_is_refused(
+    base: Checkpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pattern: str, said: str
+) -> None:
+    monkeypatch.setattr("qvl_edge.lora._PATTERN_S", 0.05)
+    adapter = write_adapter(tmp_path / "adapter", base)
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"target_modules": pattern}))
+    with pytest.raises(ConfigError, match=said):
+        LoraCheckpoint(base.path, adapter)
