@@ -312,7 +312,7 @@ def test_a_step_asks_the_device_for_no_number_and_launches_five_kernels_a_layer(
             if isinstance(value, Tensor) and name not in ("filled", "placed", "_host_tokens"):
                 setattr(owner, name, on_meta(value))
     with torch.inference_mode():
-        slots._step_all(BUCKETS[-1], slots.samplers.kind())
+        slots._step_leading(2, BUCKETS[-1], slots.samplers.kind())
     assert len(launched) == 5 * layers + 1  # rms_rows comes before the first
     assert slots.cache.filled.tolist() == [2101, 2101]
 
@@ -337,7 +337,7 @@ def test_graphs_give_the_tokens_of_eager_steps_and_wait_for_nothing(options: Gen
         torch.cuda.set_sync_debug_mode("error")
         try:
             with torch.inference_mode():
-                slots._step_all(600, slots.samplers.kind())
+                slots._step_leading(3, 600, slots.samplers.kind())
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert rows[0] == rows[1]

@@ -164,14 +164,14 @@ class Engine:
         """Give a slot to the next request: after the prefill of the one before, so that it can share its prompt."""
         while self.slots.free and self._waiting:
             request = self._waiting.popleft()
+            self._active.append(request)  # from here on it ends with whatever goes wrong
             try:
                 request.check()
                 self.slots.begin(request)
             except (QvlError, EngineError) as error:
-                self._drop(request, error)
+                self._end(request, error)
                 continue
             request.start()
-            self._active.append(request)
             return request
         return None
 

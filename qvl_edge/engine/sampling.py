@@ -125,6 +125,14 @@ class Samplers:
         """Let `slot` have no sampler; its token is ignored."""
         self.samplers[slot] = None
 
+    def exchange(self, first: int, second: int) -> None:
+        """Two slots in one another's place."""
+        pair, crossed = [first, second], [second, first]
+        self.samplers[first], self.samplers[second] = self.samplers[second], self.samplers[first]
+        for tensor in vars(self).values():
+            if isinstance(tensor, Tensor):
+                tensor[pair] = tensor[crossed]
+
     def kind(self, rows: slice = slice(None)) -> Kind:
         """What the slots `rows` need."""
         found = [sampler for sampler in self.samplers[rows] if sampler is not None]

@@ -73,6 +73,17 @@ class KVCache:
                 for layer in tensor:  # one layer at a time: no temporary of a whole sequence's size
                     layer[target, :, :positions] = layer[source, :, :positions]
 
+    def exchange(self, first: int, second: int, positions: int) -> None:
+        """Each of two sequences, `positions` keys and values of both, in the other's place."""
+        pair, crossed = [first, second], [second, first]
+        for tensor in (self.k, self.v, self.k_scales, self.v_scales):
+            for layer in () if tensor is None else tensor:  # likewise
+                kept = layer[first, :, :positions].clone()
+                layer[first, :, :positions] = layer[second, :, :positions]
+                layer[second, :, :positions] = kept
+        for row in (self.lengths, self.filled, self.placed, self.frequencies):
+            row[pair] = row[crossed]
+
     def layer(self, index: int) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
         """One layer's k, v, k_scales and v_scales."""
         k_scales = None if self.k_scales is None else self.k_scales[index]

@@ -34,7 +34,7 @@ class Decoder(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def embeddings_device(self) -> torch.device: ...
-    def embed(self, ids: Tensor) -> Tensor: ...
+    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor: ...
     def __call__(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor: ...
 
 
@@ -180,9 +180,10 @@ def place_tokens(config: Config, tokens: int, cache: KVCache) -> Placement:
     return Placement(cache, start, cos, sin, logn_scale(config, positions) if scaled else None)
 
 
-def embed(ids: Tensor, table: Tensor, like: Tensor) -> Tensor:
-    """Rows of table (vocab, hidden) for ids (B, T) int64, with `like`'s dtype, on its device."""
-    return F.embedding(ids.to(table.device), table).to(like)
+def embed(ids: Tensor, table: Tensor, like: Tensor, out: Tensor | None) -> Tensor:
+    """Rows of table (vocab, hidden) for ids (B, T) int64: into `out`, or with `like`'s dtype on its device."""
+    rows = F.embedding(ids.to(table.device), table)
+    return rows.to(like) if out is None else out.copy_(rows)
 
 
 class QWenModel(nn.Module):
@@ -220,9 +221,12 @@ class QWenLMHeadModel(nn.Module):
         """Where the embedding table is: the model's device, or the CPU."""
         return self.transformer.wte.weight.device
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 -> embeddings (B, T, hidden); the table may be in host memory and in the file's dtype."""
-        return embed(ids, self.transformer.wte.weight, self.transformer.ln_f.weight)
+    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """ids (B, T) int64 -> embeddings (B, T, hidden); the table may be in host memory and in the file's dtype.
+
+        out: where they go, instead of a new tensor on the model's device.
+        """
+        return embed(ids, self.transformer.wte.weight, self.transformer.ln_f.weight, out)
 
     def forward(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor:
         """Append T tokens to every sequence of the cache and return logits in float32.

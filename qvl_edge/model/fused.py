@@ -132,9 +132,9 @@ class FusedDecoder:
         """Where the embedding table is: the model's device, or the CPU."""
         return self.wte.device
 
-    def embed(self, ids: Tensor) -> Tensor:
-        """ids (B, T) int64 -> embeddings (B, T, hidden)."""
-        return embed(ids, self.wte, self.ln_f)
+    def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
+        """ids (B, T) int64 -> embeddings (B, T, hidden): into `out`, or a new tensor on the model's device."""
+        return embed(ids, self.wte, self.ln_f, out)
 
     @torch.inference_mode()
     def __call__(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor:
