@@ -270,6 +270,11 @@ class Runtime:
         self._encode(request, prompt)
         return request
 
+    def warm_up(self) -> None:
+        """Compile and load on a GPU what the first answers would wait for."""
+        with self.engine.lock:
+            self.engine.slots.warm_up()
+
     def forget(self) -> None:
         """Drop what was kept of earlier answers, keys and values and image features: the next one starts afresh."""
         with self.engine.lock:

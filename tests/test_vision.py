@@ -1,5 +1,6 @@
 """The onnxruntime vision encoder: batches, and what it refuses."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -167,3 +168,58 @@ def test_self_test_pixels_are_a_formula_in_the_range_of_real_ones() -> None:
     assert pixels.shape == (1, 3, 56, 56) and pixels.dtype == torch.float32
     assert float(pixels[0, 0, 0, 0]) == 1.0  # sin 0 + cos 0
     assert 1.9 < float(pixels.abs().max()) <= 2.0
+
+
+class FakeStream:
+    """A CUDA stream as far as the encoder uses one."""
+
+    cuda_stream = 7
+
+    def wait_stream(self, other: "FakeStream") -> None:
+        pass
+
+
+class FakeSession:
+    """Notes the batches that it runs, and what each is told about the arena."""
+
+    def __init__(self) -> None:
+        self.ran: list[tuple[int, str]] = []
+
+    def io_binding(self) -> "FakeSession":
+        return self
+
+    def bind_input(self, name: str, device: str, index: int, dtype: type, shape: tuple[int, ...], address: int) -> None:
+        self.batch = shape[0]
+
+    def bind_output(self, *_: object) -> None:
+        pass
+
+    def run_with_iobinding(self, binding: object, options: ort.RunOptions) -> None:
+        try:
+            shrinks = options.get_run_config_entry("memory.enable_memory_arena_shrinkage")
+        except RuntimeError:
+            shrinks = ""
+        self.ran.append((self.batch, shrinks))
+
+
+@pytest.mark.parametrize("release", [False, True])
+def test_on_a_card_the_arena_is_kept_and_the_largest_batch_fills_it_first(
+    release: bool, exported: Path, visual: VisualConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shrinking it calls cudaFree, which waits for every running answer's step."""
+    encoder = VisionEncoder(exported / VIT, visual, max_batch=3)
+    session = FakeSession()
+    encoder.release, encoder._session, encoder._stream = release, None, FakeStream()
+    monkeypatch.setattr(encoder, "_start", lambda *_: session)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: FakeStream())
+    for name in ("device", "stream"):
+        monkeypatch.setattr(torch.cuda, name, lambda _: contextlib.nullcontext())
+    encoder.encode(torch.zeros(2, 3, visual.image_size, visual.image_size))
+    assert session.ran == ([] if release else [(3, "")]) + [(2, "")]
+
+
+def test_on_a_cpu_the_arena_is_shrunk(exported: Path, visual: VisualConfig) -> None:
+    encoder = VisionEncoder(exported / VIT, visual)
+    encoder._session = session = FakeSession()
+    encoder.encode(torch.zeros(1, 3, visual.image_size, visual.image_size))
+    assert session.ran == [(1, "cpu:0")]

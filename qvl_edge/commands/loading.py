@@ -38,6 +38,8 @@ def load(path: str, options: dict[str, Any]) -> "Runtime":
     began = time.perf_counter()
     runtime = Runtime.from_pretrained(path, progress=say, **options)
     say(f"loaded {path} in {time.perf_counter() - began:.1f} s")
+    if runtime.decoder.device.type == "cuda":
+        say("kernels are compiled when they first run on this machine (13 s on two cores) and kept in Triton's cache")
     return runtime
 
 

@@ -106,6 +106,7 @@ def execute(args: argparse.Namespace) -> int:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     runtime = loading.load(path, options)
     runtime.options = runtime.options.with_overrides(generation)
+    runtime.warm_up()  # or the first caller waits for the compiler
     worker = Worker(runtime, max_waiting=args.max_concurrent_requests, time_limit_s=args.time_limit)
     name, *aliases = dict.fromkeys(args.served_model_name or [Path(path).resolve().name])
     settings = Settings(

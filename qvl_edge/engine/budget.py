@@ -15,6 +15,7 @@ from kernels.cpu import padded_group
 from kernels.gpu.weight import CHUNK, TILE
 from kernels.matmul_nbits import block_size
 from qvl_edge.config import Config
+from qvl_edge.engine.graph import GRAPH_BYTES, MAX_GRAPHS, buckets_of, counts_of
 from qvl_edge.engine.slots import CHUNK as PREFILLED
 from qvl_edge.errors import ConfigError, FitError
 from qvl_edge.model.loading import projections
@@ -78,6 +79,8 @@ def estimate(config: Config, plan: Plan) -> Budget:
     else:  # rows are read from the mapped file; on CUDA they are not in its memory at all
         table = min(plan.context, vocab) * (ceil(2 * hidden / _PAGE) + 1) * _PAGE if plan.device == "cpu" else 0
     kv_cache = plan.slots * plan.context * position_bytes(config, plan)
+    if plan.device == "cuda" and plan.vision == "resident":  # onnxruntime's arena keeps it (vision/encoder.py)
+        vision, encoding = vision + encoding, 0
     if plan.vision == "released":  # the tower and the cache are never in memory together
         encoding, vision = encoding + vision - kv_cache, 0
     return Budget(
@@ -129,7 +132,11 @@ def _prefill_bytes(config: Config, plan: Plan) -> int:
     """One layer's activations for a chunk of a prompt, and the logits of its last position."""
     rows = min(plan.context, PREFILLED)
     hidden, inner, size = config.hidden_size, config.ffn_size, plan.dtype.itemsize
-    logits = 6 * 4 * config.vocab_size  # sorted, their indices, chances, noise
+    logits = 6 * 4 * config.vocab_size * plan.slots  # sorted, their indices, chances, noise
+    logits += 13 * config.vocab_size * plan.slots  # Samplers: seen, counts, noise, bias
+    if plan.device == "cuda":
+        kinds = 2 * len(counts_of(plan.slots)) * len(buckets_of(plan.context))  # greedy and as the model samples
+        logits += min(kinds, MAX_GRAPHS) * GRAPH_BYTES
     attention = 0
     if plan.kv_cache == "int8" and plan.device == "cpu":  # the definition turns a layer's keys and values into floats
         attention = 2 * plan.context * hidden * 4

@@ -17,7 +17,7 @@ from qvl_edge.engine.sampling import Kind
 BUCKETS = (512, 1024, 2048, 4096, 8192)  # cache lengths that one graph covers: they decide how attention is split
 COUNTS = (1, 4, 8, 16)  # leading slots that one graph steps: kernels of 8 and 16 rows, attention splits by sequences
 MAX_GRAPHS = 24  # kept at once; the one that was not used for longest is captured again when it is needed
-GRAPH_BYTES = 4 << 20  # of one, apart from what a step computes; assumed, benchmarks.gpu measures it
+GRAPH_BYTES = 1 << 20  # of one, apart from what a step computes; assumed, benchmarks.gpu measures it
 
 Step = Callable[[int, int, Kind], None]
 """The part of a step that runs on the device: for this many leading slots, a cache length of at most this, and this

@@ -110,10 +110,9 @@ class VisionEncoder:
     def _run(self, session: ort.InferenceSession, pixels: Tensor, features: Tensor) -> None:
         """Encode one batch into `features`, contiguous on `device`; onnxruntime reads and writes torch's memory."""
         binding, options = session.io_binding(), ort.RunOptions()
-        # or the arena keeps what the largest batch has taken
-        place = "cpu:0" if self._stream is None else f"gpu:{self.device.index}"
-        options.add_run_config_entry("memory.enable_memory_arena_shrinkage", place)
         if self._stream is None:
+            # or the arena keeps what the largest batch has taken
+            options.add_run_config_entry("memory.enable_memory_arena_shrinkage", "cpu:0")
             pixels = pixels.to(self.device).contiguous()
             _bind(binding, pixels, features)
             session.run_with_iobinding(binding, options)
@@ -155,7 +154,15 @@ class VisionEncoder:
         options.add_session_config_entry("session.use_device_allocator_for_initializers", "1")
         settings = _CUDA | {"device_id": str(self.device.index), "user_compute_stream": str(self._stream.cuda_stream)}
         with torch.cuda.device(self.device):  # onnxruntime makes its own device the current one
-            return self._start("CUDAExecutionProvider", settings, options)
+            session = self._start("CUDAExecutionProvider", settings, options)
+        if not self.release:
+            # The arena keeps what a batch takes: giving it back after each picture would call cudaFree, which stops the
+            # steps of running answers. The largest batch comes first, so that the others fit into its chunks.
+            size = self.visual.image_size
+            pixels = torch.zeros(self.max_batch, 3, size, size)
+            features = torch.empty(self.max_batch, IMAGE_TOKENS, self.visual.output_dim, device=self.device)
+            self._run(session, pixels, features)
+        return session
 
     def _start(self, provider: str, settings: dict[str, str], options: ort.SessionOptions) -> ort.InferenceSession:
         try:

@@ -42,7 +42,7 @@ def session_bytes(visual: VisualConfig, dtype: str, device_type: str) -> int:
 
 
 def workspace_bytes(visual: VisualConfig, dtype: str, batch: int, device_type: str) -> int:
-    """What encoding `batch` images at once takes beside the session; it is given back afterwards."""
+    """What encoding `batch` images at once takes beside the session; on a CPU it is given back afterwards."""
     width, mlp_width, hidden = visual.width, visual.mlp_width, visual.output_dim
     largest = max(width * mlp_width, hidden * hidden)
     if device_type == "cpu":
