@@ -13,7 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.gemm import dot, halves
+from kernels import reference
+from kernels.gpu.parts import dot, halves
 from kernels.gpu.tiles import device_key
 from kernels.int8 import MIN_CACHE_SCALE
 from kernels.reference import AttentionArgs
@@ -384,6 +385,8 @@ def attention_triton(args: AttentionArgs, *, splits: int | None = None, sums: Te
     """
     _check_limits(args, splits)
     q, k, v = args.q, args.k, args.v
+    if q.shape[1] > 1 and device_key(q.device).turing:
+        return reference.rotary_attention(args)  # torch's attention uses Turing's tensor cores, which Triton does not
     batch, length, heads, dim = q.shape
     capacity, dtype = args.k_cache.shape[2], args.k_cache.dtype
     cos, sin, start = args.cos.contiguous(), args.sin.contiguous(), args.start.contiguous()

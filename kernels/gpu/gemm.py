@@ -14,28 +14,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from kernels.gpu.tiles import Tile, device_key, tile_for
+from kernels.gpu import turing
+from kernels.gpu.parts import dot, finish, halves, sum_splits
+from kernels.gpu.tiles import TURING_ROWS, Tile, device_key, tile_for
 from kernels.gpu.weight import CHUNK, TritonWeight
 from kernels.reference import MAX_DECODE_ROWS, SPAN, Rows
 
 # what is done with x W^T: stored, w1(x) * silu(w2(x)), added to a residual
 EPILOGUES = {"plain": 0, "swiglu": 1, "residual": 2}
-
-
-@triton.jit
-def halves(words, DTYPE: tl.constexpr):
-    """words (...) int32 -> (..., 2): their low and high halves as 16-bit floats."""
-    low, high = (words & 0xFFFF).to(tl.int16), (words >> 16).to(tl.int16)
-    return tl.join(low.to(DTYPE, bitcast=True), high.to(DTYPE, bitcast=True))
-
-
-@triton.jit
-def dot(a, b, acc, WIDEN: tl.constexpr):
-    """acc + a b; WIDEN is for the interpreter, which takes bfloat16 for integers (triton 3.7.1)."""
-    if WIDEN:
-        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc)
-    else:
-        return tl.dot(a, b, acc)
 
 
 @triton.jit
@@ -48,74 +34,6 @@ def _plane(words, BLOCK_N: tl.constexpr, WORDS: tl.constexpr, DTYPE: tl.constexp
     else:
         floats = halves((words & 0x000F000F) | 0x64006400, DTYPE)
     return tl.reshape(floats, (BLOCK_N, 2 * WORDS))
-
-
-@triton.jit
-def _finish(
-    acc, n, m, tile_n, out,
-    M, N, WIDTH, SQUARES, eps,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_SQUARES: tl.constexpr, EPILOGUE: tl.constexpr,
-):  # fmt: skip
-    """What follows the product of a tile, acc (BLOCK_N, BLOCK_M) float32: row factor, bias, activation or residual, and
-    what the next kernel needs.
-    """
-    bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_sums_ptr, y_squares_ptr = out
-    tiles_n = tl.cdiv(N, BLOCK_N)
-    HALF: tl.constexpr = BLOCK_N // 2 if EPILOGUE == 1 else BLOCK_N  # outputs that are stored
-    outputs = N
-    kept = (n < N)[:, None] & (m < M)[None, :]
-    if squares_ptr is not None:
-        part = tl.arange(0, BLOCK_SQUARES)
-        squares = tl.load(
-            squares_ptr + m[:, None] * SQUARES + part[None, :],
-            mask=(m < M)[:, None] & (part < SQUARES)[None, :],
-            other=0.0,
-        )
-        acc *= tl.rsqrt(tl.sum(squares, 1) / WIDTH + eps)[None, :]
-    if bias_ptr is not None:
-        acc += tl.load(bias_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    if EPILOGUE == 1:
-        # rows 2 i and 2 i + 1 are w1's and w2's: (BLOCK_N, BLOCK_M) -> two of (BLOCK_N / 2, BLOCK_M)
-        pair = tl.permute(tl.reshape(acc, (HALF, 2, BLOCK_M)), (0, 2, 1))
-        up, gate = tl.split(pair)
-        y = up * gate / (1.0 + tl.exp(-gate))
-        outputs = N // 2
-        n = tile_n * HALF + tl.arange(0, HALF)
-        kept = (n < outputs)[:, None] & (m < M)[None, :]
-    else:
-        y = acc
-    if EPILOGUE == 2:
-        place = m.to(tl.int64)[None, :] * N + n[:, None]
-        y += tl.load(residual_ptr + place, mask=kept, other=0.0)
-        tl.store(residual_ptr + place, y, mask=kept)
-        tl.store(y_squares_ptr + m * tiles_n + tile_n, tl.sum(y * y, 0), mask=m < M)
-        y *= tl.load(norm_ptr + n, mask=n < N, other=0.0).to(tl.float32)[:, None]
-    y = y.to(y_ptr.dtype.element_ty)
-    tl.store(y_ptr + m.to(tl.int64)[None, :] * outputs + n[:, None], y, mask=kept)
-    if y_sums_ptr is not None:
-        sums = tl.sum(tl.reshape(y.to(tl.float32), (HALF // 32, 32, BLOCK_M)), 1)
-        span = tile_n * (HALF // 32) + tl.arange(0, HALF // 32)
-        tl.store(y_sums_ptr + span[:, None] * 16 + m[None, :], sums, mask=(span * 32 < outputs)[:, None])
-
-
-@triton.jit
-def _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
-    """Store this program's partial sum; the last program of a tile adds up all of them, always in the same order.
-
-    Returns the sum and whether this program is the last.
-    """
-    splits = tl.num_programs(1)
-    offsets = (n - tile_n * BLOCK_N)[:, None] * BLOCK_M + m[None, :]
-    part = partials_ptr + (tile_n * splits).to(tl.int64) * (BLOCK_N * BLOCK_M)
-    tl.store(part + tl.program_id(1) * (BLOCK_N * BLOCK_M) + offsets, acc)
-    tl.debug_barrier()  # the atomic below releases what every thread of this program stored
-    last = tl.atomic_add(locks_ptr + tile_n, 1, sem="acq_rel") == splits - 1
-    if last:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
-        for split in range(splits):
-            acc += tl.load(part + split * (BLOCK_N * BLOCK_M) + offsets, cache_modifier=".cg")
-        tl.store(locks_ptr + tile_n, 0)
-    return acc, last
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])  # otherwise every 16th prompt length would compile again
@@ -165,8 +83,8 @@ def _decode_kernel(
     turns = tl.minimum(share, CHUNKS - first)
     span = tl.arange(0, 4)
     if SUBGROUPS == 1:
-        # Triton loads words and x ahead, and nothing else: what is small and was not loaded a turn ahead would be waited
-        # for in each turn, 2,100 cycles of it instead of 1,380
+        # Triton loads words and x ahead and nothing else. Without this, each turn waits for what is small: 2,100 cycles
+        # on an RTX 3060 instead of 1,380, by the model of benchmarks.model
         scale_ahead = tl.load(scales_ptr + tl.minimum(first, CHUNKS - 1) // CHUNKS_A_GROUP * NP + n)
         behind = tl.minimum(0, CHUNKS - 1 - first) * 64  # a program without chunks reads the last one's
         sums_ahead = tl.load(sums_ptr + behind + span[:, None] * 16 + m[None, :])
@@ -228,10 +146,10 @@ def _decode_kernel(
             acc += p * scale[:, None]
     last = True
     if SPLIT_K > 1:
-        acc, last = _sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M, BLOCK_N)
+        acc, last = sum_splits(acc, partials_ptr, locks_ptr, n, m, tile_n, BLOCK_M, BLOCK_N)
     if last:
         out = (bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, y_sums_ptr, y_squares_ptr)
-        _finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
+        finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])  # otherwise every 16th prompt length would compile again
@@ -283,7 +201,7 @@ def _prefill_kernel(
                 plane = (_plane(words >> (4 * j), BLOCK_N, WORDS, DTYPE, 4).to(dtype) - middle) * scale
                 acc = dot(plane, tl.load(x_m + c * 128 + DEPTH * j), acc, WIDEN)
     out = (bias_ptr, squares_ptr, residual_ptr, norm_ptr, y_ptr, None, y_squares_ptr)
-    _finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
+    finish(acc, n, m, tile_n, out, M, N, WIDTH, SQUARES, eps, BLOCK_M, BLOCK_N, BLOCK_SQUARES, EPILOGUE)
 
 
 @triton.jit(do_not_specialize_on_alignment=["M"])  # as above
@@ -356,14 +274,18 @@ def gemm_triton(
     x = x.contiguous()
     bias, norm_weight = (None if t is None else t.contiguous() for t in (bias, norm_weight))
     chunks, padded, _ = weight.words.shape
+    device = device_key(x.device)
+    few = count <= MAX_DECODE_ROWS
+    if device.turing and not few:
+        rows = Rows(x, None, rows.squares, rows.eps)
+        return turing.many_rows(rows, width, weight, bias, epilogue, residual, norm_weight, eps, out_dtype or x.dtype)
     if tile is None:
-        tile = tile_for(count, outputs, width, weight.group_size, bits=weight.bits, device=device_key(x.device))
+        tile = tile_for(count, outputs, width, weight.group_size, bits=weight.bits, device=device)
     y_width = outputs // 2 if epilogue == "swiglu" else outputs
     y = torch.empty(count, y_width, dtype=out_dtype or x.dtype, device=x.device)
     if count == 0:
         return Rows(y, None, y.new_empty(0, 1, dtype=torch.float32) if epilogue == "residual" else None, eps)
     tiles_n = -(-outputs // tile.block_n)
-    few = count <= MAX_DECODE_ROWS
     y_sums = y_squares = None
     if few and epilogue != "plain":
         y_sums = torch.empty(y_width // SPAN, MAX_DECODE_ROWS, dtype=torch.float32, device=x.device)
@@ -384,16 +306,29 @@ def gemm_triton(
     sizes = (count, outputs, chunks * CHUNK, padded, chunks, width, parts, rows.eps)
     before = (weight.words, weight.scales, weight.zeros, bias, squares, residual, norm_weight, y)
     if few:
-        if sums is None:
-            sums = rows_triton(x).sums
         splits = min(tile.split_k, chunks)
         partials = None
         if splits > 1:
             size = tiles_n * splits * tile.block_n * tile.block_m
             partials = torch.empty(size, dtype=torch.float32, device=x.device)
+        options = {"BITS": weight.bits, "SPLIT_K": splits, **flags}
+        if tile.block_m in TURING_ROWS:
+            options["ASM"] = not options.pop("WIDEN") and x.device.type != "cpu"
+            for first in range(0, count, tile.block_m):
+                part = slice(first, first + tile.block_m)
+                x_part, squares_part, residual_part, y_part, y_squares_part = (
+                    None if t is None else t[part] for t in (x, squares, residual, y, y_squares)
+                )
+                turing.few_rows_kernel[tiles_n, splits](
+                    x_part, weight.words, weight.scales, weight.zeros, bias, squares_part, residual_part, norm_weight,
+                    y_part, None if y_sums is None else y_sums[:, first:], y_squares_part, partials, weight.locks,
+                    len(x_part), *sizes[1:], **options,
+                )  # fmt: skip
+            return Rows(y, y_sums, y_squares, eps)
+        if sums is None:
+            sums = rows_triton(x).sums
         _decode_kernel[tiles_n, splits](
-            x, sums, *before, y_sums, y_squares, partials, weight.locks, *sizes,
-            BITS=weight.bits, SPLIT_K=splits, **flags,
+            x, sums, *before, y_sums, y_squares, partials, weight.locks, *sizes, **options,
         )  # fmt: skip
     else:
         _prefill_kernel[-(-count // tile.block_m) * tiles_n,](x, *before, y_squares, *sizes, **flags)

@@ -15,6 +15,7 @@ import torch
 
 TABLES = Path(__file__).with_name("tiles")
 DECODE_ROWS = (8, 16)  # block_m of the decode kernel
+TURING_ROWS = (1, 2, 4)  # block_m of the one on Turing; more rows than 4 are several launches
 PREFILL_ROWS = (32, 64, 128)  # block_m of the prefill kernel
 CHUNK = 128  # input channels of one step of a kernel
 SHARED = 101_376  # bytes a program may use on consumer cards (sm_86, sm_89, sm_120)
@@ -57,6 +58,16 @@ class DeviceKey:
         """The name of its table, e.g. "sm_86"."""
         return f"sm_{self.capability[0]}{self.capability[1]}"
 
+    @property
+    def turing(self) -> bool:
+        """Whether its tensor cores are out of Triton's reach: it has kernels of its own (turing.py)."""
+        return self.capability[0] == 7
+
+    @property
+    def rows(self) -> tuple[int, ...]:
+        """block_m of the kernels that it runs."""
+        return TURING_ROWS if self.turing else (*DECODE_ROWS, *PREFILL_ROWS)
+
 
 INTERPRETER = DeviceKey((0, 0), 1, SHARED)
 
@@ -71,9 +82,9 @@ def device_key(device: torch.device) -> DeviceKey:
     return DeviceKey((properties.major, properties.minor), properties.multi_processor_count, shared)
 
 
-def block_m_for(rows: int) -> int:
+def block_m_for(rows: int, device: DeviceKey = INTERPRETER) -> int:
     """Rows of one program: the smallest block that holds `rows`, or the largest."""
-    return next((block for block in (*DECODE_ROWS, *PREFILL_ROWS) if rows <= block), PREFILL_ROWS[-1])
+    return next((block for block in device.rows if rows <= block), device.rows[-1])
 
 
 def tile_for(rows: int, n: int, k: int, group: int, *, bits: int = 4, device: DeviceKey) -> Tile:
@@ -82,7 +93,7 @@ def tile_for(rows: int, n: int, k: int, group: int, *, bits: int = 4, device: De
     A card that is not in its family's table takes the tiles of the one with the nearest number of multiprocessors, but
     not its split_k: that is what fills a card.
     """
-    return _tile_for(block_m_for(rows), n, k, group, bits, device)
+    return _tile_for(block_m_for(rows, device), n, k, group, bits, device)
 
 
 @cache
@@ -110,6 +121,9 @@ def default_tile(block_m: int, n: int, k: int, group: int, bits: int, device: De
         block_n = 128 if group >= CHUNK else 64
         stages = next((s for s in (3, 2) if pipeline_bytes(block_m, block_n, s, bits) <= device.shared_memory), 1)
         return Tile(block_m, block_n, 1, 8 if block_m == 128 else 4, stages)
+    if block_m in TURING_ROWS:
+        # four warps of 128 outputs: 2.3, 3.0 and 3.8 instructions a weight for 1, 2 and 4 rows, in 64 to 128 registers
+        return Tile(block_m, 128, split_k_for(n, k, 128, device.multiprocessors), 4, 1)
     stages = next((s for s in (4, 3, 2) if 2 * pipeline_bytes(block_m, 128, s, bits) <= device.shared_memory), 1)
     return Tile(block_m, 128, split_k_for(n, k, 128, device.multiprocessors), 2 if group >= 64 else 4, stages)
 
@@ -172,7 +186,7 @@ def _parse_card(path: Path, card: dict[str, Any]) -> CardTiles:
 
 _KEY = ("block_m", "n", "k", "group", "bits")
 _CHOICES = {
-    "block_m": (*DECODE_ROWS, *PREFILL_ROWS),
+    "block_m": (*TURING_ROWS, *DECODE_ROWS, *PREFILL_ROWS),
     "block_n": (64, 128),  # a weight is padded to whole tiles of 128 outputs
     "bits": (4, 8),
     "num_warps": (1, 2, 4, 8),
