@@ -16,7 +16,7 @@ from qvl_edge.checkpoint import VISUAL, Checkpoint, raw_reason
 from qvl_edge.config import Config
 from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
-from qvl_edge.engine.device import find_device, named_with_others
+from qvl_edge.engine.device import check_dtype, find_device, is_turing, named_with_others
 from qvl_edge.engine.engine import Engine
 from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
@@ -98,8 +98,7 @@ class Runtime:
         asked, say = LoadOptions.of(options), progress or (lambda _: None)
         check_background(asked.background)
         place = find_device(asked.device)
-        if asked.dtype == "float32" and place.type == "cuda":
-            raise ConfigError("dtype is 'float32', the kernels for CUDA compute in 'float16' or 'bfloat16'; pass one")
+        check_dtype(place, asked.dtype)
         encoding = place
         if asked.vision_device is not None:
             encoding = find_device(asked.vision_device, option="vision_device", kernels=False)
@@ -373,6 +372,7 @@ def _plan(
             dtype=DTYPES[dtype],
             embeddings=asked.embeddings,
             slots=asked.slots,
+            turing=is_turing(place),
             vision="elsewhere" if encoding != place else "released" if asked.release_vision else "resident",
         ),
         profile=asked.profile,

@@ -2,6 +2,7 @@
 there, in commands and in benchmarks."""
 
 import importlib
+import json
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,8 +13,9 @@ import torch
 import qvl_edge.demo
 from qvl_edge import FitError, Runtime
 from qvl_edge.__main__ import main
+from qvl_edge.cards import card_named
 from qvl_edge.engine import device as devices
-from qvl_edge.engine.device import find_device, named_with_others
+from qvl_edge.engine.device import check_dtype, find_device, named_with_others
 from qvl_edge.errors import ConfigError
 
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
@@ -56,25 +58,61 @@ def with_card(monkeypatch: pytest.MonkeyPatch) -> WithCard:
     return make
 
 
-@pytest.mark.parametrize("capability", [(6, 1), (7, 0), (7, 5)])
+@pytest.mark.parametrize(("capability", "family"), [((6, 1), "Pascal"), ((7, 0), "Volta"), ((7, 2), "Volta")])
 @pytest.mark.parametrize("device", ["auto", "cuda", "cuda:0"])
 def test_a_card_that_is_too_old_is_refused_before_anything_is_read(
-    capability: tuple[int, int], device: str, with_card: WithCard, tmp_path: Path
+    capability: tuple[int, int], family: str, device: str, with_card: WithCard, tmp_path: Path
 ) -> None:
     with_card(capability)
     major, minor = capability
-    words = rf"GeForce has compute capability {major}\.{minor} \(sm_{major}{minor}\), the kernels need 8\.0 \(sm_80\); "
-    with pytest.raises(ConfigError, match=words + "add --device cpu"):
+    words = rf"GeForce is a {family} card of compute capability {major}\.{minor} \(sm_{major}{minor}\), the kernels "
+    with pytest.raises(ConfigError, match=words + r"need 7\.5 \(sm_75\); add --device cpu .*auto-gptq.*RTX 20"):
         Runtime.from_pretrained(tmp_path / "nothing", device=device)
 
 
 def test_the_command_says_it_in_one_line(with_card: WithCard, capsys: pytest.CaptureFixture[str]) -> None:
-    with_card((7, 5))
+    with_card((6, 1))
     assert main(["run", str(SMALL), "Hello", "--device", "cuda"]) == 1
-    assert capsys.readouterr().err.startswith("qvl-edge run: NVIDIA GeForce has compute capability 7.5")
+    assert capsys.readouterr().err.startswith("qvl-edge run: NVIDIA GeForce is a Pascal card of compute capability 6.1")
 
 
-@pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
+def test_turing_computes_in_float16_alone(with_card: WithCard, tmp_path: Path) -> None:
+    with_card((7, 5))
+    with pytest.raises(ConfigError, match=r"'bfloat16', which NVIDIA GeForce \(Turing\) does not .*; pass 'float16'"):
+        Runtime.from_pretrained(tmp_path / "nothing", device="cuda", dtype="bfloat16")
+    with_card((8, 0))
+    check_dtype(find_device("cuda"), "bfloat16")
+    check_dtype(torch.device("cpu"), "bfloat16")
+
+
+@pytest.mark.parametrize(
+    ("name", "card"),
+    [
+        ("RTX 3060", (12, (8, 6))),
+        ("NVIDIA GeForce RTX 2080 Ti", (11, (7, 5))),
+        ("t4", (16, (7, 5))),
+        ("12GB", None),
+        ("RTX 9999", None),
+    ],
+)
+def test_cards_are_known_by_their_names(name: str, card: tuple | None) -> None:
+    assert card_named(name) == card
+
+
+@pytest.mark.parametrize(("name", "code"), [("RTX 3060", 0), ("RTX 2060 12GB", 0), ("GTX 1650", 1)])
+def test_fit_takes_a_card_by_its_name(name: str, code: int, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "Qwen/Qwen-VL-Chat-Int4", "--gpu", name, "--json"]) == code
+    parts = json.loads(capsys.readouterr().out)["profiles"]["6g"]["parts"]
+    # a card of Turing multiplies a prompt by one projection at a time in float16: w1 and w2, 180 MB
+    assert (parts["workspace"] > 2 * 2 * 11008 * 4096) == ("3060" not in name)
+
+
+def test_fit_refuses_a_card_that_is_too_old_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["fit", "Qwen/Qwen-VL-Chat-Int4", "--gpu", "GTX 1080 Ti"]) == 1
+    assert "GTX 1080 Ti is a Pascal card" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capability", [(7, 5), (8, 0), (8, 9), (9, 0), (12, 0)])
 def test_a_card_that_the_kernels_run_on_is_taken(capability: tuple[int, int], with_card: WithCard) -> None:
     with_card(capability)
     assert find_device("auto") == find_device("cuda") == find_device("cuda:0") == torch.device("cuda:0")
@@ -89,7 +127,7 @@ def test_cuda_is_the_current_device_under_its_number(with_card: WithCard) -> Non
 
 
 def test_images_may_be_encoded_on_a_card_that_is_too_old_for_the_kernels(with_card: WithCard) -> None:
-    with_card((7, 5))
+    with_card((6, 1))
     assert find_device("cuda", option="vision_device", kernels=False) == torch.device("cuda:0")
 
 

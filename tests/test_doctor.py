@@ -15,6 +15,7 @@ import torch
 from conftest import write_small_checkpoint
 
 from export.part import export_vit
+from kernels.gpu.tiles import DeviceKey
 from qvl_edge import memory
 from qvl_edge.__main__ import main
 from qvl_edge.bundle import MANIFEST, add_part
@@ -57,9 +58,7 @@ def with_card(monkeypatch: Patch, *, capability: tuple[int, int] = (8, 6), free:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: CARD)
-    monkeypatch.setattr("kernels.gpu.tiles.device_key", lambda _: SimpleNamespace(
-        capability=capability, family=f"sm_{capability[0]}{capability[1]}"
-    ))  # fmt: skip
+    monkeypatch.setattr("kernels.gpu.tiles.device_key", lambda _: DeviceKey(capability, 28, 101_376))
     monkeypatch.setattr(memory, "device_memory", lambda _: memory.Memory(12 * 10**9, free))
     said = {"gpu": [["580.65.06", CARD.name]], "compute-apps": [], **rows}
     monkeypatch.setattr(device, "nvidia_smi", lambda what, *_: said[what])
@@ -90,6 +89,9 @@ def test_a_sound_card_passes(monkeypatch: Patch) -> None:
         assert (finding.name, finding.status) == (check, "ok")
     (finding,) = examine_one("card")
     assert "tiles not tuned" in finding.found  # the shipped tables are estimates
+    assert "Ampere (sm_86)" in finding.found
+    (finding,) = broken_card(monkeypatch, "card", capability=(7, 5))
+    assert finding.status == "ok" and "Turing (sm_75), in float16 only" in finding.found
 
 
 @pytest.mark.skipif(not shutil.which("gcc"), reason="needs gcc")
@@ -277,7 +279,7 @@ BROKEN: list[tuple[Callable[[Patch, Path], Iterator[Finding]], str, str, str]] =
     (kernels_elsewhere, "kernels", "another package", "pip uninstall -y kernels"),
     (old_driver, "driver", "535.54.03 does not run CUDA 13.0", "580"),
     (torch_without_cuda, "driver", "RTX 3060 is unused", "pytorch.org"),
-    (old_card, "card", "6.1 (sm_61), the kernels need 8.0 (sm_80)", "--device cpu"),
+    (old_card, "card", "6.1 (sm_61), the kernels need 7.5 (sm_75)", "--device cpu"),
     (busy_card, "card in use", "python, train (pid 4711, 7400 MiB)", "kill 4711"),
     (full_card, "card memory", "0.30 GB of 12.00 GB", "nvidia-smi"),
     (no_font, "font", "no.otf is missing", "pip install"),

@@ -39,7 +39,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("path", metavar="PATH", help="a bundle, a checkpoint, its config.json's folder, or a name")
     add_source(parser)
     where = parser.add_mutually_exclusive_group()
-    where.add_argument("--gpu", metavar="12GB", help="memory of the card (default: what is free on this one)")
+    where.add_argument(
+        "--gpu", metavar="12GB", help='the card, as in "RTX 3060", or its memory (default: what is free on this one)'
+    )
     where.add_argument(
         "--cpu", metavar="16GB", nargs="?", const="", help="run on the CPU, with this memory (default: what is free)"
     )
@@ -66,9 +68,9 @@ def execute(args: argparse.Namespace) -> int:
     for name in ("images", "slots"):
         if getattr(args, name) < 1:
             raise ConfigError(f"--{name} is {getattr(args, name)}, at least 1 is needed")
-    device, memory = memory_of(args)
+    device, memory, turing = memory_of(args)
     dtype = torch.float32 if device == "cpu" else torch.float16
-    asked = Plan(device, dtype, context=args.context, images=args.images, slots=args.slots)
+    asked = Plan(device, dtype, context=args.context, images=args.images, slots=args.slots, turing=turing)
     rows = []
     for name in PROFILES:
         plan = by_profile(asked, name)
@@ -106,18 +108,25 @@ def read_config(path: str, *, source: "Source" = "hf", revision: str | None = No
     return replace(config, quantization=QuantConfig()), "\nas quantized by quantize.gptq, 4 bits in groups of 128"
 
 
-def memory_of(args: argparse.Namespace) -> tuple[str, int]:
-    """The device type and its bytes."""
+def memory_of(args: argparse.Namespace) -> tuple[str, int, bool]:
+    """The device type, its bytes, and whether it is a card of Turing. ConfigError for one that is too old."""
     import torch
 
+    from qvl_edge.cards import card_named
+    from qvl_edge.engine.device import BFLOAT16, is_turing, too_old
+    from qvl_edge.errors import ConfigError
     from qvl_edge.memory import free_memory, parse_bytes
 
+    if args.gpu and (card := card_named(args.gpu)) is not None:
+        if (old := too_old(args.gpu, card[1])) is not None:
+            raise ConfigError("; ".join(old))
+        return "cuda", card[0] << 30, card[1] < BFLOAT16
     if args.gpu:
-        return "cuda", parse_bytes(args.gpu)
+        return "cuda", parse_bytes(args.gpu), False
     if args.cpu:
-        return "cpu", parse_bytes(args.cpu)
+        return "cpu", parse_bytes(args.cpu), False
     device = torch.device("cuda" if args.cpu is None and torch.cuda.is_available() else "cpu")
-    return device.type, free_memory(device)
+    return device.type, free_memory(device), is_turing(device)
 
 
 def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int) -> str:

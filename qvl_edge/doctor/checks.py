@@ -122,6 +122,7 @@ def check_card(_: Path | None) -> str:
     import torch
 
     from kernels.gpu.tiles import device_key, read_table
+    from qvl_edge.cards import family_of
     from qvl_edge.engine.device import too_old
 
     device = torch.device("cuda:0")
@@ -129,7 +130,8 @@ def check_card(_: Path | None) -> str:
     if (old := too_old(name, key.capability)) is not None:
         raise Failed(*old)
     tuned = any(card.measured for card in read_table(key.family))
-    return f"{name}, {key.family}" + ("" if tuned else ", tiles not tuned for it")
+    only = ", in float16 only" if key.turing else ""
+    return f"{name}, {family_of(key.capability)} ({key.family}){only}" + ("" if tuned else ", tiles not tuned for it")
 
 
 def check_card_memory(_: Path | None) -> str:

@@ -40,6 +40,7 @@ class Plan:
     context: int = PREFERRED_CONTEXT
     images: int = 1
     slots: int = 1
+    turing: bool = False  # a card whose prompts go through one dequantized projection at a time
 
 
 @dataclass(frozen=True)
@@ -143,6 +144,8 @@ def _prefill_bytes(config: Config, plan: Plan) -> int:
     if plan.device == "cpu":
         # residual, normed, qkv and its rotated copies, attended; w1, w2 and their product
         return logits + max(rows * hidden * 10 * size + attention, rows * (2 * hidden + 4 * inner) * size)
+    if plan.turing:  # the largest weight in float16, its product in both dtypes, one sequence's keys, values and mask
+        attention = 4 * inner * hidden + 12 * rows * inner + 4 * plan.context * hidden + rows * plan.context
     # residual in float32, embeddings, normed rows, qkv, attended; the MLP's product
     return logits + rows * (4 * hidden + (6 * hidden + inner) * size) + attention
 

@@ -5,11 +5,13 @@ from dataclasses import dataclass
 
 import torch
 
+from qvl_edge.cards import family_of
 from qvl_edge.errors import ConfigError
 from qvl_edge.machine import nvidia_smi
 from qvl_edge.memory import device_memory
 
-CAPABILITY = (8, 0)  # least of the kernels: they are compiled and checked from sm_80 on (docs/kernels.md)
+CAPABILITY = (7, 5)  # least of the kernels: they are compiled and checked from sm_75 on (docs/kernels.md)
+BFLOAT16 = (8, 0)  # least of bfloat16
 MIN_FREE = 10**9  # bytes: with its libraries alone a process takes 0.6 GB, a CUDA context about as much
 
 
@@ -65,9 +67,30 @@ def too_old(name: str, capability: tuple[int, int]) -> tuple[str, str] | None:
         return None
     (has, has_sm), (needed, needed_sm) = ((f"{a}.{b}", f"sm_{a}{b}") for a, b in (capability, CAPABILITY))
     return (
-        f"{name} has compute capability {has} ({has_sm}), the kernels need {needed} ({needed_sm})",
-        f"add --device cpu (in Python device='cpu'), or use a card of {needed} or more (RTX 30 and later)",
+        f"{name} is a {family_of(capability)} card of compute capability {has} ({has_sm}), the kernels need {needed} "
+        f"({needed_sm})",
+        "add --device cpu (in Python device='cpu'), run the checkpoint with its own code (transformers and auto-gptq), "
+        f"which such a card runs, or use one of {needed} or more (GTX 16, RTX 20 and later, T4)",
     )
+
+
+def check_dtype(device: torch.device, dtype: str | None) -> None:
+    """ConfigError for a compute dtype that the kernels do not have on a CUDA device."""
+    if device.type != "cuda":
+        return
+    if dtype == "float32":
+        raise ConfigError("dtype is 'float32', the kernels for CUDA compute in 'float16' or 'bfloat16'; pass one")
+    if dtype == "bfloat16" and is_turing(device):
+        name = torch.cuda.get_device_properties(device).name
+        raise ConfigError(f"dtype is 'bfloat16', which {name} (Turing) does not compute in; pass 'float16'")
+
+
+def is_turing(device: torch.device) -> bool:
+    """Whether it is a card of the one family that the kernels run on and that has no bfloat16."""
+    if device.type != "cuda":
+        return False
+    properties = torch.cuda.get_device_properties(device)
+    return (properties.major, properties.minor) < BFLOAT16
 
 
 @dataclass(frozen=True)
