@@ -27,6 +27,7 @@ from benchmarks import report
 from benchmarks.kernels.offline import (
     GPUS,
     SHARED,
+    WEIGHT_LIMITS,
     Compiled,
     Launch,
     Loop,
@@ -35,18 +36,18 @@ from benchmarks.kernels.offline import (
     gemm_launch,
     meta,
     record_one,
+    weights_a_turn,
 )
-from benchmarks.kernels.problem import C_ATTN, GEMMS, HEAD, LAYER, Gemm
+from benchmarks.kernels.problem import C_ATTN, GEMMS, HEAD, LAYER, Gemm, weight_of
 from kernels.gpu.gemm import rows_triton
-from kernels.gpu.tiles import DECODE_ROWS, PREFILL_ROWS, Tile, read_table, tile_for
+from kernels.gpu.tiles import DECODE_ROWS, TURING_ROWS, Tile, read_table, tile_for
+from kernels.gpu.turing import dequantize
 from qvl_edge.machine import describe_machine
 
-ARCHITECTURES = (80, 86, 87, 89, 90, 120)
-QUICK = (86, 89, 90, 120)  # 80 and 87 compile to what 86 does, with more shared memory
-VARIANTS = (86, 90)  # where --quick compiles all variants
-BOUNDED = (86, 87, 89, 90, 120)  # where the bounds on instructions are held
-# instructions per weight as published (float16, groups of 128, symmetric) at 8 and 16 rows
-WEIGHT_LIMITS = {8: 2.5, 16: 3.0}
+ARCHITECTURES = (75, 80, 86, 87, 89, 90, 120)
+QUICK = (75, 86, 89, 90, 120)  # 80 and 87 compile to what 86 does, with more shared memory
+VARIANTS = (75, 86, 90)  # where --quick compiles all variants
+BOUNDED = (75, 86, 87, 89, 90, 120)  # where the bounds on instructions are held
 # instructions per element of keys and values, by the cache's dtype
 CACHE_LIMITS = {torch.float16: 5.0, torch.bfloat16: 5.0, torch.int8: 6.0}
 
@@ -76,7 +77,7 @@ class Case:
         if loop is None:
             return 0.0
         if self.tile is not None:
-            return loop.products / self.tile.block_m / 32
+            return weights_a_turn(loop, self.tile)
         if self.decodes_attention:
             return loop.loaded(16) / (1 if dict(self.launch.signature)["k_cache_ptr"] == "*i8" else 2)
         return 0.0
@@ -100,10 +101,11 @@ def gemm_case(gemm: Gemm, tile: Tile, dtype: torch.dtype = torch.float16, *, one
 def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     """The int4 and int8 kernels with the tiles of the architecture's first GPU, and their variants."""
     device = next(card for card in GPUS if card.capability == capability).key
-    for block_m in (*DECODE_ROWS, *PREFILL_ROWS):
+    few = TURING_ROWS if device.turing else DECODE_ROWS
+    for block_m in device.rows:
         for gemm in LAYER:
             yield gemm_case(gemm, tile_for(block_m, gemm.n, gemm.k, 128, device=device))
-    for block_m in DECODE_ROWS:
+    for block_m in few:
         yield gemm_case(HEAD, tile_for(block_m, HEAD.n, HEAD.k, HEAD.k, bits=8, device=device))
     if quick and capability not in VARIANTS:
         return
@@ -112,6 +114,9 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
     residual = (meta(8, 4096, dtype=torch.float32), meta(4096), 1e-6, torch.float16)
     for name, operands in (("sums of rows", (meta(8, 4096),)), ("rows of a residual", residual)):
         yield Case(name, record_one("_rows_kernel", rows_triton, *operands), name)
+    if device.turing:
+        weight = weight_of(C_ATTN, device="meta")
+        yield Case("dequantize", record_one("dequantize_kernel", dequantize, weight), "dequantize")
     zeros = replace(C_ATTN, zeros=True)
     variants = (
         (C_ATTN, torch.bfloat16),
@@ -121,8 +126,10 @@ def gemm_cases(capability: int, quick: bool) -> Iterator[Case]:
         (replace(C_ATTN, group=64), torch.float16),
         (replace(C_ATTN, group=C_ATTN.k), torch.float16),
     )
-    for block_m in (16, 128) if quick else (8, 16, 64, 128):
+    for block_m in TURING_ROWS if device.turing else (16, 128) if quick else (8, 16, 64, 128):
         for gemm, dtype in variants:
+            if device.turing and dtype == torch.bfloat16:
+                continue
             yield gemm_case(gemm, tile_for(block_m, gemm.n, gemm.k, gemm.group, device=device), dtype)
 
 
@@ -130,6 +137,8 @@ def attention_cases(capability: int, quick: bool) -> Iterator[Case]:
     """The attention kernels by cache dtype, with and without log-n scaling and splits, for several prompt lengths."""
     fewer = quick and capability not in VARIANTS
     for cache, limit in CACHE_LIMITS.items():
+        if capability == 75 and cache == torch.bfloat16:
+            continue
         kind = f"{str(cache).removeprefix('torch.')} cache"
         for splits in (8, 1):
             launch = attention_launch("decode_kernel", cache, 1, splits=splits, logn=splits > 1)
@@ -139,7 +148,7 @@ def attention_cases(capability: int, quick: bool) -> Iterator[Case]:
                 break
         if fewer:
             continue
-        for length in (512, 64, 16):
+        for length in () if capability == 75 else (512, 64, 16):
             kernel = f"attention, {length} tokens, {kind}"
             yield Case(kernel, attention_launch("prefill_kernel", cache, length), kernel)
             if quick and cache == torch.bfloat16:
@@ -198,7 +207,7 @@ def record(capability: int, case: Case, compiled: Compiled) -> dict[str, Any]:
         "case": case.name,
         "projection": asdict(case.gemm) | {"dtype": str(case.dtype)} if case.gemm else None,
         "tile": asdict(case.tile) if case.tile else None,
-        **asdict(compiled),
+        **asdict(replace(compiled, schedule=())),
         "instructions_a_unit": round(compiled.loop.length / units, 2) if units and compiled.loop else None,
         "bounds": {name: {"value": value, "limit": limit} for name, (value, limit) in limits.items()},
         "holds": all(value <= limit for value, limit in limits.values()),

@@ -1,9 +1,11 @@
-"""All GPU checks and benchmarks in one run: python3 -m benchmarks.gpu --minutes 8 --out DIR [--only int4_gemm …]
+"""All that a first card needs, in one run: python3 -m benchmarks.gpu --minutes 40 --out DIR [--bundle PATH] [--only …]
 
-Needs a checkout, torch, triton and numpy. Every kernel is checked, then the benchmarks run, the most informative first,
-until the time is used up. Results are saved to DIR/gpu.json one by one, so that an interrupted run keeps them;
-DIR/gpu.svg is the chart, if matplotlib is installed. Exit code 1 if a check or a benchmark fails. `--tiny --device cpu`
-is a smoke test on small shapes in Triton's interpreter.
+Needs a checkout, torch, triton and numpy; --bundle also what the runtime needs. Every kernel is checked, whole steps,
+graphs and captures beside another thread too, then the benchmarks run, the most informative first, and the tuner last,
+into DIR/tiles, until the time is used up. Results are saved to DIR/gpu.json one by one, and the same command goes on
+with what is missing, also after a CUDA error that ends the process. DIR/gpu.svg is the chart, if matplotlib is
+installed. Exit code 1 if a check or a benchmark fails. `--tiny --device cpu` is a smoke test on small shapes in
+Triton's interpreter.
 """
 
 import os
@@ -21,7 +23,8 @@ import torch
 from torch import Tensor
 
 from benchmarks import int4_gemm, plot
-from benchmarks.kernels import decode_step, rotary_attention
+from benchmarks.kernels import decode_step, first_contact, rotary_attention
+from benchmarks.kernels.first_contact import check_captures, check_tokens
 from benchmarks.kernels.problem import (
     HEAD,
     LAYER,
@@ -37,7 +40,7 @@ from benchmarks.kernels.timing import copy_gb_per_s
 from benchmarks.report import command, say
 from kernels import rotary_attention as attend
 from kernels.gpu.tiles import Tile
-from qvl_edge.files import write_json
+from qvl_edge.files import read_json, write_json
 from qvl_edge.machine import describe_machine
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.fused import FusedDecoder
@@ -45,7 +48,7 @@ from qvl_edge.plot import optional
 
 Record = dict[str, Any]
 Task = tuple[str, Callable[[], Iterator[Record]]]  # name of the list of its records, and their generator
-BENCHMARKS = ("layer", "decode_step", "int4_gemm", "rotary_attention")
+BENCHMARKS = ("guesses", "layer", "decode_step", "int4_gemm", "rotary_attention", "model", "tiles")
 # odd sizes: the last tile and the last chunk are partial; fused forms need multiples of 32
 ODD = (
     Gemm("odd, bias and norm", 416, 200, norm=True, bias=True),
@@ -72,7 +75,8 @@ def check_gemm(device: str, tiny: bool) -> Iterator[Record]:
         ((ODD[0], *ODD[-2:]), (5,), half, Tile(8, 64, 3, 2, 3)),
         ((ODD_HEAD,), (1, 12), half, None),
     ]
-    if device == "cuda":  # bfloat16 is wrong in the interpreter
+    # bfloat16 is wrong in the interpreter
+    if device == "cuda" and torch.cuda.get_device_capability() >= (8, 0):
         problems.append((ODD[:3], (3, 12, 70), torch.bfloat16, None))
     if not tiny:
         problems += [(LAYER, (1, 16, 300), half, None), ((HEAD,), (1, 16), half, None)]
@@ -155,7 +159,12 @@ class Report:
     def __init__(self, path: Path, machine: Record, minutes: float):
         self.path, self.begin, self.seconds = path, time.monotonic(), 60 * minutes
         self.result: Record = {"benchmark": "gpu", **machine, "minutes": minutes, "finished": False}
-        self.result |= {"checks": [], "failed": [], "left_out": []}
+        self.result |= {"checks": [], "failed": [], "left_out": [], "done": []}
+        earlier = read_json(path) if path.exists() else {}
+        same = all(earlier.get(name) == self.result.get(name) for name in ("device", "commit", "versions"))
+        if same and not earlier.get("finished", True):
+            self.result = earlier | {"minutes": minutes, "left_out": []}
+            say(f"going on with {path}: {', '.join(earlier['done']) or 'nothing'} done")
         self.save()
 
     @property
@@ -173,21 +182,36 @@ class Report:
         self.save()
         say(f"{at:6.1f} s  {name}: {_line(record)}")
 
-    def run(self, name: str, make: Callable[[], Iterator[Record]]) -> None:
-        """Add the records of a task until the time is used up. Its exception is recorded as a failure."""
+    def run(self, task: str, name: str, make: Callable[[], Iterator[Record]]) -> None:
+        """Add the records of a task to the list `name` until the time is used up; not again if it is done.
+
+        Its exception is recorded as a failure. SystemExit if the device cannot be used after it.
+        """
+        if task in self.result["done"]:
+            return
+        if self.left < 0:
+            self.result["left_out"].append(task)
+            return
+        kept = [record for record in self.result.get(name, []) if record["task"] != task]
+        self.result[name] = kept  # what a part of it gave, before it was cut off
         try:
             for record in make():
-                self.add(name, record)
+                self.add(name, {"task": task, **record})
                 if self.left < 0:
-                    self.result["left_out"].append(f"the rest of {name}, after {len(self.result[name])} records")
-                    break
+                    self.result["left_out"].append(f"the rest of {task}, after {len(self.result[name])} records")
+                    return
         except (Exception, SystemExit) as error:  # the next task may still work
             where = traceback.format_exc().strip().splitlines()[-3:]
-            self.result["failed"].append({"task": name, "error": f"{type(error).__name__}: {error}", "where": where})
-            say(f"{name} failed: {error}")
-        if torch.cuda.is_initialized():
-            torch.cuda.empty_cache()
+            self.result["failed"].append({"task": task, "error": f"{type(error).__name__}: {error}", "where": where})
+            say(f"{task} failed: {error}")
+        self.result["done"].append(task)
         self.save()
+        if torch.cuda.is_initialized():
+            try:
+                torch.cuda.synchronize()
+            except RuntimeError as error:  # which stays: nothing more runs in this process
+                raise SystemExit(f"{task} left the device unusable ({error}); run the same command again") from None
+            torch.cuda.empty_cache()
 
 
 def _line(record: Record) -> str:
@@ -195,7 +219,7 @@ def _line(record: Record) -> str:
     return ", ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in small.items())
 
 
-def tasks(device: str, tiny: bool, copy_rate: float | None) -> list[Task]:
+def tasks(device: str, tiny: bool, copy_rate: float | None, bundle: str | None, tiles: Path) -> list[Task]:
     """The benchmarks, the most informative first."""
     rounds = 2 if tiny else 50
     if tiny:
@@ -224,18 +248,27 @@ def tasks(device: str, tiny: bool, copy_rate: float | None) -> list[Task]:
 
     shared: dict[str, Any] = {"tiny": tiny, "rounds": rounds, "copy_rate": copy_rate}
     found: list[Task] = [
+        ("guesses", partial(first_contact.guesses, device, tiny)),
         ("layer", layers),
         ("decode_step", partial(decode_step.records, device, **shared)),
         ("int4_gemm", partial(peers, rows[0])),
         ("rotary_attention", partial(rotary_attention.records, device, seconds=1.0, **shared)),
     ]
-    return found + [("int4_gemm", partial(peers, more)) for more in rows[1:]]
+    found += [("int4_gemm", partial(peers, more)) for more in rows[1:]]
+    if bundle is not None:
+        found.insert(1, ("model", partial(first_contact.whole_model, bundle, device)))
+    if device == "cuda":
+        from benchmarks import tune  # loads triton
+
+        found.append(("tiles", partial(tune.records, tiles, rounds=20)))
+    return found
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The exit code: 1 if a check or a benchmark failed."""
     parser = command("gpu", __doc__)
-    parser.add_argument("--minutes", type=float, default=8.0, help="when to stop (default: 8)")
+    parser.add_argument("--minutes", type=float, default=40.0, help="when to stop (default: 40)")
+    parser.add_argument("--bundle", metavar="PATH", help="a model to answer with, on the CPU too")
     parser.add_argument("--out", type=Path, required=True, help="folder for gpu.json and gpu.svg")
     parser.add_argument(
         "--only", nargs="+", choices=BENCHMARKS, default=BENCHMARKS, help="after the checks, only these"
@@ -252,31 +285,29 @@ def main(arguments: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     report = Report(args.out / "gpu.json", describe_machine(args.device), args.minutes)
     with torch.inference_mode():
-        for check in (check_gemm, check_attention, check_decoder):
-            report.run("checks", partial(check, args.device, args.tiny))
+        for check in (check_gemm, check_attention, check_decoder, check_tokens, check_captures):
+            report.run(check.__name__, "checks", partial(check, args.device, args.tiny))
     if (copy_rate := copy_gb_per_s(args.device)) is not None:
         report.result["copy_gb_per_s"] = copy_rate
-    chosen = [task for task in tasks(args.device, args.tiny, copy_rate) if task[0] in args.only]
-    for name, make in chosen:
-        if report.left < 0:
-            report.result["left_out"].append(name)
-        else:
+    chosen = tasks(args.device, args.tiny, copy_rate, args.bundle, args.out / "tiles")
+    for index, (name, make) in enumerate(chosen):
+        if name in args.only:
             with torch.inference_mode():
-                report.run(name, make)
+                report.run(f"{name} {index}", name, make)
     report.result["finished"] = not report.result["left_out"]
     report.save()
     with optional():
         plot.draw(report.result, args.out / "gpu.svg")
-    broken = [entry for entry in report.result["checks"] if not entry["holds"]]
+    lists = (found for found in report.result.values() if isinstance(found, list))
+    checks = [entry for found in lists for entry in found if isinstance(entry, dict) and "holds" in entry]
+    broken = [entry for entry in checks if not entry["holds"]]
     for entry in broken:
         print(f"check failed: {entry['check']}: error {entry['error']}, allowed {entry['allowed']:.2e}")
     for failure in report.result["failed"]:
         print(f"failed: {failure['task']}: {failure['error']}")
     if report.result["left_out"]:
         print(f"skipped (time limit): {', '.join(report.result['left_out'])}")
-    print(
-        f"{len(report.result['checks']) - len(broken)} of {len(report.result['checks'])} checks passed; see {args.out}"
-    )
+    print(f"{len(checks) - len(broken)} of {len(checks)} checks passed; see {args.out}")
     return 1 if broken or report.result["failed"] else 0
 
 

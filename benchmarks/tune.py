@@ -9,7 +9,7 @@ import json
 import math
 import multiprocessing
 import os
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, replace
 from functools import cache, partial
@@ -20,7 +20,17 @@ from typing import Any
 import torch
 from triton.errors import TritonError
 
-from benchmarks.kernels.offline import GPUS, Compiled, Gpu, Launch, compile_launch, gemm_launch
+from benchmarks.kernels.model import EFFICIENCY, Work, launch_us
+from benchmarks.kernels.offline import (
+    GPUS,
+    WEIGHT_LIMITS,
+    Compiled,
+    Gpu,
+    Launch,
+    compile_launch,
+    gemm_launch,
+    weights_a_turn,
+)
 from benchmarks.kernels.problem import GEMMS, Gemm, Problem
 from benchmarks.kernels.timing import measure
 from benchmarks.report import command, say
@@ -29,6 +39,7 @@ from kernels.gpu.tiles import (
     DECODE_ROWS,
     PREFILL_ROWS,
     TABLES,
+    TURING_ROWS,
     DeviceKey,
     Tile,
     device_key,
@@ -39,15 +50,24 @@ from kernels.gpu.weight import TILE
 from qvl_edge.files import read_json, replacing
 from qvl_edge.machine import describe_machine
 
-ROWS = {8: 1, 16: 16, 32: 32, 64: 64, 128: 512}  # rows at which the tiles of each block_m are compared
+ROWS = {
+    1: 1,
+    2: 2,
+    4: 4,
+    8: 1,
+    16: 16,
+    32: 32,
+    64: 64,
+    128: 512,
+}  # rows at which the tiles of each block_m are compared
 DECODE_SHAPES = ((128, 2), (64, 1), (128, 4), (64, 2))  # block_n, num_warps
+TURING_SHAPES = ((64, 2), (128, 4), (64, 4), (128, 8))
 PREFILL_SHAPES = ((128, 4), (128, 8), (64, 4))
 DECODE_STAGES, PREFILL_STAGES = (4, 3, 5), (3, 2, 4)
 SPLITS = (1, 2, 3, 4, 5, 6, 8, 11, 16, 22)
 
-# assumptions of the estimate; rough, which is why a measurement replaces it
+# assumptions of the estimate of a prefill; rough, which is why a measurement replaces it
 LATENCY_US = 0.8  # of memory under load
-EFFICIENCY = 0.92  # of the published bandwidth, as a copy reaches it
 ISSUE_RATE = 3.2  # of a multiprocessor's four instructions a cycle
 # multiply-adds a cycle and multiprocessor, from float16 into float32 (architecture whitepapers)
 TENSOR_RATE = {80: 1024, 86: 256, 87: 1024, 89: 256, 90: 2048, 120: 256}
@@ -61,7 +81,9 @@ def splits_of(gemm: Gemm) -> list[int]:
 
 def candidates(gemm: Gemm, block_m: int, device: DeviceKey) -> list[Tile]:
     """Every tile worth trying, the most promising first."""
-    if block_m in DECODE_ROWS:
+    if block_m in TURING_ROWS:  # without asynchronous copies there are no stages
+        tiles = [Tile(block_m, *shape[:1], split, shape[1], 1) for shape in TURING_SHAPES for split in splits_of(gemm)]
+    elif block_m in DECODE_ROWS:
         tiles = [
             Tile(block_m, block_n, split, warps, stages)
             for stages in DECODE_STAGES
@@ -126,13 +148,18 @@ def tune(gemm: Gemm, block_m: int, *, rounds: int) -> tuple[Tile, float]:
 
 
 def estimate(gpu: Gpu, gemm: Gemm, tile: Tile, compiled: Compiled) -> float:
-    """Estimated microseconds of one launch: the slowest of memory, instructions and tensor cores, plus start-up.
-
-    Full bandwidth needs enough bytes in flight and evenly loaded multiprocessors. An overloaded one is assumed to make
-    up half of its excess with the bandwidth that the others leave, unless some are idle.
+    """Estimated microseconds of one launch: of the decode kernels by kernels/model.py, of a prefill the slowest of
+    memory, instructions and tensor cores, plus start-up.
     """
     if compiled.spilled or compiled.loop is None:
         return math.inf
+    if tile.block_m not in PREFILL_ROWS:
+        published = gemm.bits == 4 and gemm.group == CHUNK and not gemm.zeros
+        most = WEIGHT_LIMITS[tile.block_m] if published else math.inf
+        if compiled.loop.length / weights_a_turn(compiled.loop, tile) > most:
+            return math.inf  # not what the kernels promise (benchmarks.compiled)
+        stages = 2 if tile.block_m in TURING_ROWS else tile.num_stages
+        return launch_us(gpu, Work.of_gemm(gemm, tile), compiled, num_warps=tile.num_warps, stages=stages)
     resident = gpu.resident(compiled.registers, compiled.shared, tile.num_warps)
     if not resident:
         return math.inf
@@ -146,45 +173,42 @@ def estimate(gpu: Gpu, gemm: Gemm, tile: Tile, compiled: Compiled) -> float:
     memory = tiles * chunks * step_bytes / (gpu.gb_per_s * EFFICIENCY * 1e3)
     in_flight = min(programs, resident * gpu.multiprocessors) * (tile.num_stages - 1) * step_bytes
     memory *= max(1.0, gpu.gb_per_s * 1e3 * LATENCY_US / in_flight)
-    balance = fullest * share * gpu.multiprocessors / (programs * share)
     cycles_per_us = gpu.ghz * 1e3
     issue = fullest * share * compiled.loop.length * tile.num_warps / ISSUE_RATE / cycles_per_us
     tensor = fullest * share * tile.block_m * tile.block_n * CHUNK / TENSOR_RATE[gpu.capability] / cycles_per_us
     waves = -(-programs // (gpu.multiprocessors * resident))
     start = LATENCY_US * (waves + 1)
-    if tile.split_k > 1:
-        start += LATENCY_US * 2 + tile.split_k * tile.block_m * tile.block_n * 4 / 50e3  # 50 GB/s for one program
-    if tile.block_m in PREFILL_ROWS:
-        # other programs fill the time that one waits
-        return max(memory, (issue + tensor) / min(active, 2) if active > 1 else issue + tensor, issue, tensor) + start
-    waste = balance if fullest == 1 else (1 + balance) / 2
-    return max(memory * waste, issue, tensor) + start
+    # other programs fill the time that one waits
+    return max(memory, (issue + tensor) / min(active, 2) if active > 1 else issue + tensor, issue, tensor) + start
 
 
 def estimate_all(gpus: Sequence[Gpu], gemms: Sequence[Gemm]) -> dict[Gpu, list[dict[str, Any]]]:
     """Entries for each GPU, from one compilation of each shape for its architecture."""
     launch_of = cache(gemm_launch)
-    kinds = [(gemm, m) for gemm in gemms for m in ROWS if gemm.bits == 4 or m in DECODE_ROWS]
+
+    def kinds(device: DeviceKey) -> list[tuple[Gemm, int]]:
+        return [(gemm, m) for gemm in gemms for m in device.rows if gemm.bits == 4 or m not in PREFILL_ROWS]
+
     jobs: dict[tuple[Launch, int], None] = {
         (launch_of(gemm, tile), capability): None
         for capability, device in {gpu.capability: gpu.key for gpu in gpus}.items()
-        for gemm, block_m in kinds
+        for gemm, block_m in kinds(device)
         for tile in candidates(gemm, block_m, device)
-        if tile.num_stages == 3  # others differ in shared memory only
+        if tile.num_stages in (1, 3)  # others differ in shared memory only
     }
     with ProcessPoolExecutor(os.cpu_count(), mp_context=multiprocessing.get_context("fork")) as pool:
         results = dict(zip(jobs, pool.map(compile_launch, *zip(*jobs, strict=True)), strict=True))
     entries: dict[Gpu, list[dict[str, Any]]] = {gpu: [] for gpu in gpus}
     for gpu in gpus:
-        for gemm, block_m in kinds:
+        for gemm, block_m in kinds(gpu.key):
 
             def cost(tile: Tile, gpu: Gpu = gpu, gemm: Gemm = gemm) -> float:
-                three = replace(tile, num_stages=3)
+                three = replace(tile, num_stages=min(3, tile.num_stages) if gpu.key.turing else 3)
                 compiled = results[launch_of(gemm, three), gpu.capability]
                 more = shared_bytes(tile, gemm.bits) - shared_bytes(three, gemm.bits)
                 us = estimate(gpu, gemm, tile, replace(compiled, shared=compiled.shared + more))
-                # in steps of 5 %, its accuracy at best; of equal candidates the first is taken
-                return 1.05 ** round(math.log(us, 1.05)) if math.isfinite(us) else us
+                # in steps of 2 %; of equal candidates the first is taken
+                return 1.02 ** round(math.log(us, 1.02)) if math.isfinite(us) else us
 
             tile, _ = search(candidates(gemm, block_m, gpu.key), cost)
             entries[gpu].append(entry_of(gemm, tile))
@@ -241,16 +265,28 @@ def main(arguments: list[str] | None = None) -> None:
         return
     if not torch.cuda.is_available():
         parser.error("torch sees no CUDA device; --estimate needs none")
+    with torch.inference_mode():
+        for found in records(args.folder if args.write else None, chosen, args.block_m, rounds=args.rounds):
+            shape = f"{found['projection']}, {found['rows']} rows"
+            print(f"{shape}: {found['us']:.1f} us, {found['gb_per_s']:.0f} GB/s, {found['tile']}", flush=True)
+
+
+def records(
+    folder: Path | None, gemms: Sequence[Gemm] = GEMMS, blocks: Iterable[int] = tuple(ROWS), *, rounds: int
+) -> Iterator[dict[str, Any]]:
+    """Tune on this machine's GPU, blocks of few rows first: a record for each, written into the tables of `folder`.
+
+    One at a time, so that a stopped run keeps its results.
+    """
     machine, key = describe_machine("cuda"), device_key(torch.device("cuda"))
     made = {"device": machine["device"], "multiprocessors": key.multiprocessors, "measured": True} | _made_by(machine)
-    with torch.inference_mode():
-        for gemm in chosen:
-            for block_m in args.block_m if gemm.bits == 4 else [m for m in args.block_m if m in DECODE_ROWS]:
-                tile, us = tune(gemm, block_m, rounds=args.rounds)
-                rate = gemm.n * gemm.k * gemm.bits / 8 / us / 1e3
-                print(f"{gemm.name}, {ROWS[block_m]} rows: {us:.1f} us, {rate:.0f} GB/s, {tile}", flush=True)
-                if args.write:  # one at a time: a stopped run keeps its results
-                    write_card(args.folder / f"{key.family}.json", made | {"entries": [entry_of(gemm, tile)]})
+    for block_m in (m for m in blocks if m in key.rows):
+        for gemm in (gemm for gemm in gemms if gemm.bits == 4 or block_m not in PREFILL_ROWS):
+            tile, us = tune(gemm, block_m, rounds=rounds)
+            rate = gemm.n * gemm.k * gemm.bits / 8 / us / 1e3
+            if folder is not None:
+                write_card(folder / f"{key.family}.json", made | {"entries": [entry_of(gemm, tile)]})
+            yield {"projection": gemm.name, "rows": ROWS[block_m], "us": us, "gb_per_s": rate, "tile": asdict(tile)}
 
 
 def write_estimates(gemms: Sequence[Gemm], folder: Path, *, write: bool) -> None:

@@ -4,6 +4,7 @@ import importlib
 import json
 import subprocess
 import sys
+import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,7 +77,7 @@ def test_each_result_is_on_disk_when_the_next_is_made(tmp_path: Path) -> None:
             assert len(json.loads(path.read_text()).get("numbers", [])) == number
             yield {"number": number}
 
-    mine.run("numbers", work)
+    mine.run("numbers 0", "numbers", work)
     assert [record["number"] for record in json.loads(path.read_text())["numbers"]] == [0, 1, 2]
 
 
@@ -87,17 +88,63 @@ def test_a_task_that_fails_is_a_result_and_the_others_go_on(tmp_path: Path) -> N
         yield {"number": 1}
         raise SystemExit("off by 1e-1, allowed is 5e-4")
 
-    mine.run("broken", broken)
-    mine.run("whole", lambda: iter([{"number": 2}]))
+    mine.run("broken", "broken", broken)
+    mine.run("whole", "whole", lambda: iter([{"number": 2}]))
     result = json.loads((tmp_path / "gpu.json").read_text())
     assert result["failed"][0]["task"] == "broken" and "off by 1e-1" in result["failed"][0]["error"]
     assert len(result["broken"]) == len(result["whole"]) == 1
 
 
 def test_time_that_is_used_up_is_said(tmp_path: Path) -> None:
-    mine = report(tmp_path / "gpu.json", 0.0)
-    mine.run("numbers", lambda: iter([{"number": 1}, {"number": 2}]))
-    assert mine.result["left_out"] == ["the rest of numbers, after 1 records"]
+    mine = report(tmp_path / "gpu.json", 0.005)
+
+    def slow() -> Iterator[dict[str, Any]]:
+        yield {"number": 1}
+        time.sleep(0.4)
+        yield {"number": 2}
+        yield {"number": 3}
+
+    mine.run("numbers", "numbers", slow)
+    mine.run("letters", "letters", slow)
+    assert mine.result["left_out"] == ["the rest of numbers, after 2 records", "letters"]
+
+
+def test_the_same_command_goes_on_with_what_is_missing(tmp_path: Path) -> None:
+    path, ran = tmp_path / "gpu.json", []
+
+    def task(name: str, *, stopped: bool = False) -> Iterator[dict[str, Any]]:
+        ran.append(name)
+        yield {"number": 1}
+        if stopped:
+            raise KeyboardInterrupt
+        yield {"number": 2}
+
+    first = report(path, 1.0)
+    first.run("a", "found", lambda: task("a"))
+    with pytest.raises(KeyboardInterrupt):
+        first.run("b", "found", lambda: task("b", stopped=True))
+    second = report(path, 1.0)
+    for name in ("a", "b", "c"):
+        second.run(name, "found", lambda name=name: task(name))
+    assert ran == ["a", "b", "b", "c"]
+    assert [(r["task"], r["number"]) for r in second.result["found"]] == [(n, i) for n in "abc" for i in (1, 2)]
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"commit": "another"}))
+    assert report(path, 1.0).result["done"] == []
+
+
+def test_a_device_that_a_task_broke_ends_the_run_and_the_next_one_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    mine = report(tmp_path / "gpu.json", 1.0)
+
+    def broken() -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", broken)
+    with pytest.raises(SystemExit, match="a left the device unusable .*run the same command again"):
+        mine.run("a", "found", lambda: iter([{"number": 1}]))
+    assert report(tmp_path / "gpu.json", 1.0).result["done"] == ["a"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here they would run")

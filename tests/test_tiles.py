@@ -50,9 +50,14 @@ def table(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
 
 
 def test_rows_take_the_smallest_block_that_holds_them() -> None:
-    assert [block_m_for(rows) for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 129, 8192)] == [
-        8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 128, 128
+    assert [block_m_for(rows) for rows in (1, 8, 9, 16, 17, 32, 33, 64, 65, 128, 8192)] == [
+        8, 8, 16, 16, 32, 32, 64, 64, 128, 128, 128
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(("rows", "block_m"), [(129, 64), (192, 64), (193, 128), (293, 64), (330, 128), (1100, 128)])
+def test_more_rows_than_a_block_take_the_one_that_pads_less(rows: int, block_m: int) -> None:
+    assert block_m_for(rows) == block_m
 
 
 def test_a_listed_shape_takes_its_entry_and_another_the_rule(table: Path) -> None:

@@ -25,8 +25,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from benchmarks.kernels.control_bits import Step, read_steps
 from benchmarks.kernels.problem import Gemm, weight_of
-from kernels.gpu.tiles import DeviceKey, Tile
+from kernels.gpu.tiles import TURING_ROWS, DeviceKey, Tile
 from kernels.reference import MAX_DECODE_ROWS, SPAN, AttentionArgs, Rows
 
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
@@ -35,11 +36,14 @@ SQUARES = 32  # parts of a row's sum of squares, as attn.c_proj's 32 tiles of 12
 CONVERSIONS = ("I2F", "I2FP", "I2HP")  # integer to float, on a pipe with a fraction of the others' rate
 LOADS = ("LDG", "LDGSTS")  # from global memory
 
+# instructions a weight as published (float16, groups of 128, symmetric), by block_m
+WEIGHT_LIMITS = {1: 4.0, 2: 4.0, 4: 4.0, 8: 2.5, 16: 3.0}
+
 # by compute capability: bytes of shared memory that one program may use (a multiprocessor has 1 KiB more); resident
 # warps and programs per multiprocessor (CUDA programming guide, technical specifications per compute capability)
-SHARED = {80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
-WARPS = {80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 120: 48}
-PROGRAMS = {80: 32, 86: 16, 87: 16, 89: 24, 90: 32, 120: 24}
+SHARED = {75: 65_536, 80: 166_912, 86: 101_376, 87: 166_912, 89: 101_376, 90: 232_448, 120: 101_376}
+WARPS = {75: 32, 80: 64, 86: 48, 87: 48, 89: 48, 90: 64, 120: 48}
+PROGRAMS = {75: 16, 80: 32, 86: 16, 87: 16, 89: 24, 90: 32, 120: 24}
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,9 @@ class Gpu:
         """Programs resident on one multiprocessor."""
         return min(
             65_536 // (-(-registers // 8) * 8 * 32 * num_warps),  # registers are allocated 8 at a time
-            (SHARED[self.capability] + 1024) // (shared + 1024),  # the system takes 1 KiB per program
+            # the system takes 1 KiB per program, on Turing none
+            (SHARED[self.capability] + 1024 * (self.capability >= 80))
+            // (shared + 1024 * (self.capability >= 80) or 1),
             WARPS[self.capability] // num_warps,
             PROGRAMS[self.capability],
         )
@@ -69,11 +75,14 @@ class Gpu:
 
 # one or two of each family; another GPU takes the tiles of the nearest, with splits that fill it (kernels/gpu/tiles.py)
 GPUS = (
+    Gpu("NVIDIA GeForce RTX 2060", 75, 30, 336, 1.68),
+    Gpu("Tesla T4", 75, 40, 320, 1.59),
     Gpu("NVIDIA A100-SXM4-80GB", 80, 108, 2039, 1.41),
     Gpu("NVIDIA GeForce RTX 3060", 86, 28, 360, 1.78),
     Gpu("Orin (AGX, 64 GB)", 87, 16, 204, 1.30),
     Gpu("NVIDIA GeForce RTX 4060", 89, 24, 272, 2.46),
     Gpu("NVIDIA GeForce RTX 4070", 89, 46, 504, 2.48),
+    Gpu("NVIDIA GeForce RTX 4090", 89, 128, 1008, 2.52),
     Gpu("NVIDIA H200", 90, 132, 4800, 1.75),
     Gpu("NVIDIA GeForce RTX 5060", 120, 30, 448, 2.50),
     Gpu("NVIDIA GeForce RTX 5070", 120, 48, 672, 2.51),
@@ -159,8 +168,9 @@ def gemm_launch(gemm: Gemm, tile: Tile, dtype: torch.dtype = torch.float16, *, o
     rows, parts = (1, 1) if one_row else (tile.block_m, SQUARES)
     few = rows <= MAX_DECODE_ROWS
     residual = gemm.epilogue == "residual"
+    turing = tile.block_m in TURING_ROWS
     return record_one(
-        "_decode_kernel" if few else "_prefill_kernel",
+        "few_rows_kernel" if turing else "_decode_kernel" if few else "_prefill_kernel",
         gemm_triton,
         Rows(
             meta(rows, gemm.k, dtype=dtype),
@@ -239,6 +249,13 @@ def _products(name: str) -> int:
     return 64 * 16 * int(wide[1]) // 4 if wide else 0
 
 
+def weights_a_turn(loop: Loop, tile: Tile) -> float:
+    """Weights that one thread consumes in a turn, from what is multiplied: the assembler may unroll the loop."""
+    if tile.block_m in TURING_ROWS:  # a pair of weights takes one operation to unpack, and one for each row
+        return 2 * loop.counts.get("HFMA2", 0) / (1 + tile.block_m)
+    return loop.products / tile.block_m / 32
+
+
 @dataclass(frozen=True)
 class Compiled:
     """One launch compiled for one architecture."""
@@ -248,6 +265,7 @@ class Compiled:
     spilled: int  # bytes per thread, stores and loads
     loop: Loop | None  # the longest loop; None if there is none or the kernel was not disassembled
     instructions: int | None
+    schedule: tuple[Step, ...] = ()  # of the same loop
 
 
 def compile_launch(launch: Launch, capability: int, disassemble: bool = True) -> Compiled:
@@ -274,8 +292,9 @@ def compile_launch(launch: Launch, capability: int, disassemble: bool = True) ->
         # spills go to the stack: without one there is no need to run the assembler again
         spilled = _spilled(kernel.asm["ptx"], Path(folder), capability) if stack else 0
         # without annotating jumps by the branch stack (-ndf), which takes a fifth of the time
-        length, loop = read_loop(_run("nvdisasm", "-c", "-ndf", cubin)) if disassemble else (None, None)
-    return Compiled(registers, kernel.metadata.shared, spilled, loop, length)
+        listing = _run("nvdisasm", "-c", "-ndf", "-hex", cubin) if disassemble else ""
+    length, loop = read_loop(listing) if disassemble else (None, None)
+    return Compiled(registers, kernel.metadata.shared, spilled, loop, length, tuple(read_steps(listing)))
 
 
 def read_loop(listing: str) -> tuple[int, Loop | None]:

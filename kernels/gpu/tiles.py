@@ -19,6 +19,7 @@ TURING_ROWS = (1, 2, 4)  # block_m of the one on Turing; more rows than 4 are se
 PREFILL_ROWS = (32, 64, 128)  # block_m of the prefill kernel
 CHUNK = 128  # input channels of one step of a kernel
 SHARED = 101_376  # bytes a program may use on consumer cards (sm_86, sm_89, sm_120)
+HALF_BLOCK = 1.1  # cost of a row in a block of 64 against one of 128: each weight is unpacked for half as many rows
 START_COST = 2  # of a program, in steps: its pipeline fills, and its part of a split sum is stored
 
 
@@ -83,7 +84,18 @@ def device_key(device: torch.device) -> DeviceKey:
 
 
 def block_m_for(rows: int, device: DeviceKey = INTERPRETER) -> int:
-    """Rows of one program: the smallest block that holds `rows`, or the largest."""
+    """Rows of one program: the smallest block that holds `rows`, or the largest.
+
+    Of more rows than that, the half of it where it pads much less: 293 rows are 320 in blocks of 64 and 384 in blocks
+    of 128.
+    """
+    most = PREFILL_ROWS[-1]
+    if (
+        rows > most
+        and not device.turing
+        and -(-rows // (most // 2)) * (most // 2) * HALF_BLOCK < -(-rows // most) * most
+    ):
+        return most // 2
     return next((block for block in device.rows if rows <= block), device.rows[-1])
 
 
@@ -122,8 +134,9 @@ def default_tile(block_m: int, n: int, k: int, group: int, bits: int, device: De
         stages = next((s for s in (3, 2) if pipeline_bytes(block_m, block_n, s, bits) <= device.shared_memory), 1)
         return Tile(block_m, block_n, 1, 8 if block_m == 128 else 4, stages)
     if block_m in TURING_ROWS:
-        # four warps of 128 outputs: 2.3, 3.0 and 3.8 instructions a weight for 1, 2 and 4 rows, in 64 to 128 registers
-        return Tile(block_m, 128, split_k_for(n, k, 128, device.multiprocessors), 4, 1)
+        # two warps of 64 outputs: 2.5, 3.5 and 3.9 instructions a weight for 1, 2 and 4 rows; of four warps of 128, 4
+        # rows spill 20 bytes
+        return Tile(block_m, 64, split_k_for(n, k, 64, device.multiprocessors), 2, 1)
     stages = next((s for s in (4, 3, 2) if 2 * pipeline_bytes(block_m, 128, s, bits) <= device.shared_memory), 1)
     return Tile(block_m, 128, split_k_for(n, k, 128, device.multiprocessors), 2 if group >= 64 else 4, stages)
 

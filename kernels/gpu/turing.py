@@ -158,11 +158,12 @@ def few_rows_kernel(
     row_1, row_2, row_3 = (tl.minimum(1, M - 1), tl.minimum(2, M - 1), tl.minimum(3, M - 1))  # they repeat the last
     acc = tl.zeros((BLOCK_N, WORDS // 4, BLOCK_M), tl.float32)
     words_ptr += tl.minimum(first, CHUNKS - 1) * NP * WORDS
-    ahead = tl.load(words_ptr + tile)
+    ahead = tl.load(words_ptr + tile, eviction_policy="evict_first")  # so that x stays in the L1 cache
     for c in range(0, turns):
         words = ahead
         # the next tile is loaded as soon as this one is in use: there are no asynchronous copies on Turing
-        ahead = tl.load(words_ptr + tl.minimum(c + 1, turns - 1) * (NP * WORDS) + tile)
+        place = words_ptr + tl.minimum(c + 1, turns - 1) * (NP * WORDS) + tile
+        ahead = tl.load(place, eviction_policy="evict_first")
         for q in tl.static_range(SUBGROUPS):
             group = (first + c) * SUBGROUPS + q if GROUP < 128 else (first + c) // CHUNKS_A_GROUP
             scale = tl.load(scales_ptr + group * NP + n).to(tl.float32) * LIFT
