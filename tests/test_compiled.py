@@ -18,12 +18,21 @@ from kernels.gpu.tiles import read_table  # noqa: E402
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parent.parent
-FAMILIES = ("sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120")
-BOUNDED = FAMILIES[1:]  # where instructions are bounded
+FAMILIES = ("sm_75", "sm_80", "sm_86", "sm_87", "sm_89", "sm_90", "sm_120")
+BOUNDED = tuple(name for name in FAMILIES if name != "sm_80")  # where instructions are bounded
 # bytes that one program may use (CUDA C++ Programming Guide, technical specifications by compute capability)
-SHARED = {"sm_86": 101_376, "sm_89": 101_376, "sm_120": 101_376, "sm_80": 166_912, "sm_87": 166_912, "sm_90": 232_448}
+SHARED = {
+    "sm_75": 65_536,
+    "sm_86": 101_376,
+    "sm_89": 101_376,
+    "sm_120": 101_376,
+    "sm_80": 166_912,
+    "sm_87": 166_912,
+    "sm_90": 232_448,
+}
 # instructions a weight by rows, and an element of keys and values; far fewer would mean that the count is wrong
 WEIGHT_LIMITS = {8: 2.5, 16: 3.0}
+TURING_LIMITS = {1: 4.0, 2: 4.0, 4: 4.0}
 CACHE_LIMITS = {"float16": 5.0, "bfloat16": 5.0, "int8": 6.0}
 CONVERSIONS = {"I2F", "I2FP", "I2HP"}  # integer to float
 
@@ -58,7 +67,12 @@ def products(compiled: list[dict[str, Any]], architecture: str | None = None, **
 
 
 def weights_a_turn(entry: dict[str, Any]) -> float:
-    """Weights that one of a warp's 32 threads consumes in a turn: what the tensor cores multiply, by the rows of x."""
+    """Weights that one of a warp's 32 threads consumes in a turn: what the tensor cores multiply, by the rows of x.
+
+    On Turing a pair of weights takes one float16 operation to unpack, and one for each row.
+    """
+    if entry["architecture"] == "sm_75":
+        return entry["loop"]["counts"]["HFMA2"] * 2 / (1 + entry["tile"]["block_m"])
     return entry["loop"]["products"] / entry["tile"]["block_m"] / 32
 
 
@@ -77,15 +91,22 @@ def test_nothing_spills_and_shared_memory_is_what_the_cards_have(compiled: list[
 def test_a_weight_costs_few_instructions(compiled: list[dict[str, Any]], architecture: str) -> None:
     published = {"bits": 4, "group": 128, "zeros": False, "dtype": "torch.float16"}
     found = products(compiled, architecture, **published)
-    for block_m, limit in WEIGHT_LIMITS.items():
+    for block_m, limit in (TURING_LIMITS if architecture == "sm_75" else WEIGHT_LIMITS).items():
         bounded = [entry for entry in found if entry["tile"]["block_m"] == block_m]
         assert bounded
         for entry in bounded:
             assert 1.5 < entry["loop"]["length"] / weights_a_turn(entry) <= limit, entry["case"]
 
 
-@pytest.mark.parametrize("architecture", ("sm_86", "sm_89", "sm_90", "sm_120"))
-@pytest.mark.parametrize("cache", CACHE_LIMITS)
+@pytest.mark.parametrize(
+    ("architecture", "cache"),
+    [
+        (name, cache)
+        for name in ("sm_75", "sm_86", "sm_89", "sm_90", "sm_120")
+        for cache in CACHE_LIMITS
+        if (name, cache) != ("sm_75", "bfloat16")
+    ],
+)
 def test_an_element_of_the_cache_costs_few_instructions(
     compiled: list[dict[str, Any]], cache: str, architecture: str
 ) -> None:
@@ -102,7 +123,8 @@ def test_levels_become_floats_without_a_conversion_instruction(compiled: list[di
         for entry in products(compiled, bits=bits):
             counts = entry["loop"]["counts"]
             assert not CONVERSIONS & set(counts), entry["case"]
-            assert counts.get("HMMA", 0) + counts.get("HGMMA", 0) > 0, entry["case"]
+            tensor_cores = counts.get("HMMA", 0) + counts.get("HGMMA", 0) > 0
+            assert tensor_cores == (entry["architecture"] != "sm_75"), entry["case"]
 
 
 def test_weights_are_read_sixteen_bytes_at_a_time(compiled: list[dict[str, Any]]) -> None:
