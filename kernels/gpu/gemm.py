@@ -89,7 +89,8 @@ def _decode_kernel(
         behind = tl.minimum(0, CHUNKS - 1 - first) * 64  # a program without chunks reads the last one's
         sums_ahead = tl.load(sums_ptr + behind + span[:, None] * 16 + m[None, :])
     for c in range(0, turns):
-        words = tl.load(words_ptr + c * (NP * WORDS) + tile, eviction_policy="evict_first")
+        # without an eviction policy: the asynchronous copies of Triton 3.7.1 take none, and every program reads x again
+        words = tl.load(words_ptr + c * (NP * WORDS) + tile)
         x_c = x_ptr + c * 128 + x_tile
         sums_c = sums_ptr + c * 64 + m
         for q in tl.static_range(SUBGROUPS):
