@@ -147,3 +147,10 @@ def test_rows_take_the_smallest_block_and_more_than_four_are_several_launches() 
     for rows, block_m in ((1, 1), (2, 2), (3, 4), (4, 4), (16, 4)):
         found = tile_for(rows, 12288, 4096, 128, device=RTX_2080)
         assert (found.block_m, found.block_n) == (block_m, 128)
+
+
+def test_bfloat16_is_refused_by_name(turing: None) -> None:
+    weight = packed(make_weight(128, 40, 128, sym=True, desc_act=False)[0])
+    for rows in (1, 20):
+        with pytest.raises(ValueError, match=r"x is torch.bfloat16, the kernels for Turing take torch.float16"):
+            gemm_triton(Rows(random(rows, 128, dtype=torch.bfloat16)), weight)

@@ -277,6 +277,8 @@ def gemm_triton(
     chunks, padded, _ = weight.words.shape
     device = device_key(x.device)
     few = count <= MAX_DECODE_ROWS
+    if device.turing and x.dtype != torch.float16:
+        raise ValueError(f"x is {x.dtype}, the kernels for Turing take torch.float16; load the model in float16")
     if device.turing and not few:
         rows = Rows(x, None, rows.squares, rows.eps)
         return turing.many_rows(rows, width, weight, bias, epilogue, residual, norm_weight, eps, out_dtype or x.dtype)
@@ -323,7 +325,7 @@ def gemm_triton(
                 turing.few_rows_kernel[tiles_n, splits](
                     x_part, weight.words, weight.scales, weight.zeros, bias, squares_part, residual_part, norm_weight,
                     y_part, None if y_sums is None else y_sums[:, first:], y_squares_part, partials, weight.locks,
-                    len(x_part), *sizes[1:], **options,
+                    min(tile.block_m, count - first), *sizes[1:], **options,
                 )  # fmt: skip
             return Rows(y, y_sums, y_squares, eps)
         if sums is None:
