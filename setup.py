@@ -22,6 +22,7 @@ SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.14", "pydantic>=2.12", "llg
 EVALUATE = ["openai>=1.60"]  # the judge's client
 PLOT = ["matplotlib>=3.9"]
 TRITON = "triton>=3.6; platform_system == 'Linux'"
+TRITON_WINDOWS = "triton-windows>=3.6; platform_system == 'Windows'"  # not run by us
 
 setup(
     name="qvl-edge",
@@ -44,7 +45,7 @@ setup(
     extras_require={
         # one of the two runs the vision tower; installing both breaks either
         "cpu": ["onnxruntime>=1.23"],
-        "cuda": ["onnxruntime-gpu>=1.23", TRITON],
+        "cuda": ["onnxruntime-gpu>=1.23", TRITON, TRITON_WINDOWS],
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         "serve": SERVE,

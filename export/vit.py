@@ -12,7 +12,7 @@ from pathlib import Path
 from export.part import export_vit
 from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
 from qvl_edge.bundle import VIT, VIT_DATA
-from qvl_edge.commands.loading import add_source, plain_warnings, say
+from qvl_edge.commands.loading import add_source, any_console, plain_warnings, say
 from qvl_edge.errors import QvlError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
@@ -22,6 +22,7 @@ from qvl_edge.memory import peak_host_bytes
 def main(argv: list[str] | None = None) -> int:
     """The command; 0 on success, 1 on a QvlError, 130 when stopped."""
     args = _parser().parse_args(argv)
+    any_console()
     try:
         with plain_warnings():
             folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=say)

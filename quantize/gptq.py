@@ -18,7 +18,7 @@ from quantize.job import Event, Result, quantize_checkpoint
 from quantize.repack import repack_checkpoint
 from qvl_edge.bundle import COMMANDS, VIT, read_manifest
 from qvl_edge.checkpoint import Checkpoint, raw_reason
-from qvl_edge.commands.loading import add_source, plain_warnings
+from qvl_edge.commands.loading import add_source, any_console, plain_warnings
 from qvl_edge.config import QuantConfig
 from qvl_edge.engine.device import find_device
 from qvl_edge.errors import CalibrationError, ConfigError, QvlError
@@ -207,6 +207,7 @@ def summary(folder: Path, result: Result) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     args = parse(arguments)
+    any_console()
     display = Display()
     try:
         with plain_warnings():

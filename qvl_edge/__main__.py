@@ -5,7 +5,7 @@ import importlib
 import sys
 
 from qvl_edge import QvlError, __version__
-from qvl_edge.commands.loading import plain_warnings
+from qvl_edge.commands.loading import any_console, plain_warnings
 
 COMMANDS = {
     "run": "answer one question about images",
@@ -32,6 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
         module.add_arguments(subparser)
         subparser.set_defaults(execute=module.execute)
     args = parser.parse_args(arguments)
+    any_console()
     try:
         with plain_warnings():
             return int(args.execute(args))

@@ -1,5 +1,6 @@
 """Memory of the host and of the GPU in bytes: how much there is, is free, and is used, and giving it back."""
 
+import contextlib
 import ctypes
 import mmap
 import re
@@ -62,20 +63,24 @@ def resident_bytes() -> int:
 
 def peak_host_bytes() -> int:
     """The most that this process has ever had in host memory, on Linux since `reset_peak`."""
-    if sys.platform == "win32":
-        return int(psutil.Process().memory_info().peak_wset)
-    if sys.platform == "darwin":
+    info = psutil.Process().memory_info()
+    if hasattr(info, "peak_wset"):  # Windows
+        return int(info.peak_wset)
+    with contextlib.suppress(OSError):
+        # VmHWM, since ru_maxrss of a process that was started by a larger one begins with that one's
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+    try:
         import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    # VmHWM, since ru_maxrss of a process that was started by a larger one begins with that one's
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return int(next(line.split()[1] for line in lines if line.startswith("VmHWM"))) * 1024
+    except ImportError:
+        return int(info.rss)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def reset_peak() -> None:
-    """Let peak_host_bytes start again from what is in memory now (Linux)."""
-    Path("/proc/self/clear_refs").write_text("5")
+    """Let peak_host_bytes start again from what is in memory now, where the system can (Linux)."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def forget_pages(tensor: "torch.Tensor") -> None:

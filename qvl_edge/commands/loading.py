@@ -1,6 +1,7 @@
 """What the commands that load a model share."""
 
 import argparse
+import io
 import sys
 import time
 import warnings
@@ -54,6 +55,13 @@ def check_chat(path: str, options: dict[str, Any]) -> None:
         folder = local_folder(path, **places, progress=say)
         if (folder / "config.json").exists() and (reason := raw_reason(folder)):  # else loading it says what is wrong
             raise ConfigError(f"{reason}; or --chat-format raw to use it as it is")
+
+
+def any_console() -> None:
+    """Let characters that a console's encoding lacks (cp1252, GBK) be written as escapes, instead of a traceback."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def say(line: str) -> None:
