@@ -207,7 +207,8 @@ def estimate_all(gpus: Sequence[Gpu], gemms: Sequence[Gemm]) -> dict[Gpu, list[d
                 compiled = results[launch_of(gemm, three), gpu.capability]
                 more = shared_bytes(tile, gemm.bits) - shared_bytes(three, gemm.bits)
                 us = estimate(gpu, gemm, tile, replace(compiled, shared=compiled.shared + more))
-                return round(us, 1) if math.isfinite(us) else us  # of equal candidates the first is taken
+                # in steps of 2 %; of equal candidates the first is taken
+                return 1.02 ** round(math.log(us, 1.02)) if math.isfinite(us) else us
 
             tile, _ = search(candidates(gemm, block_m, gpu.key), cost)
             entries[gpu].append(entry_of(gemm, tile))
