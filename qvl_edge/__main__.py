@@ -1,15 +1,21 @@
 """qvl-edge: the command line. Each command is a file in qvl_edge/commands."""
 
 import argparse
+import difflib
 import importlib
+import os
+import re
 import sys
+from typing import NoReturn
 
 from qvl_edge import QvlError, __version__
 from qvl_edge.commands.loading import any_console, plain_warnings
+from qvl_edge.errors import EngineError
 
 COMMANDS = {
     "run": "answer one question about images",
     "chat": "talk about images, turn by turn",
+    "label": "label a folder of pictures with boxes, as COCO, YOLO or Labelme",
     "serve": "an OpenAI-compatible API, and a page that draws the boxes",
     "pull": "fetch a model from a hub; resumes, and checks every hash",
     "fit": "estimate memory use, before a model is loaded or downloaded",
@@ -18,27 +24,93 @@ COMMANDS = {
     "judge": "have another model score the answers of an evaluation",
     "bench": "measure speed and memory of a model, in llama-bench's format",
     "demo": "quantize, export and run the small model that ships with this package",
+    "completion": "print the completion script of a shell",
 }
+EPILOG = """\
+Results go to stdout, progress to stderr. NO_COLOR turns colours off.
+Exit codes: 0 done; 1 it failed, and stderr says why; 2 the command line is wrong; 130 stopped by Ctrl-C; 141 the
+program that read the output ended."""
+EXTRAS = {  # of setup.py, by the package that is missing
+    "onnxruntime": "cpu] or qvl-edge[cuda",
+    "onnx": "export",
+    "huggingface_hub": "download",
+    "modelscope_hub": "modelscope",
+    "matplotlib": "plot",
+    "openai": "evaluate",
+    **dict.fromkeys(("starlette", "uvicorn", "h11", "pydantic", "llguidance"), "serve"),
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """With the nearest words that exist, in the message about one that does not."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print usage and the message; exit code 2."""
+        if message.startswith("unrecognized arguments: -"):
+            word = message.split()[2].partition("=")[0]
+            message += _meant(word, [option for one in [self, *self.commands] for option in one._option_string_actions])
+        elif found := re.match(r"argument COMMAND: invalid choice: '(.*?)'", message):
+            message = f"there is no command {found[1]!r}{_meant(found[1], COMMANDS)}; qvl-edge --help lists them"
+        super().error(message)
+
+    @property
+    def commands(self) -> list[argparse.ArgumentParser]:
+        """The parsers of the commands."""
+        found = [action.choices for action in self._actions if isinstance(action, argparse._SubParsersAction)]
+        return [parser for choices in found for parser in choices.values()]
+
+
+def _meant(word: str, known: "list[str] | dict[str, str]") -> str:
+    near = difflib.get_close_matches(word, known, 1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def make_parser() -> Parser:
+    """The parser of all commands."""
+    raw = argparse.RawDescriptionHelpFormatter
+    about = "Qwen-VL on consumer GPUs and CPUs."
+    parser = Parser(prog="qvl-edge", description=about, epilog=EPILOG, formatter_class=raw)
+    parser.add_argument("--version", action="version", version=f"qvl-edge {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for name, summary in COMMANDS.items():
+        module = importlib.import_module(f"qvl_edge.commands.{name}")
+        subparser = commands.add_parser(
+            name, help=summary, description=module.__doc__, epilog=module.EXAMPLES, formatter_class=raw
+        )
+        module.add_arguments(subparser)
+        subparser.set_defaults(execute=module.execute)
+    return parser
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run a command; a QvlError becomes its message and exit code 1."""
-    parser = argparse.ArgumentParser(prog="qvl-edge", description="Qwen-VL on consumer GPUs and CPUs.")
-    parser.add_argument("--version", action="version", version=f"qvl-edge {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, summary in COMMANDS.items():
-        module = importlib.import_module(f"qvl_edge.commands.{name}")
-        subparser = commands.add_parser(name, help=summary, description=module.__doc__)
-        module.add_arguments(subparser)
-        subparser.set_defaults(execute=module.execute)
-    args = parser.parse_args(arguments)
     any_console()
+    parser = make_parser()
+    args = parser.parse_args(arguments)
+    if args.command is None:
+        parser.print_help()
+        return 0
     try:
         with plain_warnings():
-            return int(args.execute(args))
-    except QvlError as error:
+            code = int(args.execute(args))
+        sys.stdout.flush()
+        return code
+    except (QvlError, EngineError) as error:
         print(f"qvl-edge {args.command}: {error}", file=sys.stderr)
         return 1
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        print(
+            f"qvl-edge {args.command}: the package {package} is not installed; install qvl-edge[{EXTRAS[package]}], in "
+            f"a clone with\n  pip install -c constraints.txt -e '.[{EXTRAS[package].partition(']')[0]}]'",
+            file=sys.stderr,
+        )
+        return 1
+    except BrokenPipeError:  # as in `qvl-edge fit … | head -3`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end has a place
+        return 141
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

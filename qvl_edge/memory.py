@@ -103,16 +103,24 @@ def trim_heap() -> None:
         libc.malloc_trim(0)
 
 
-_UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
+_UNITS = {"b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}
+_UNITS |= {"kib": 2**10, "mib": 2**20, "gib": 2**30}
+_MOST_GB = 4096  # a plain number up to here is in GB; nobody means 12 bytes
+_LEAST_BYTES = 10**6  # and from here on in bytes
 
 
 def parse_bytes(text: str | int) -> int:
-    """Bytes of "12GB" (10^9), "12GiB" (2^30; what a card sold as 12 GB has), "800MB" or a number. ConfigError if it is
-    none of them, or not positive."""
+    """Bytes of "12GB" or "12" (10^9 each), "12GiB" (2^30; what a card sold as 12 GB has), "800MB", or of an integer, as
+    it is. ConfigError if it is none of them, or not positive."""
+    if isinstance(text, int) and text > 0:
+        return text
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-zA-Z]*)\s*", str(text))
-    if found is None or found[2].lower() not in _UNITS or float(found[1]) <= 0:
+    unit, number = (found[2].lower(), float(found[1])) if found else ("", 0.0)
+    if not unit and (number <= _MOST_GB or number >= _LEAST_BYTES):
+        unit = "gb" if number <= _MOST_GB else "b"
+    if unit not in _UNITS or number <= 0:
         raise ConfigError(f"{text!r} is not a valid size; write it as 12GB (10^9 bytes) or 12GiB (2^30)")
-    return int(float(found[1]) * _UNITS[found[2].lower()])
+    return int(number * _UNITS[unit])
 
 
 def format_bytes(count: float) -> str:

@@ -270,7 +270,7 @@ class LoadOptions(Options):
 
     def __post_init__(self) -> None:
         if isinstance(self.max_memory, int) and not isinstance(self.max_memory, bool):
-            object.__setattr__(self, "max_memory", str(self.max_memory))  # bytes
+            object.__setattr__(self, "max_memory", f"{self.max_memory}B")
         super().__post_init__()
         for name in ("kv_cache", "head"):  # vLLM's word for the same
             if getattr(self, name) == "auto":

@@ -1,16 +1,19 @@
 """Runtime: a loaded model that answers about images."""
 
+import gc
 import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from os import PathLike
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from PIL import Image
 
 from qvl_edge.answer import Answer
+from qvl_edge.arguments import GenerationArguments, LoadArguments
 from qvl_edge.bundle import Bundle, is_bundle
 from qvl_edge.checkpoint import VISUAL, Checkpoint, raw_reason
 from qvl_edge.config import Config
@@ -20,10 +23,10 @@ from qvl_edge.engine.device import check_dtype, find_device, is_turing, named_wi
 from qvl_edge.engine.engine import Engine
 from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
-from qvl_edge.errors import ConfigError, ContextError, PromptError, QvlError
+from qvl_edge.errors import ConfigError, ContextError, PromptError, QvlError, Stopped
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import LoraCheckpoint
-from qvl_edge.memory import free_memory, parse_bytes
+from qvl_edge.memory import free_memory, parse_bytes, trim_heap
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import check_tensors, load_decoder, load_fused
@@ -71,10 +74,11 @@ class Runtime:
         *,
         lookup: int = 0,
         background: str = BACKGROUND,
+        checkpoint: Checkpoint | None = None,
     ):
         self.config, self.plan, self.max_context = decoder.config, plan, plan.context
         self.decoder, self.vision, self.tokenizer, self.background = decoder, vision, tokenizer, background
-        self.generation_config = generation_config
+        self.generation_config, self._checkpoint = generation_config, checkpoint
         self.options = GenerationOptions.from_config(generation_config)
         self.chat_format = str(generation_config.get("chat_format") or "raw")
         self.max_window_size = int(generation_config.get("max_window_size", 6144))
@@ -83,7 +87,7 @@ class Runtime:
 
     @classmethod
     def from_pretrained(
-        cls, path: str | PathLike[str], *, progress: Progress | None = None, **options: Any
+        cls, path: str | PathLike[str], *, progress: Progress | None = None, **options: Unpack[LoadArguments]
     ) -> "Runtime":
         """Load a bundle, or an untouched checkpoint (float or Int4): a folder, or a name like "Qwen/Qwen-VL-Chat-Int4".
 
@@ -133,7 +137,49 @@ class Runtime:
         visual = checkpoint.config.visual
         encoder = VisionEncoder(vit, visual, device=str(encoding), max_batch=plan.images, release=asked.release_vision)
         vision = FeatureCache(encoder, visual.image_size)
-        return cls(decoder, vision, tokenizer, generation, plan, lookup=asked.lookup, background=asked.background)
+        return cls(
+            decoder,
+            vision,
+            tokenizer,
+            generation,
+            plan,
+            lookup=asked.lookup,
+            background=asked.background,
+            checkpoint=checkpoint,
+        )
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Hash of the files that the model was loaded from; empty for one that was put together by hand."""
+        return self._checkpoint.fingerprint if self._checkpoint is not None else ""
+
+    def close(self) -> None:
+        """Give the model's memory back now, and end what is being answered; using it afterwards is a QvlError.
+
+        The end of a `with Runtime.from_pretrained(…) as runtime:` does the same.
+        """
+        if "engine" not in vars(self):
+            return
+        self.engine.abort_all(Stopped("the Runtime was closed"))
+        on_cuda = self.decoder.device.type == "cuda"
+        del self.engine, self.decoder, self.vision
+        gc.collect()
+        trim_heap()
+        if on_cuda:
+            torch.cuda.empty_cache()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    if not TYPE_CHECKING:  # for a checker there are no other names than those that are written out
+
+        def __getattr__(self, name: str) -> Any:
+            if name in ("engine", "decoder", "vision"):
+                raise QvlError("this Runtime is closed; load the model again with Runtime.from_pretrained")
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     def answer(
         self,
@@ -141,12 +187,12 @@ class Runtime:
         history: History | None = None,
         system: str = SYSTEM,
         chat_format: str | None = None,
-        **generation: Any,
+        **generation: Unpack[GenerationArguments],
     ) -> Answer:
         """Answer `query`: text, or a list of {"image": …}, {"text": …}, {"ref": …, "box": …} elements.
 
-        An image is a path, bytes, a PIL image, a numpy array, a data URI or base64. history: earlier (query, response)
-        turns.
+        An image is a path, bytes, an open file, a PIL image, a numpy array, a data URI or base64. history: earlier
+        (query, response) turns.
         chat_format: "chatml" or "raw" (default: the model's). ImageError, PromptError or ConfigError on a bad argument.
         """
         return self._run(Request(query, history or (), system, chat_format, generation)).answer()
@@ -157,7 +203,7 @@ class Runtime:
         history: History | None = None,
         system: str = SYSTEM,
         chat_format: str | None = None,
-        **generation: Any,
+        **generation: Unpack[GenerationArguments],
     ) -> Iterator[str | Answer]:
         """Like `answer`, but yields pieces of text as they come (never half a character), then the Answer.
 
@@ -167,14 +213,57 @@ class Runtime:
         yield from self.engine.stream(request)
         yield request.answer()
 
-    def ask(self, images: ImageLike | Sequence[ImageLike], question: str, **generation: Any) -> Answer:
-        """Answer a question about one image or a list of images."""
+    def ask(
+        self, images: ImageLike | Sequence[ImageLike], question: str, **generation: Unpack[GenerationArguments]
+    ) -> Answer:
+        """Answer a question about one image or a list of images.
+
+        images: a path, bytes, an open file, a PIL image, a numpy array, a data URI or base64; or a list of them, which
+        the question calls Picture 1, Picture 2, …
+        question: the text, in any language; "Find …" and "框出…" ask for boxes.
+        generation: options by their Hugging Face names, such as max_new_tokens=64 or do_sample=False.
+
+        ImageError for a picture that cannot be read, PromptError for a prompt that does not fit, ConfigError for an
+        option that is not known.
+
+            answer = runtime.ask("street.jpg", "Find the red car.")
+            answer.plain_text, answer.boxes[0].pixels
+            answer.draw().save("out.png")
+        """
         several = images if isinstance(images, list | tuple) else [images]
+        if not several:
+            raise PromptError("ask has no image; give one or more, or use answer for text alone")
         query: list[dict[str, Any]] = [*({"image": image} for image in several), {"text": question}]
         return self.answer(query, **generation)
 
+    def map(
+        self,
+        images: Iterable[ImageLike],
+        question: str,
+        *,
+        output: str | PathLike[str] | None = None,
+        progress: bool | None = None,
+        **generation: Unpack[GenerationArguments],
+    ) -> Iterator[Answer]:
+        """The answer to one question about each of many images, in their order, as they come.
+
+        As many are answered at once as the model was loaded with `slots`. output: a JSON lines file that keeps each
+        answer; where it exists, what it holds is not asked again. progress: a bar on stderr; None: on a terminal only.
+        The first image that cannot be answered ends it with its error (qvl_edge.batch.answer_each goes on).
+        """
+        from qvl_edge.batch import answer_each
+
+        for answer in answer_each(self, list(images), question, output=output, progress=progress, **generation):
+            if isinstance(answer, QvlError):
+                raise answer
+            yield answer
+
     def chat(
-        self, query: Query, history: History | None = None, system: str = SYSTEM, **generation: Any
+        self,
+        query: Query,
+        history: History | None = None,
+        system: str = SYSTEM,
+        **generation: Unpack[GenerationArguments],
     ) -> tuple[str, list[tuple[Query, str]]]:
         """(response, history with this turn), as upstream's model.chat. `<img>path</img>` in strings is an image."""
         request = Request(query, history or (), system, "chatml", generation, markup_images=True)
@@ -182,7 +271,11 @@ class Runtime:
         return response, [*((q, r) for q, r in history or []), (query, response)]
 
     def chat_stream(
-        self, query: Query, history: History | None = None, system: str = SYSTEM, **generation: Any
+        self,
+        query: Query,
+        history: History | None = None,
+        system: str = SYSTEM,
+        **generation: Unpack[GenerationArguments],
     ) -> Iterator[str]:
         """The response as it grows: each item is all of the text so far, as upstream's model.chat_stream."""
         request = Request(query, history or (), system, "chatml", generation, markup_images=True)
@@ -191,12 +284,16 @@ class Runtime:
             text += piece
             yield text
 
-    def generate(self, query: Query, **generation: Any) -> Answer:
+    def generate(self, query: Query, **generation: Unpack[GenerationArguments]) -> Answer:
         """Continue `query` in raw format, as the base model is used. `<img>path</img>` in strings is an image."""
         return self._run(Request(query, (), "", "raw", generation, markup_images=True)).answer()
 
     def generate_ids(
-        self, ids: list[int], image_starts: list[int], images: Sequence[ImageLike], **generation: Any
+        self,
+        ids: list[int],
+        image_starts: list[int],
+        images: Sequence[ImageLike],
+        **generation: Unpack[GenerationArguments],
     ) -> Answer:
         """Continue token ids in raw format; the 256 slots from each of `image_starts` on receive that image."""
         prompt = Prompt(ids=ids, image_starts=image_starts, images=list(images), text="")
@@ -332,7 +429,7 @@ class Runtime:
                 if not self.engine.slots.requests and not self.vision.holds(images):
                     self.engine.slots.unload()
         encoded = self.vision.encode(images)
-        request.images = [picture.frame for picture in pictures]
+        request.images, request.sources = [picture.frame for picture in pictures], prompt.images
         request.cached_images, request.image_s = encoded.cached, encoded.seconds
         request.set_features(prompt.image_starts, encoded.keys, encoded.features)
 

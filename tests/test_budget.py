@@ -223,13 +223,22 @@ def test_loading_refuses_before_it_allocates(small_checkpoint: Path, monkeypatch
 
 @pytest.mark.parametrize(
     ("text", "expected"),
-    [("12GB", 12 * 10**9), ("12GiB", 12 * 2**30), ("1.5 gb", 1_500_000_000), ("800MB", 800_000_000), (77, 77)],
+    [
+        ("12GB", 12 * 10**9),
+        ("12GiB", 12 * 2**30),
+        ("1.5 gb", 1_500_000_000),
+        ("800MB", 800_000_000),
+        ("12", 12 * 10**9),
+        ("12G", 12 * 10**9),
+        ("8000000000", 8 * 10**9),
+        (77, 77),
+    ],
 )
 def test_amounts_of_memory_are_read_as_people_write_them(text: str | int, expected: int) -> None:
     assert parse_bytes(text) == expected
 
 
-@pytest.mark.parametrize("text", ["", "much", "12 XB", "-3GB", "0GB", "1e9GB"])
+@pytest.mark.parametrize("text", ["", "much", "12 XB", "-3GB", "0GB", "1e9GB", "5000"])
 def test_what_is_no_amount_of_memory_says_how_to_write_one(text: str) -> None:
     with pytest.raises(ConfigError, match="12GiB"):
         parse_bytes(text)

@@ -3,15 +3,22 @@
 import io
 import json
 import re
+import shlex
 import shutil
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from conftest import GOLDEN
 from PIL import Image
 
 from quantize import gptq
-from qvl_edge.__main__ import main
+from qvl_edge.__main__ import COMMANDS, main, make_parser
+from qvl_edge.answer import Answer, Timing, Usage
+from qvl_edge.commands import chat, loading, run
+from qvl_edge.text.boxes import parse_boxes
 
 CHECKPOINT = str(GOLDEN / "tiny-a/checkpoint")
 PICTURE = str(GOLDEN / "tiny-a/images/scene0_RGB.png")
@@ -60,6 +67,8 @@ def test_run_draws_the_latest_picture(capsys: pytest.CaptureFixture[str], tmp_pa
         (["run", CHECKPOINT, "hi", "--seed", str(1 << 64)], "seed is 18446744073709551616, expected an integer"),
         (["chat", CHECKPOINT, "--lookup", "512"], "lookup is 512, expected an integer, 0 to 511"),
         (["serve", CHECKPOINT, "--parallel", "17"], "slots is 17, expected an integer, 1 to 16"),
+        (["run", CHECKPOINT, "hi", "--min-new-tokens", "9", "--max-new-tokens", "2"], "min_new_tokens is 9, expected"),
+        (["run", CHECKPOINT, "hi", "--image", PICTURE, "--draw", "out.xyz"], "unknown file extension '.xyz'"),
         (["run", CHECKPOINT, "hi", "--device", "gpu"], "device is 'gpu', expected"),
         (["run", CHECKPOINT, "hi", "--vision-device", "gpu"], "vision_device is 'gpu', expected"),
         (["run", CHECKPOINT, "word " * 9000], "the context holds 8192"),
@@ -70,12 +79,6 @@ def test_bad_input_is_one_clear_line_and_exit_code_1(arguments, words: str, caps
     said = capsys.readouterr()
     assert words in said.err and "Traceback" not in said.err and not said.out
     assert "loaded" not in said.err or "the context holds" in words
-
-
-def test_an_unwritable_picture_format_is_said(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    out = tmp_path / "out.nonsense"
-    assert main(["run", CHECKPOINT, "--image", PICTURE, "hi", "--draw", str(out), *SHORT]) == 1
-    assert "unknown file extension" in capsys.readouterr().err
 
 
 def test_chat_keeps_the_history_and_survives_bad_lines(
@@ -161,3 +164,148 @@ def test_a_warning_is_one_line_of_stderr_and_said_once(tmp_path: Path, capsys: p
     assert said == [
         f"warning: {folder}: the model is read from model.safetensors; ignored are model.safetensors.index.json"
     ]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["rnu"], "did you mean run"),
+        (["run", CHECKPOINT, "hi", "--imge", "x"], "did you mean --image"),
+        (["label", CHECKPOINT], "required: FOLDER, QUESTION"),
+    ],
+)
+def test_a_wrong_word_is_answered_with_the_nearest_one(arguments, words, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as done:
+        main(arguments)
+    assert done.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_every_help_has_examples_that_are_taken(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([]) == 0
+    assert "Exit codes" in capsys.readouterr().out
+    for name, parser in zip(COMMANDS, make_parser().commands, strict=True):
+        lines = re.findall(r"qvl-edge (\w+)([^|>\n)]*)", parser.epilog)
+        assert lines, name
+        for command, rest in lines:
+            make_parser().parse_args([command, *shlex.split(rest, comments=True)])
+
+
+def test_a_reader_that_ends_early_is_no_traceback() -> None:
+    line = f"{sys.executable} -m qvl_edge fit Qwen/Qwen-VL-Chat-Int4 --gpu 12 | true"
+    done = subprocess.run(["bash", "-c", f"{line}; echo ${{PIPESTATUS[0]}}"], capture_output=True, text=True)
+    assert done.stdout.strip() in ("0", "141") and "Traceback" not in done.stderr and "rror" not in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["gbk", "latin-1", "ascii"])
+def test_a_terminal_without_some_letters_is_no_traceback(encoding: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding, newline="")
+    monkeypatch.setattr("sys.stdout", out)
+    assert main(["fit", "Qwen/Qwen-VL-Chat-Int4", "--gpu", "12", "--json"]) == 0
+    assert main(["fit", "Qwen/Qwen-VL-Chat-Int4", "--gpu", "12GiB"]) == 0
+    text = out.buffer.getvalue().decode(encoding) if out.flush() is None else ""
+    assert json.loads(text.splitlines()[0])["memory"] == 12 * 10**9
+    assert "\\u" not in text.split("\n", 1)[1]
+
+
+def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def missing(*_: object) -> None:
+        raise ModuleNotFoundError("No module named 'onnxruntime.x'", name="onnxruntime.x")
+
+    monkeypatch.setattr("qvl_edge.commands.loading.load", missing)
+    assert main(["run", CHECKPOINT, "hi"]) == 1
+    assert (
+        "the package onnxruntime is not installed; install qvl-edge[cpu] or qvl-edge[cuda]" in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("variable", ["", "1"])
+def test_no_color_is_heeded(variable: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NO_COLOR", variable)
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True, raising=False)
+    assert loading.colourful() == (not variable)
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def scripted(*pieces: str) -> SimpleNamespace:
+    """A runtime that says `pieces`."""
+    text = "".join(pieces)
+    usage, timing = Usage(1, 0, 1, 0, 1, 0), Timing(0, 0, 0, 1, 0)
+    answer = Answer(text, parse_boxes(text, image_sizes=[(100, 50)]), [1], "stop", usage, timing)
+    return SimpleNamespace(answer_stream=lambda *_, **__: iter([*pieces, answer]))
+
+
+def test_a_terminal_gets_the_answer_without_markup(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = Terminal()
+    monkeypatch.setattr("sys.stdout", said)
+    run.stream(scripted("A <re", "f>red ", "car</ref><bo", "x>(0,0),(500,1000)</box> and 1 <", " 2"), [], plain=True)
+    assert said.getvalue() == "A red car and 1 < 2\n  red car: 0, 0, 50, 50\n"
+
+
+def test_pictures_and_questions_come_from_stdin(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked = []
+    answer = SimpleNamespace(to_dict=lambda: {}, usage=Usage(1, 0, 1, 0, 1, 0), timing=Timing(0, 0, 0, 1, 0))
+    answer.finish_reason = "stop"
+    runtime = SimpleNamespace(answer=lambda query, **_: asked.append(query) or answer)
+    monkeypatch.setattr(loading, "load", lambda *_: runtime)
+    content = Path(PICTURE).read_bytes()
+    for words in (["hi", "--image", "-"], ["-", PICTURE], ["hi", PICTURE, PICTURE]):
+        data = content if "--image" in words else b"question?\n"
+        monkeypatch.setattr("sys.stdin", io.TextIOWrapper(io.BytesIO(data)))
+        assert main(["run", CHECKPOINT, *words, "--json"]) == 0
+    first, second, third = asked
+    assert first == [{"image": content}, {"text": "hi"}]
+    assert second == [{"image": PICTURE}, {"text": "question?"}] and len(third) == 3
+    assert main(["run", CHECKPOINT, "-", "--image", "-"]) == 1
+
+
+@pytest.mark.slow
+def test_each_picture_has_a_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "no.png").write_text("no picture")
+    asked = ["run", CHECKPOINT, "hi", PICTURE, str(tmp_path / "no.png"), PICTURE, "--each", *SHORT]
+    assert main(asked) == 1
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert [row["image"] for row in rows] == asked[3:6] and "error" in rows[1] and rows[0]["text"] == rows[2]["text"]
+
+
+@pytest.mark.slow
+def test_chat_asks_about_a_region_over_several_lines_and_quoted_files(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    file = tmp_path / "a picture.png"
+    Image.new("RGB", (200, 100)).save(file)
+    lines = ["/box 1 2 3 4", f"/image '{file}'", "/box 20 10 100 50", '"""what is', 'at {box}?"""', "/box 9 9 1 1"]
+    monkeypatch.setattr("sys.stdin", io.StringIO("\n".join([*lines, "/history", "/exit", "never"]) + "\n"))
+    assert main(["chat", CHECKPOINT, *SHORT]) == 0
+    said = capsys.readouterr()
+    assert "what is\nat <box>(100,100),(500,500)</box>?" in said.out and "never" not in said.out
+    assert "there is no picture to put a box on" in said.err and "is not within the picture" in said.err
+
+
+def test_ctrl_c_stops_the_answer_and_not_the_chat(monkeypatch: pytest.MonkeyPatch) -> None:
+    def stopped(*_: object, **__: object):
+        yield "begun"
+        raise KeyboardInterrupt
+
+    runtime = scripted("fine")
+    talk = chat.Chat(runtime, {}, ["a.png"], plain=False)
+    good, runtime.answer_stream = runtime.answer_stream, stopped
+    assert talk.obey("one") and not talk.history and talk.pictures == ["a.png"]
+    runtime.answer_stream = good
+    assert talk.obey("two") and len(talk.history) == 1 and not talk.pictures
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_knows_every_command_and_option(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    assert all(name in script for name in COMMANDS) and "12g" in script
+    if shell == "bash":
+        lines = f'{script}\nCOMP_WORDS=(qvl-edge run --prof); COMP_CWORD=2; _qvl_edge; echo "${{COMPREPLY[@]}}"'
+        done = subprocess.run(["bash", "-c", lines], capture_output=True, text=True)
+        assert done.stdout.strip() == "--profile", done.stderr

@@ -135,7 +135,7 @@ def test_published_generation_configs_are_read_and_other_keys_ignored() -> None:
 
 def test_load_options_take_what_the_python_api_takes() -> None:
     options = LoadOptions.of({"max_memory": 8 << 30, "cache_dir": Path("x"), "kv_cache": "auto", "head": "int8"})
-    assert (options.max_memory, options.cache_dir) == (str(8 << 30), "x")
+    assert (options.max_memory, options.cache_dir) == (f"{8 << 30}B", "x")
     assert (options.kv_cache, options.head) == ("float16", "int8")  # auto: the model's dtype, as float16 means here
     assert set(get_args(kind_of(LoadOptions, "profile")[0])) == {"auto", *PROFILES}
 

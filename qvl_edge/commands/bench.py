@@ -40,10 +40,13 @@ MIB, GIB = 2**20, 2**30
 PEER_OPTIONS = ("device", "max_context", "source")  # that also hold for the float peer
 SHOWN_OPTIONS = ("profile", "kv_cache", "head")  # have a column if given
 
+EXAMPLES = """examples:
+  qvl-edge bench BUNDLE
+  qvl-edge bench BUNDLE -p 512,2048 -n 128 -r 3 --output speed.json"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge bench`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("path", nargs="*", metavar="PATH", help="bundles or checkpoints")
     parser.add_argument("-m", "--model", action="append", default=[], metavar="PATH", help="same, as in llama-bench")
     parser.add_argument("--peer", metavar="CHECKPOINT", help="a float checkpoint to compare with (float32 on a CPU)")

@@ -16,6 +16,10 @@ if TYPE_CHECKING:
 CALIBRATION_SCENES = 48
 FIRST_SCENE = 2_000_000_011  # past UNSEEN: no scene from here on is used for training or calibration
 
+EXAMPLES = """examples:
+  qvl-edge demo
+  qvl-edge demo --scenes 8 --output try"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge demo`."""

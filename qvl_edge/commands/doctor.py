@@ -4,14 +4,17 @@ Every failure comes with a one-line fix. Exit code 1 if anything failed.
 """
 
 import argparse
-import json
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from qvl_edge.commands import loading
 
 if TYPE_CHECKING:
     from qvl_edge.doctor import Finding
 
+EXAMPLES = """examples:
+  qvl-edge doctor
+  qvl-edge doctor BUNDLE --json"""
 MARKS = {"ok": "✓", "failed": "✗", "skipped": "–"}
 PLAIN = {"ok": "ok", "failed": "!!", "skipped": "--"}  # for a terminal whose encoding has no check marks
 WIDTH = 16  # of the longest name
@@ -27,7 +30,7 @@ def execute(args: argparse.Namespace) -> int:
     """Print each finding as soon as it is known."""
     from qvl_edge.doctor import examine
 
-    marks = MARKS if _can_show("".join(MARKS.values())) else PLAIN
+    marks = MARKS if loading.can_show("".join(MARKS.values())) else PLAIN
     findings = []
     for finding in examine(args.path):
         findings.append(finding)
@@ -35,7 +38,7 @@ def execute(args: argparse.Namespace) -> int:
             print(line(finding, marks), flush=True)
     failed = sum(finding.status == "failed" for finding in findings)
     if args.json:
-        print(json.dumps({"ok": not failed, "findings": [vars(finding) for finding in findings]}, ensure_ascii=False))
+        loading.print_json({"ok": not failed, "findings": [vars(finding) for finding in findings]})
     else:
         print(f"\n{failed} failed" if failed else "\nall checks passed")
     return 1 if failed else 0
@@ -45,11 +48,3 @@ def line(finding: "Finding", marks: dict[str, str] = MARKS) -> str:
     """A finding as it is printed; its fix on a line of its own."""
     first = f"{marks[finding.status]} {finding.name:{WIDTH}}  {finding.found}"
     return f"{first}\n  → {finding.fix}" if finding.fix else first
-
-
-def _can_show(characters: str) -> bool:
-    try:
-        characters.encode(sys.stdout.encoding or "ascii")
-    except UnicodeEncodeError:
-        return False
-    return True

@@ -17,10 +17,13 @@ from qvl_edge.options import LoadOptions
 
 OWN = ("dtype", "profile", "kv_cache", "head", "revision")  # load options of the model, not of the one compared with
 
+EXAMPLES = """examples:
+  qvl-edge evaluate BUNDLE --task synthetic
+  qvl-edge evaluate BUNDLE --against Qwen-VL-Chat --task perplexity --data conversations.json"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge evaluate`."""
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("path", metavar="MODEL", help="a bundle, a checkpoint, or OWNER/NAME on a hub")
     parser.add_argument("--against", metavar="MODEL", help="another one to compare with: the float checkpoint, say")
     parser.add_argument("--task", required=True, metavar="NAME", help="one of those above")

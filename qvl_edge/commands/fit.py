@@ -7,12 +7,11 @@ is 10^9 bytes; a card that is sold as 12 GB has 12GiB.
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from qvl_edge.commands.loading import add_source
+from qvl_edge.commands.loading import add_source, can_show, colourful
 from qvl_edge.options import PROFILES
 
 if TYPE_CHECKING:
@@ -20,8 +19,12 @@ if TYPE_CHECKING:
     from qvl_edge.engine.budget import Budget, Plan
     from qvl_edge.options import Source
 
+EXAMPLES = """examples:
+  qvl-edge fit Qwen/Qwen-VL-Chat-Int4 --gpu 12GB
+  qvl-edge fit BUNDLE --cpu 16GB --context 4096"""
 WIDTH = 56  # characters of a whole bar
 FILLS = "█▓▒░▞▚·"  # one for each part, told apart without colour
+PLAIN_FILLS, PLAIN = "#@%*+=.", str.maketrans("▏–", "|-")  # for a terminal whose encoding has none of these
 COLOURS = (34, 36, 32, 33, 35, 31, 90)
 NAMES = {
     "layers": "decoder layers",
@@ -40,7 +43,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_source(parser)
     where = parser.add_mutually_exclusive_group()
     where.add_argument(
-        "--gpu", metavar="12GB", help='the card, as in "RTX 3060", or its memory (default: what is free on this one)'
+        "--gpu",
+        metavar="12GB",
+        help='the card, as in "RTX 3060", or its memory; 12 alone is 12GB (default: what is free on this one)',
     )
     where.add_argument(
         "--cpu", metavar="16GB", nargs="?", const="", help="run on the CPU, with this memory (default: what is free)"
@@ -131,7 +136,7 @@ def memory_of(args: argparse.Namespace) -> tuple[str, int, bool]:
 
 def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int) -> str:
     """Parts by profile in GB, whether they fit, and a bar for each."""
-    colour = sys.stdout.isatty()
+    colour, fills = colourful(), FILLS if can_show(f"{FILLS}▏–") else PLAIN_FILLS
 
     def painted(text: str, index: int) -> str:
         return f"\033[{COLOURS[index]}m{text}\033[0m" if colour else text
@@ -139,7 +144,7 @@ def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int
     lines = [title, "", f"{'GB':<20}" + "".join(f"{name:>10}" for name, *_ in rows)]
     for index, (part, name) in enumerate(NAMES.items()):
         sizes = [getattr(budget, part) for _, _, budget, _ in rows]
-        label = f"{painted(FILLS[index], index)} {name:<18}"
+        label = f"{painted(fills[index], index)} {name:<18}"
         lines.append(label + "".join(f"{size / 1e9:>10.2f}" if size else f"{'–':>10}" for size in sizes))
     lines.append(f"{'total':<20}" + "".join(f"{budget.total / 1e9:>10.2f}" for _, _, budget, _ in rows))
     verdicts = ("fits" if budget.total <= memory else "too large" for _, _, budget, _ in rows)
@@ -153,11 +158,12 @@ def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int
         for index, part in enumerate(NAMES):
             done += getattr(budget, part)
             start, end = end, round(WIDTH * done / whole)
-            bar += painted(FILLS[index] * (end - start), index)
+            bar += painted(fills[index] * (end - start), index)
         gap = round(WIDTH * memory / whole) - end  # up to the end of the memory
         over = budget.total - memory
         tail = f" {over / 1e9:.2f} GB over" if over > 0 else f"{' ' * gap}▏"
         lines.append(f"{name:>4} {bar}{tail}")
         exact = str(plan.dtype).removeprefix("torch.") if plan.head == "float16" else plan.head
         lines.append(f"     vision tower {plan.vit}, lm_head and cache {exact}")
-    return "\n".join(lines)
+    text = "\n".join(lines)
+    return text if fills == FILLS else text.translate(PLAIN)

@@ -11,6 +11,9 @@ from pathlib import Path
 
 KEY_VARIABLE = "JUDGE_API_KEY"
 
+EXAMPLES = """examples:
+  qvl-edge judge quality/requests.jsonl verdicts.jsonl --model gpt-4 --judge https://HOST/v1"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge judge`."""

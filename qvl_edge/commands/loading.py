@@ -2,12 +2,15 @@
 
 import argparse
 import io
+import json
+import os
 import sys
 import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import fields
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from qvl_edge.options import GenerationOptions, LoadOptions
@@ -16,13 +19,58 @@ if TYPE_CHECKING:
     from qvl_edge.runtime import Runtime
 
 
-def add_arguments(parser: argparse.ArgumentParser, *, optional_path: bool = False) -> None:
-    """The model, how it is loaded, and how it generates. optional_path: the command has other names for BUNDLE too."""
-    nargs = "?" if optional_path else None
+def add_path(parser: argparse.ArgumentParser, *, optional: bool = False) -> None:
+    """The model. optional: the command has other names for BUNDLE too."""
+    nargs = "?" if optional else None
     parser.add_argument("path", metavar="BUNDLE", nargs=nargs, help="a bundle, a checkpoint, or OWNER/NAME on a hub")
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """How the model is loaded, and how it generates."""
     LoadOptions.add_arguments(parser)
     group = parser.add_argument_group("generation (the model's own generation_config.json goes before these defaults)")
     GenerationOptions.add_arguments(group)
+
+
+def generation(args: argparse.Namespace) -> dict[str, Any]:
+    """The generation options of a command line, checked together too: ConfigError before the model is loaded."""
+    given = GenerationOptions.given(args)
+    GenerationOptions().with_overrides(given)
+    return given
+
+
+def check_drawing(out: str) -> None:
+    """ImageError if no picture can be saved as `out`."""
+    from PIL import Image
+
+    from qvl_edge.errors import ImageError
+
+    Image.init()
+    path = Path(out).absolute()
+    if Image.registered_extensions().get(path.suffix.lower()) not in Image.SAVE:
+        raise ImageError(f"--draw {out}: unknown file extension {path.suffix!r}; use .png or .jpg")
+    if not path.parent.is_dir():
+        raise ImageError(f"--draw {out}: the folder {path.parent} does not exist")
+
+
+def print_json(value: Any) -> None:
+    """JSON on stdout; in ASCII where the terminal has no other letters."""
+    text = json.dumps(value, ensure_ascii=False)
+    print(text if can_show(text) else json.dumps(value))
+
+
+def can_show(text: str) -> bool:
+    """Whether stdout's encoding has all of these characters."""
+    try:
+        text.encode(sys.stdout.encoding or "ascii")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def colourful() -> bool:
+    """Whether to print in colours: on a terminal, unless NO_COLOR is set (no-color.org)."""
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR")
 
 
 def add_source(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,10 @@ from pathlib import Path
 
 from qvl_edge.commands.loading import add_source, say
 
+EXAMPLES = """examples:
+  qvl-edge pull Qwen/Qwen-VL-Chat-Int4
+  qvl-edge pull Qwen/Qwen-VL-Chat-Int4 --source modelscope --to models/int4"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge pull`."""

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from qvl_edge import __version__
 from qvl_edge.commands import loading
 from qvl_edge.errors import ConfigError, QvlError
-from qvl_edge.options import GenerationOptions, LoadOptions
+from qvl_edge.options import LoadOptions
 
 if TYPE_CHECKING:
     from qvl_edge.runtime import Runtime
@@ -31,10 +31,15 @@ UVICORN: dict[str, Any] = {
     "timeout_graceful_shutdown": 30,  # seconds for running answers to finish
 }
 
+EXAMPLES = """examples:
+  qvl-edge serve BUNDLE
+  qvl-edge serve Qwen/Qwen-VL-Chat-Int4 --port 8080 --slots 2"""
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Arguments of `qvl-edge serve`; Qwen-VL's own openai_api.py and web_demo_mm.py spell some of them differently."""
-    loading.add_arguments(parser, optional_path=True)
+    loading.add_path(parser, optional=True)
+    loading.add_options(parser)
     parser.add_argument("-c", "--checkpoint-path", metavar="PATH", help="the same as BUNDLE")
     parser.add_argument("--cpu-only", dest="device", action="store_const", const="cpu", help="the same as --device cpu")
     parser.add_argument("--max-model-len", dest="max_context", type=int, metavar="N", help="the same as --max-context")
@@ -85,7 +90,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def execute(args: argparse.Namespace) -> int:
     """Check what can be checked, load the model, serve until SIGINT or SIGTERM."""
-    path, options, generation = _path(args), LoadOptions.given(args), GenerationOptions.given(args)
+    path, options, generation = _path(args), LoadOptions.given(args), loading.generation(args)
     try:
         import uvicorn
 

@@ -257,8 +257,8 @@ class AutoModelForCausalLM:
         if len(asked) > 1:
             raise ConfigError("at most one of bf16, fp16, fp32 and torch_dtype can be given")
         options = without_neutral(options, LOADING)
-        found = next(iter(asked), None)
-        return QWenLMHeadModel(Runtime.from_pretrained(path, device=_device(device_map), dtype=found, **options))
+        options |= {"device": _device(device_map), "dtype": next(iter(asked), None)}
+        return QWenLMHeadModel(Runtime.from_pretrained(path, **options))
 
 
 class AutoPeftModelForCausalLM:

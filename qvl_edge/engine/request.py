@@ -22,6 +22,7 @@ if TYPE_CHECKING:  # a benchmark of the decode step needs neither tiktoken nor P
     from qvl_edge.text.prompt import History, Message, Prompt, Query
     from qvl_edge.text.tokenizer import TextStream
     from qvl_edge.vision.image import Frame
+    from qvl_edge.vision.source import ImageLike
 
 Element = int | str
 """A token id, or the content key of the image whose slot it is."""
@@ -66,6 +67,7 @@ class Request:
     stop_ids: frozenset[int] = field(default=frozenset(), init=False)
     room: int = field(default=0, init=False)  # most tokens of the answer
     images: "list[Frame]" = field(default_factory=list, init=False)  # of the pictures in the prompt
+    sources: "Sequence[ImageLike]" = field(default=(), init=False)  # the pictures, as they were given
     features: list[tuple[int, Tensor]] = field(default_factory=list, init=False)  # first slot, (slots, hidden)
     cached_images: int = field(default=0, init=False)
     image_s: float = field(default=0.0, init=False)
@@ -256,7 +258,7 @@ class Request:
         boxes = parse_boxes(text, image_sizes=[image.size for image in self.images])
         logprobs = None if self.options.logprobs is None else self.logprobs
         reason = self.finish_reason or "length"
-        return Answer(text, boxes, self.token_ids, reason, usage, timing, logprobs, self.images)
+        return Answer(text, boxes, self.token_ids, reason, usage, timing, logprobs, self.images, self.sources)
 
 
 def common_prefix(held: Sequence[Element], wanted: Sequence[Element]) -> int:

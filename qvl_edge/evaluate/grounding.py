@@ -12,19 +12,12 @@ from pathlib import Path
 from qvl_edge.errors import ImageError
 from qvl_edge.evaluate.records import Row, ids_of, read_json, read_rows, records_of
 from qvl_edge.evaluate.task import Item, Metric, Prediction, QualityDataError, Task, by_item
+from qvl_edge.text.boxes import iou
 from qvl_edge.vision.image import load_frame
 
 Box = Sequence[float]  # x1, y1, x2, y2
 MIN_IOU = 0.5  # of a correct box
 _BOX = re.compile(r"\((.*?)\),\((.*?)\)")
-
-
-def iou(one: Box, other: Box) -> float:
-    """Intersection over union of two boxes x1, y1, x2, y2 in the same unit; 0.0 if they have no area."""
-    width = max(0, min(one[2], other[2]) - max(one[0], other[0]))
-    height = max(0, min(one[3], other[3]) - max(one[1], other[1]))
-    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - width * height
-    return width * height / area if area > 0 else 0.0
 
 
 def first_box(text: str) -> tuple[float, float, float, float] | None:

@@ -16,6 +16,7 @@ _MARKUP = re.compile(
     r"<ref>(?P<ref>(?:(?!</?(?:ref|box|quad)>).)*)</ref>|<box>(?P<box>[^<]*)</box>|<quad>(?P<quad>[^<]*)</quad>",
     re.DOTALL,
 )
+_UNFINISHED = re.compile(r"<(?:box|quad)>[^<]*(?:</?[a-z]*)?$|</?[a-z]*$")  # at the end of an answer that grows
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,20 @@ def parse_boxes(text: str, *, image_sizes: Sequence[tuple[int, int]], image: int
         if box is not None:
             boxes.append(box)
     return boxes
+
+
+def iou(one: Sequence[float], other: Sequence[float]) -> float:
+    """Intersection over union of two boxes x1, y1, x2, y2 in the same unit; 0.0 if they have no area."""
+    width = max(0, min(one[2], other[2]) - max(one[0], other[0]))
+    height = max(0, min(one[3], other[3]) - max(one[1], other[1]))
+    area = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)) - width * height
+    return width * height / area if area > 0 else 0.0
+
+
+def plain_text(text: str) -> str:
+    """`text` without its markup: phrases stay, boxes and quads go, and so does a mark that is not complete yet."""
+    text = _UNFINISHED.sub("", _MARKUP.sub(lambda found: found["ref"] or "", text))
+    return re.sub(r"</?(?:ref|box|quad)>", "", text)
 
 
 def _rectangle(label: str | None, body: str, size: tuple[int, int], image: int) -> Box | None:

@@ -8,7 +8,7 @@ import binascii
 import re
 from os import PathLike, fsdecode
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Protocol, TypeAlias
 from urllib.parse import unquote_to_bytes, urlsplit
 from urllib.request import url2pathname
 
@@ -17,9 +17,18 @@ from PIL import Image
 
 from qvl_edge.errors import ImageError
 
-ImageLike: TypeAlias = str | PathLike[str] | bytes | Image.Image | np.ndarray[Any, Any]
-"""A path, a file:// URL, a data URI, base64, the bytes of a file, a PIL image, or an array (H, W), (H, W, 1), (H, W, 3)
-or (H, W, 4) uint8."""
+
+class Readable(Protocol):
+    """An open file: open(…, "rb"), io.BytesIO, sys.stdin.buffer, an upload of a web framework."""
+
+    def read(self, size: int = ..., /) -> bytes:
+        """The next bytes."""
+        ...
+
+
+ImageLike: TypeAlias = str | PathLike[str] | bytes | Readable | Image.Image | np.ndarray[Any, Any]
+"""A path, a file:// URL, a data URI, base64, the bytes of a file, an open file, a PIL image, or an array (H, W),
+(H, W, 1), (H, W, 3) or (H, W, 4) uint8."""
 
 MAX_FILE_BYTES = 100 << 20
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
@@ -43,9 +52,11 @@ def read_source(image: ImageLike) -> tuple[bytes | Image.Image, str]:
         return _from_text(image)
     if isinstance(image, PathLike):
         return _read_file(Path(fsdecode(image))), short(fsdecode(image))
+    if hasattr(image, "read"):
+        return _read_open(image), "the open file"
     raise ImageError(
-        f"an image cannot be a {type(image).__name__}; give a path, bytes, a PIL image, a numpy array, a data URI or "
-        "base64"
+        f"an image cannot be a {type(image).__name__}; give a path, bytes, an open file, a PIL image, a numpy array, a "
+        "data URI or base64"
     )
 
 
@@ -143,6 +154,21 @@ def _read_file(path: Path) -> bytes:
         raise ImageError(f"{name} cannot be read: {error.strerror or error}") from None
     except ValueError as error:  # a NUL, or half a character
         raise ImageError(f"{name} is not a path: {error}") from None
+
+
+def _read_open(file: Any) -> bytes:
+    """All of an open file, from its beginning where it can be wound back, as PIL.Image.open reads one."""
+    try:
+        if getattr(file, "seekable", bool)():
+            file.seek(0)
+        content = file.read(MAX_FILE_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: it is closed
+        raise ImageError(f"the open file cannot be read: {error}") from None
+    if not isinstance(content, bytes | bytearray | memoryview):
+        raise ImageError(f'the open file yields {type(content).__name__}, expected bytes; open it with mode "rb"')
+    if len(content) > MAX_FILE_BYTES:
+        raise ImageError(f"the open file has more than {MAX_FILE_BYTES} bytes, which is the most; shrink the image")
+    return bytes(content)
 
 
 def _from_array(array: "np.ndarray[Any, Any]") -> Image.Image:
