@@ -1,7 +1,7 @@
 """Label scenes whose boxes are known, and print precision and recall: python -m benchmarks.labelling --scenes 200
 
-The scenes are drawn with `qvl_edge.demo.scenes`, from seeds that nothing is trained on; OUT gets the pictures, the known
-boxes (truth.json) and the labels that `qvl-edge label` writes (labels.json), both as COCO files.
+The scenes are drawn with `qvl_edge.demo.scenes`, from seeds that nothing is trained on; OUT gets the pictures, the
+known boxes (truth.json) and the labels that `qvl-edge label` writes (labels.json), both as COCO files.
 """
 
 import argparse

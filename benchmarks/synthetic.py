@@ -173,7 +173,7 @@ def write_synthetic(
     try:
         partial.mkdir()
         shards, weight_map = split_layout(layout), {}
-        with tqdm(total=total, unit="B", unit_scale=True) as bar:
+        with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
 
             def pieces(name: str) -> Iterator[Tensor]:
                 for piece in values.pieces(name, *layout[name]):

@@ -71,14 +71,29 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
+def read_text(path: Path, *, error: type[QvlError] = ConfigError) -> str:
+    """The text of a UTF-8 file without its byte order mark; an `error` naming the file if there is none."""
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as reason:
+        raise error(f"{path} cannot be read: {reason.strerror or reason}") from None
+    except UnicodeDecodeError as reason:
+        raise error(f"{path} is not UTF-8 text: {reason}") from None
+
+
+def parse_json(text: str, where: object, *, error: type[QvlError] = ConfigError) -> Any:
+    """The value of a JSON text; an `error` that says `where` it is if it is broken."""
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as reason:  # ValueError also for a number of more than 4,300 digits
+        raise error(f"{where} is not valid JSON: {reason}") from None
+
+
 def read_json(path: Path, *, error: type[QvlError] = ConfigError) -> dict[str, Any]:
     """A JSON object from `path`; a missing, broken or non-object file is an `error` naming it."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise error(f"{path} is missing; is {path.parent} the folder of a checkpoint or bundle?") from None
-    except (ValueError, RecursionError) as reason:  # ValueError also for a number of more than 4,300 digits
-        raise error(f"{path} is not valid JSON: {reason}") from None
+    if not path.exists():
+        raise error(f"{path} is missing; is {path.parent} the folder of a checkpoint or bundle?")
+    value = parse_json(read_text(path, error=error), path, error=error)
     if not isinstance(value, dict):
         raise error(f"{path} holds a {type(value).__name__}, expected an object")
     return value

@@ -36,6 +36,7 @@ LAYERS = (
     ("bundle", "checkpoint", "lora", "shards"),
     ("published", "memory", "machine", "plot"),
     ("config", "arguments", "options"),
+    ("option",),
     ("files", "child"),
     ("errors",),
 )

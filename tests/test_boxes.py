@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageFont
 
-from qvl_edge.errors import PromptError
 from qvl_edge.text.boxes import Box, parse_boxes
 from qvl_edge.text.draw import PALETTE, draw_boxes
 from qvl_edge.text.font import SHIPPED, find_font, missing_glyphs, split_runs
@@ -138,19 +137,10 @@ def test_long_malformed_text_is_read_in_a_moment() -> None:
     assert parse("<box>" + " " * 200_000 + "(1,2)" + " " * 200_000 + "</box>") == []
 
 
-def test_boxes_belong_to_the_latest_picture_unless_another_is_named() -> None:
-    sizes = [(100, 100), (200, 400)]
-    (latest,) = parse_boxes(GOOD, image_sizes=sizes)
-    (first,) = parse_boxes(GOOD, image_sizes=sizes, image=0)
+def test_boxes_belong_to_the_latest_picture() -> None:
+    (latest,) = parse_boxes(GOOD, image_sizes=[(100, 100), (200, 400)])
     assert (latest.image, latest.pixels) == (1, (2, 8, 6, 16))
-    assert (first.image, first.pixels) == (0, (1, 2, 3, 4))
-
-
-def test_without_a_picture_there_are_no_boxes_and_a_wrong_picture_is_an_error() -> None:
     assert parse_boxes(GOOD, image_sizes=[]) == []
-    for wrong in (-1, 1):
-        with pytest.raises(PromptError, match=f"image is {wrong}, but there are 1 pictures"):
-            parse_boxes(GOOD, image_sizes=[SIZE], image=wrong)
 
 
 def test_a_quad_has_its_points_and_the_rectangle_around_them() -> None:

@@ -22,6 +22,7 @@ from qvl_edge.files import (
     check_free_space,
     layout_bytes,
     locked,
+    read_json,
     read_jsonl,
     remembered,
     replacing,
@@ -107,6 +108,19 @@ def test_missing_json_lines_are_none_when_resuming_only(tmp_path: Path) -> None:
         list(read_jsonl(tmp_path / "no.jsonl"))
     with pytest.raises(ConfigError, match="cannot be read: Is a directory"):
         list(read_jsonl(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("content", "wrong"), [(b"\xe9t\xe9", "is not UTF-8 text"), (None, "cannot be read: Is a directory")]
+)
+def test_json_that_cannot_be_read_is_named(tmp_path: Path, content: bytes | None, wrong: str) -> None:
+    path = tmp_path / "config.json"
+    path.mkdir() if content is None else path.write_bytes(content)
+    with pytest.raises(BundleError, match=f"config.json {wrong}"):
+        read_json(path, error=BundleError)
+    other = tmp_path / "bom.json"
+    other.write_bytes(b'\xef\xbb\xbf{"a": 1}')  # as Windows' editors write
+    assert read_json(other) == {"a": 1}
 
 
 def test_a_lock_is_held_against_other_processes_and_ends_with_its_holder(tmp_path: Path) -> None:

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qvl_edge.errors import ConfigError
-from qvl_edge.options import PROFILES, GenerationOptions, LoadOptions, kind_of, table
+from qvl_edge.option import kind_of, table
+from qvl_edge.options import PROFILES, GenerationOptions, LoadOptions
 
 MODELS_OWN = GenerationOptions(do_sample=False)  # as a generation_config.json that asks for greedy decoding
 

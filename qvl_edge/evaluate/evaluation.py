@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import takewhile
 from pathlib import Path
@@ -13,8 +13,8 @@ from qvl_edge import Runtime
 from qvl_edge.bundle import MANIFEST, is_bundle
 from qvl_edge.config import Config
 from qvl_edge.errors import QvlError
-from qvl_edge.evaluate.perplexity import PERPLEXITY, PassagePredictor, read_passages
-from qvl_edge.evaluate.predict import Predictor, Predicts, predict_all
+from qvl_edge.evaluate.perplexity import PERPLEXITY
+from qvl_edge.evaluate.predict import Predictor, predict_all
 from qvl_edge.evaluate.report import Scored, page, table, to_dict
 from qvl_edge.evaluate.task import Item, QualityDataError, Task
 from qvl_edge.files import replacing, sha256_of, write_json, write_jsonl
@@ -90,11 +90,10 @@ def describe(folder: Path, runtime: Runtime, lora: str | None = None) -> dict[st
 
 @dataclass(frozen=True)
 class Data:
-    """The items to answer, what identifies them, and what answers them with a loaded model."""
+    """The items to answer, and what identifies them."""
 
     items: Sequence[Item]
     about: Mapping[str, Any]
-    predictor: Callable[[Runtime], Predicts]
 
 
 def open_data(
@@ -106,19 +105,10 @@ def open_data(
     """
     if not file.exists():
         raise QualityDataError(f"{file} does not exist; docs/quality.md says what {task.name} needs")
+    cut: dict[str, Any] = {}
     if task is PERPLEXITY:
-        tokenizer = Tokenizer.from_file(model.folder / VOCAB_FILE)
-        passages = read_passages(file, tokenizer, seqlen=seqlen, images=images)
-        items = [passage.item(tokenizer) for passage in passages]
-
-        def predictor(runtime: Runtime) -> Predicts:
-            return PassagePredictor(runtime, passages)
-    else:
-        items = task.read(file, images)
-
-        def predictor(runtime: Runtime) -> Predicts:
-            return Predictor(runtime, chat_format=task.chat_format, generation=task.generation)
-
+        cut = {"tokenizer": Tokenizer.from_file(model.folder / VOCAB_FILE), "seqlen": seqlen}
+    items = task.read(file, images, **cut)
     if not items:
         raise QualityDataError(f"{file} has no items; docs/quality.md has the format of {task.name}")
     items = first_items(items, limit)
@@ -127,7 +117,7 @@ def open_data(
         raise QualityDataError(f"{file} has two items with the id {repeated!r}; every item needs its own")
     asked = json.dumps([[item.id, item.text, item.reference, item.options] for item in items])
     about = {"file": file.name, "items": len(items), "sha256": hashlib.sha256(asked.encode()).hexdigest()}
-    return Data(items, about | check(items, say), predictor)
+    return Data(items, about | check(items, say))
 
 
 def first_items(items: Sequence[Item], limit: int | None) -> list[Item]:
@@ -170,7 +160,8 @@ def predict(task: Task, data: Data, model: Model, out: Path, *, say: Progress) -
     generation = dict(task.generation)
     header = {"task": task.name, "data": data.about, "model": about, "generation": generation, "made": made}
     path = out / f"{task.name}.{model.name}.jsonl"
-    predictions = predict_all(data.predictor(runtime), data.items, path, header)
+    predictor = Predictor(runtime, chat_format=task.chat_format, generation=task.generation)
+    predictions = predict_all(predictor, data.items, path, header)
     return Scored.of(task, data.items, predictions, about)
 
 

@@ -6,10 +6,11 @@ run was interrupted.
 """
 
 import json
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 from tqdm import tqdm
 
@@ -29,32 +30,38 @@ def content_of(item: Item) -> Content:
     return [ImageRef(part) if isinstance(part, Path) else part for part in item.content]
 
 
-class Predicts(Protocol):
-    """Turns items into predictions."""
-
-    def predict(self, items: Sequence[Item]) -> list[Prediction]:
-        """Predictions in the items' order; they depend on these items alone."""
-        ...
-
-
 class Predictor:
-    """Answers items with a loaded model, as many at once as it has slots."""
+    """Answers items with a loaded model, or scores them, as many at once as it has slots."""
 
     def __init__(self, runtime: Runtime, *, chat_format: str, generation: Mapping[str, Any]):
         self.runtime, self.chat_format = runtime, chat_format
         self.generation = {"do_sample": False, **generation}
 
     def predict(self, items: Sequence[Item]) -> list[Prediction]:
-        """Predictions in the items' order, starting with empty caches."""
+        """Predictions in the items' order, starting with empty caches: they depend on these items alone."""
         self.runtime.forget()
         asked = {self._request(item): item for item in items if not item.options}
-        generated = {
-            item.id: Prediction(item.id, self._text(request)) for item, request in answers(self.runtime, asked)
-        }
-        return [self._choose(item) if item.options else generated[item.id] for item in items]
+        made = {asked[request].id: self._prediction(asked[request], request) for request in self._answered(asked)}
+        return [self._choose(item) if item.options else made[item.id] for item in items]
 
     def _request(self, item: Item) -> Request:
+        if item.prompt is not None:  # the NTK alpha is that of the prompt as a whole, as in training
+            return Request(prompt=item.prompt, scored=item.scored)
         return Request(content_of(item), chat_format=self.chat_format, generation=self.generation)
+
+    def _answered(self, asked: Mapping[Request, Item]) -> Iterator[Request]:
+        """Each request as it gets done. QualityDataError names the item whose request fails."""
+        for request in self.runtime.run([*asked]):
+            if isinstance(request.error, QvlError):  # a damaged image, a prompt that is too long
+                raise QualityDataError(f"item {asked[request].id}: {request.error}")
+            if request.error is not None:
+                raise request.error
+            yield request
+
+    def _prediction(self, item: Item, request: Request) -> Prediction:
+        if item.scored:
+            return Prediction(item.id, "", None, (math.fsum(request.scores),))
+        return Prediction(item.id, self._text(request))
 
     def _text(self, request: Request) -> str:
         """The generated text. In raw format without special tokens, box tags included, as upstream's evaluations decode
@@ -79,18 +86,8 @@ class Predictor:
         return Prediction(item.id, item.options[best], best, sums)
 
 
-def answers(runtime: Runtime, asked: Mapping[Request, Item]) -> Iterator[tuple[Item, Request]]:
-    """Each item with its request as it gets done. QualityDataError names the item whose request fails."""
-    for request in runtime.run([*asked]):
-        if isinstance(request.error, QvlError):  # a damaged image, a prompt that is too long
-            raise QualityDataError(f"item {asked[request].id}: {request.error}")
-        if request.error is not None:
-            raise request.error
-        yield asked[request], request
-
-
 def predict_all(
-    predictor: Predicts, items: Sequence[Item], path: Path, header: Mapping[str, Any]
+    predictor: Predictor, items: Sequence[Item], path: Path, header: Mapping[str, Any]
 ) -> dict[str, Prediction]:
     """Predictions of all items by id: those that an earlier run wrote to `path`, and the missing ones, appended to it.
 

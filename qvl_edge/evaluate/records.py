@@ -3,16 +3,16 @@
 import csv
 import hashlib
 import io
-import json
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from qvl_edge import files
 from qvl_edge.errors import ImageError
 from qvl_edge.evaluate.task import QualityDataError
-from qvl_edge.files import read_jsonl, replacing
+from qvl_edge.files import parse_json, read_jsonl, replacing
 from qvl_edge.vision.formats import name_of
 from qvl_edge.vision.image import load_frame
 from qvl_edge.vision.source import from_base64
@@ -133,20 +133,13 @@ def read_rows(file: Path) -> list[Row]:
 
 def read_json(file: Path) -> Any:
     """The content of a JSON file."""
-    text = read_text(file)
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError also for a number of more than 4,300 digits
-        raise QualityDataError(f"{file} is not valid JSON: {error}") from None
+    return parse_json(read_text(file), file, error=QualityDataError)
 
 
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file without its byte order mark."""
     _refuse_folder(file)
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except (OSError, UnicodeDecodeError) as error:
-        raise QualityDataError(f"{file} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+    return files.read_text(file, error=QualityDataError)
 
 
 def _refuse_folder(file: Path) -> None:

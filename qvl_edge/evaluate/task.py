@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from qvl_edge.errors import QvlError
+from qvl_edge.text.prompt import Prompt
 
 CHAT = {"do_sample": False, "max_new_tokens": 512}  # max_new_tokens of Qwen-VL-Chat's generation_config.json
 
@@ -19,7 +20,8 @@ class Item:
     """One prompt of a task, and what its answer is compared with.
 
     content: the prompt's texts and images (paths) in order; markup in a text opens nothing. Without `options` an answer
-    is generated; with them each is scored as a continuation of the prompt, and the likeliest is the answer.
+    is generated; with them each is scored as a continuation of the prompt, and the likeliest is the answer. With
+    `prompt`, which then takes the place of content, nothing is answered: its tokens in the spans `scored` are.
     """
 
     id: str  # unique in its file
@@ -28,6 +30,8 @@ class Item:
     options: tuple[str, ...] = ()
     group: str = ""  # is also averaged separately: a subtask, a language, a split
     unit: str = ""  # items of one unit are right together or not at all (circular evaluation, MME's pairs)
+    prompt: Prompt | None = None
+    scored: Sequence[tuple[int, int]] = ()  # (first index, end) of the tokens that count
 
     @property
     def images(self) -> list[Path]:
@@ -47,7 +51,7 @@ class Prediction:
     id: str
     text: str  # generated, or the chosen option
     choice: int | None = None  # index of the likeliest option
-    logprobs: tuple[float, ...] = ()  # summed natural log-probability of each option
+    logprobs: tuple[float, ...] = ()  # summed natural log-probability of each option, or of the tokens that count
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "Prediction":
@@ -94,12 +98,12 @@ class Task:
     """An evaluation as published.
 
     read(file, images) returns the items of a file; relative image names start from `images`, or from the file's own
-    folder if it is None. QualityDataError names file, line and field.
+    folder if it is None. QualityDataError names file, line and field. (Perplexity's takes a tokenizer too.)
     """
 
     name: str
     title: str
-    read: Callable[[Path, Path | None], list[Item]]
+    read: Callable[..., list[Item]]
     score: Scorer
     source: str  # of prompt, decoding and scoring rule
     chat_format: Literal["raw", "chatml"] = "raw"

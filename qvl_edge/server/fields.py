@@ -24,7 +24,8 @@ from pydantic import (
 from pydantic_core.core_schema import ValidationInfo
 
 from qvl_edge.engine.constraint import MAX_SCHEMA, Format
-from qvl_edge.options import INT32_MAX, MAX_BIAS, GenerationOptions, Option
+from qvl_edge.option import INT32_MAX, Option
+from qvl_edge.options import MAX_BIAS, GenerationOptions
 from qvl_edge.server.refusal import invalid, validation_refusal
 
 log = logging.getLogger("qvl_edge.server")

@@ -5,8 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qvl_edge.errors import PromptError
-
 GRID = 1000  # the model writes coordinates in [0, 1000), whatever the picture's size (Qwen-VL README: "normalized")
 
 _POINT = r"\(\s*([0-9]{1,6})\s*,\s*([0-9]{1,6})\s*\)"
@@ -53,21 +51,19 @@ def read_points(body: str, count: int) -> tuple[tuple[int, int], ...] | None:
     return tuple(zip(numbers[::2], numbers[1::2], strict=True))
 
 
-def parse_boxes(text: str, *, image_sizes: Sequence[tuple[int, int]], image: int | None = None) -> list[Box]:
+def parse_boxes(text: str, *, image_sizes: Sequence[tuple[int, int]]) -> list[Box]:
     """The boxes and quads of `text`, in its order.
 
     image_sizes: (width, height) in pixels of the prompt's pictures; without any picture there are no boxes. The boxes
-    belong to picture `image` (from 0; default the latest, as upstream draws them); PromptError if there is none such.
+    belong to the latest picture, as upstream draws them.
 
     A `<ref>` directly before a box labels it and the boxes that follow directly (upstream labels the first one only).
     What is malformed is skipped, where upstream raises: a wrong count of numbers, letters, numbers past 1000, a second
     corner left of or above the first, a tag left open.
     """
-    if image is not None and not 0 <= image < len(image_sizes):
-        raise PromptError(f"image is {image}, but there are {len(image_sizes)} pictures; the first one is 0")
     if not image_sizes:
         return []
-    index = len(image_sizes) - 1 if image is None else image
+    index = len(image_sizes) - 1
     boxes = []
     label, label_end = None, -1
     for match in _MARKUP.finditer(text):

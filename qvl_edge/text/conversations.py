@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import CalibrationError, ImageError, PromptError
-from qvl_edge.files import read_jsonl
+from qvl_edge.files import parse_json, read_jsonl, read_text
 from qvl_edge.published import SYSTEM
 from qvl_edge.text.entries import EXAMPLE, Content, Entry, read_entry
 from qvl_edge.text.prompt import Prompt, chat_prompt, raw_prompt
@@ -119,11 +119,11 @@ def _located(image: ImageLike, folder: Path | None) -> ImageLike:
 def _read_entries(file: Path) -> Iterator[Entry]:
     """Every entry, its form checked."""
     if file.suffix == ".txt":
-        for number, line in enumerate(_read_text(file).split("\n"), 1):
+        for number, line in enumerate(read_text(file, error=CalibrationError).split("\n"), 1):
             if line.strip():
                 yield Entry(f"{file} line {number}", line.strip("\r"))
     elif file.suffix in (".json", ".jsonl"):
-        text = _read_text(file).strip()
+        text = read_text(file, error=CalibrationError).strip()
         if text.startswith("[") or (file.suffix == ".json" and not _is_lines(text)):
             yield from _read_list(file, text)
         else:
@@ -142,23 +142,11 @@ def _is_lines(text: str) -> bool:
 
 
 def _read_list(file: Path, text: str) -> Iterator[Entry]:
-    try:
-        entries = json.loads(text) if text else []
-    except (ValueError, RecursionError) as error:
-        raise CalibrationError(f"{file} is not valid JSON: {error}") from None
+    entries = parse_json(text, file, error=CalibrationError) if text else []
     if not isinstance(entries, list):
         raise CalibrationError(f"{file} is a JSON {type(entries).__name__}, expected a list such as\n{EXAMPLE}")
     for number, entry in enumerate(entries, 1):
         yield read_entry(entry, f"{file} entry {number}")
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise CalibrationError(f"{file} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        raise CalibrationError(f"{file} is not UTF-8 text: {error}") from None
 
 
 def digest_of(samples: Sequence[Sample]) -> str:

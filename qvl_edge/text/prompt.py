@@ -1,6 +1,6 @@
 """Turns -> token ids, with 256 slots for each image: ChatML for the chat model, the text as it is for the base model.
 
-Source: qwen_generation_utils.py (make_context, decode_tokens). The ids are upstream's, but for this, on purpose:
+Source: qwen_generation_utils.py (make_context). The ids are upstream's, but for this, on purpose:
 - the slots of an image are all <imgpad>; upstream writes the path's bytes there, so its paths end at 256 bytes and ours
   do not, and at exactly 256 its model finds no slot to fill while ours has them all;
 - ChatML control tokens in text are plain text in both formats (upstream's raw format lets them act);
@@ -150,12 +150,11 @@ def raw_prompt(tokenizer: Tokenizer, query: Query, *, markup_images: bool) -> Pr
     return _query(tokenizer, query, markup_images)
 
 
-def parse_query(query: Query, *, markup_images: bool, first_picture: int = 1) -> Content:
+def parse_query(query: Query, *, markup_images: bool) -> Content:
     """A query -> its texts and images.
 
-    An image element becomes "Picture N:", the image and a newline, as in from_list_format; N counts from
-    `first_picture`. Content stays as it is. markup_images: `<img>path</img>` in text is an image too; otherwise it is
-    just text.
+    An image element becomes "Picture N:", the image and a newline, as in from_list_format, N from 1. Content stays as
+    it is. markup_images: `<img>path</img>` in text is an image too; otherwise it is just text.
     PromptError: neither text nor a list of known elements, or an `<img>` left open where it counts.
     """
     if isinstance(query, str):
@@ -163,7 +162,7 @@ def parse_query(query: Query, *, markup_images: bool, first_picture: int = 1) ->
     if not isinstance(query, list | tuple):  # bytes and arrays are sequences too
         raise PromptError(f"the query is a {type(query).__name__}, expected text or a list of elements")
     parts: Content = []
-    picture = first_picture
+    picture = 1
     for element in query:
         if isinstance(element, str | ImageRef):
             parts.append(element)
@@ -191,24 +190,10 @@ def latest_picture(history: History) -> Any | None:
 
 def stop_token_ids(tokenizer: Tokenizer, chat_format: str) -> frozenset[int]:
     """The ids that end an answer. Both formats end at <|endoftext|>, the eos_token_id of the published models."""
-    return frozenset(tokenizer.specials[token] for token in _ends(chat_format))
-
-
-def decode_reply(tokenizer: Tokenizer, ids: Iterable[int], chat_format: str) -> str:
-    """Generated ids -> the answer: cut at the first id that ends it, other special tokens kept, stripped."""
-    stops = stop_token_ids(tokenizer, chat_format)
-    kept = []
-    for token in ids:
-        if token in stops:
-            break
-        kept.append(token)
-    return tokenizer.decode(kept).strip()
-
-
-def _ends(chat_format: str) -> tuple[str, ...]:
     if chat_format not in ("chatml", "raw"):
         raise PromptError(f"chat_format is {chat_format!r}, known are 'chatml' and 'raw'")
-    return (IM_END, IM_START, ENDOFTEXT) if chat_format == "chatml" else (ENDOFTEXT,)
+    ends = (IM_END, IM_START, ENDOFTEXT) if chat_format == "chatml" else (ENDOFTEXT,)
+    return frozenset(tokenizer.specials[token] for token in ends)
 
 
 def _checked(history: History) -> Iterable[tuple[Query, str | None]]:

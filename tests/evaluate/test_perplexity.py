@@ -10,7 +10,8 @@ from torch import Tensor
 
 from qvl_edge import Runtime
 from qvl_edge.checkpoint import Checkpoint
-from qvl_edge.evaluate.perplexity import PERPLEXITY, Passage, PassagePredictor, read_passages
+from qvl_edge.evaluate.perplexity import PERPLEXITY, read_passages
+from qvl_edge.evaluate.predict import Predictor
 from qvl_edge.evaluate.report import Scored, rows
 from qvl_edge.evaluate.task import Item, Prediction, QualityDataError
 from qvl_edge.model.cache import KVCache
@@ -35,11 +36,10 @@ def runtime_of_128(vit_cache: Path) -> Runtime:
     return Runtime.from_pretrained(GOLDEN / "tiny-long/checkpoint", cache_dir=vit_cache)
 
 
-def losses(runtime: Runtime, passages: Sequence[Passage]) -> list[float]:
+def losses(runtime: Runtime, passages: Sequence[Item]) -> list[float]:
     """The sum of -log p over the tokens of each passage that count."""
-    items = [passage.item(runtime.tokenizer) for passage in passages]
-    assert [item.reference["tokens"] for item in items] == [passage.tokens for passage in passages]
-    return [-one.logprobs[0] for one in PassagePredictor(runtime, passages).predict(items)]
+    predictor = Predictor(runtime, chat_format=PERPLEXITY.chat_format, generation=PERPLEXITY.generation)
+    return [-one.logprobs[0] for one in predictor.predict(passages)]
 
 
 @torch.inference_mode()
@@ -81,10 +81,10 @@ def test_answers_and_their_ends_count_as_in_one_forward_over_the_conversation(ru
     by_hand = losses_by_hand(GOLDEN / "tiny-a/checkpoint", ids, pictures)
     expected = float(by_hand[torch.tensor(counted) - 1].sum())
 
-    passages = read_passages(file, tokenizer)
+    passages = read_passages(file, None, tokenizer=tokenizer)
     assert [passage.id for passage in passages] == ["entry 1", "entry 2"]
     for passage, found in zip(passages, losses(runtime, passages), strict=True):
-        assert passage.tokens == len(counted)  # also where the slot held the same conversation
+        assert passage.reference["tokens"] == len(counted)  # also where the slot held the same conversation
         assert found == pytest.approx(expected, abs=TOLERANCE * len(counted))
     assert runtime.engine.slots.free == 1
 
@@ -97,13 +97,13 @@ def test_windows_of_a_text_count_as_in_a_forward_over_each(
     file = tmp_path / "text.txt"
     file.write_text(TEXT)
     ids = model.tokenizer.encode(TEXT)
-    passages = read_passages(file, model.tokenizer, seqlen=seqlen)
+    passages = read_passages(file, None, tokenizer=model.tokenizer, seqlen=seqlen)
     assert len(passages) == len(ids) // seqlen > 1
     for number in (0, len(passages) - 1):
         window = ids[number * seqlen : (number + 1) * seqlen]
         by_hand = losses_by_hand(GOLDEN / name / "checkpoint", window, {})
         (found,) = losses(model, [passages[number]])
-        assert passages[number].tokens == seqlen - 1
+        assert passages[number].reference["tokens"] == seqlen - 1
         assert found == pytest.approx(float(by_hand.sum()), abs=TOLERANCE * seqlen)
 
 
@@ -118,11 +118,11 @@ def test_of_a_text_with_a_picture_only_the_text_counts(runtime: Runtime, tmp_pat
     file = tmp_path / "data.jsonl"
     picture = GOLDEN / "tiny-a/images/scene0_RGB.png"
     file.write_text(json.dumps({"text": f"See <img>{picture}</img> here"}))
-    (passage,) = read_passages(file, runtime.tokenizer)
+    (passage,) = read_passages(file, None, tokenizer=runtime.tokenizer)
     before, after = runtime.tokenizer.encode("See "), runtime.tokenizer.encode(" here")
     assert passage.id == "line 1"
-    assert passage.spans == [(1, len(before)), (len(before) + 258, len(before) + 258 + len(after))]
-    assert passage.tokens == len(before) - 1 + len(after) and losses(runtime, [passage])[0] > 0
+    assert passage.scored == [(1, len(before)), (len(before) + 258, len(before) + 258 + len(after))]
+    assert passage.reference["tokens"] == len(before) - 1 + len(after) and losses(runtime, [passage])[0] > 0
 
 
 def entry(*answers: str) -> dict[str, list[dict[str, str]]]:
@@ -133,15 +133,15 @@ def entry(*answers: str) -> dict[str, list[dict[str, str]]]:
 def test_an_answer_that_is_cut_counts_as_far_as_it_goes(runtime: Runtime, tmp_path: Path) -> None:
     file, tokenizer = tmp_path / "data.json", runtime.tokenizer
     file.write_text(json.dumps([entry("yes", "a long answer")]))
-    (whole,) = read_passages(file, tokenizer)
-    second, end = whole.spans[1]
-    (cut,) = read_passages(file, tokenizer, seqlen=second + 3)
-    assert cut.spans == [whole.spans[0], (second, second + 3)]
-    (first,) = read_passages(file, tokenizer, seqlen=second)
-    assert first.spans == whole.spans[:1] and first.tokens == len(tokenizer.encode("yes")) + 1
+    (whole,) = read_passages(file, None, tokenizer=tokenizer)
+    second, end = whole.scored[1]
+    (cut,) = read_passages(file, None, tokenizer=tokenizer, seqlen=second + 3)
+    assert cut.scored == [whole.scored[0], (second, second + 3)]
+    (first,) = read_passages(file, None, tokenizer=tokenizer, seqlen=second)
+    assert first.scored == whole.scored[:1] and first.reference["tokens"] == len(tokenizer.encode("yes")) + 1
     assert end - second == len(tokenizer.encode("a long answer")) + 1
     with pytest.raises(QualityDataError, match="no answer begins within the first 10 tokens"):
-        read_passages(file, tokenizer, seqlen=10)
+        read_passages(file, None, tokenizer=tokenizer, seqlen=10)
 
 
 def test_a_text_shorter_than_a_window_is_refused_with_both_numbers(tmp_path: Path) -> None:
@@ -149,4 +149,4 @@ def test_a_text_shorter_than_a_window_is_refused_with_both_numbers(tmp_path: Pat
     file.write_text("abc")
     tokenizer = Tokenizer.from_file(GOLDEN / "tiny-a/checkpoint/qwen.tiktoken")
     with pytest.raises(QualityDataError, match=r"has 2 tokens and --seqlen is 2048"):
-        read_passages(file, tokenizer)
+        read_passages(file, None, tokenizer=tokenizer)
