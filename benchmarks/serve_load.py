@@ -151,14 +151,14 @@ def serving(runtime: Runtime, waiting: int) -> Iterator[tuple[str, Worker]]:
     """The server on a free loopback port: its address and its worker."""
     import uvicorn
 
-    from qvl_edge.commands.serve import UVICORN
     from qvl_edge.server.app import Settings, create_app
+    from qvl_edge.server.connection import configure
     from qvl_edge.server.guard import Access
 
     worker = Worker(runtime, max_waiting=waiting)
     access = Access("127.0.0.1", None)
     settings = Settings("small", max_model_len=runtime.max_context, access=access, max_concurrent=4 * waiting)
-    server = uvicorn.Server(uvicorn.Config(create_app(worker, settings), **UVICORN))
+    server = uvicorn.Server(configure(create_app(worker, settings)))
     bound = socket.socket()
     bound.bind(("127.0.0.1", 0))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]}, daemon=True)

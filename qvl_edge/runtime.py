@@ -351,7 +351,9 @@ class Runtime:
         if not options.ignore_eos:
             stop_ids |= stop_token_ids(self.tokenizer, request.chat_format or self.chat_format)
         vocab = self.config.vocab_size
-        constraint = constraint_for(options.response_format, self.tokenizer, vocab, stop_ids or frozenset({0}))
+        constraint = constraint_for(
+            options.response_format, self.tokenizer, vocab, stop_ids or frozenset({0}), request.cache_salt
+        )
         if options.min_new_tokens:
             constraint = MinNewTokens(options.min_new_tokens, stop_ids, vocab, constraint)
         request.set_prompt(
@@ -426,9 +428,9 @@ class Runtime:
         images = [picture.square for picture in pictures]
         if self.plan.vision == "released":  # the tower and the cache must not be in memory together
             with self.engine.lock:
-                if not self.engine.slots.requests and not self.vision.holds(images):
+                if not self.engine.slots.requests and not self.vision.holds(images, request.cache_salt):
                     self.engine.slots.unload()
-        encoded = self.vision.encode(images)
+        encoded = self.vision.encode(images, request.cache_salt)
         request.images, request.sources = [picture.frame for picture in pictures], prompt.images
         request.cached_images, request.image_s = encoded.cached, encoded.seconds
         request.set_features(prompt.image_starts, encoded.keys, encoded.features)

@@ -6,8 +6,10 @@ import ipaddress
 import logging
 import os
 import socket
+import threading
+import time
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from qvl_edge import __version__
 from qvl_edge.commands import loading
@@ -15,21 +17,14 @@ from qvl_edge.errors import ConfigError, QvlError
 from qvl_edge.options import LoadOptions
 
 if TYPE_CHECKING:
+    import uvicorn
+
+    from qvl_edge.engine.worker import Worker
     from qvl_edge.runtime import Runtime
     from qvl_edge.server.media import Media
 
 KEY_VARIABLE = "QVL_EDGE_API_KEY"
-UVICORN: dict[str, Any] = {
-    "http": "h11",
-    "ws": "none",
-    "loop": "asyncio",
-    "lifespan": "on",
-    "log_config": None,
-    "access_log": False,  # paths are user input
-    "server_header": False,
-    "proxy_headers": False,
-    "timeout_graceful_shutdown": 30,  # seconds for running answers to finish
-}
+FAILED_S = 10.0  # in which /health is 503, for balancers
 
 EXAMPLES = """examples:
   qvl-edge serve BUNDLE
@@ -47,6 +42,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--host", "--server-name", default="127.0.0.1", help="address to listen on (default: 127.0.0.1)")
     group.add_argument("--port", "--server-port", type=int, default=8000, help="0: any free one (default: 8000)")
     group.add_argument("--api-key", metavar="KEY", help=f"required from clients (better: in {KEY_VARIABLE})")
+    group.add_argument(
+        "--api-keys-file", type=Path, metavar="FILE", help="TOML: a table of sha256 and limits for each caller (none)"
+    )
+    group.add_argument("--share-cache", action="store_true", help="of prompts and pictures between API keys (off)")
     group.add_argument(
         "--served-model-name",
         action="append",
@@ -74,6 +73,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--time-limit", type=float, default=300.0, metavar="S", help="seconds for one request (default: 300)"
     )
     group.add_argument("--max-body-mb", type=int, default=32, metavar="N", help="of one request (default: 32)")
+    group.add_argument(
+        "--max-connections", type=int, default=512, metavar="N", help="the longest silent one goes (default: 512)"
+    )
+    group.add_argument(
+        "--max-connections-per-address", type=int, default=256, metavar="N", help="or per IPv6 /64 (default: 256)"
+    )
     group.add_argument("--max-images", type=int, default=16, metavar="N", help="in one request (default: 16)")
     group.add_argument("--max-n", type=int, default=8, metavar="N", help="choices in one request (default: 8)")
     group.add_argument(
@@ -95,7 +100,10 @@ def execute(args: argparse.Namespace) -> int:
         import uvicorn
 
         from qvl_edge.server.app import Settings, create_app
+        from qvl_edge.server.callers import read_callers
+        from qvl_edge.server.connection import Connections, configure, within_descriptors
         from qvl_edge.server.guard import Access
+        from qvl_edge.server.logs import spare
         from qvl_edge.server.settings import Limits
     except ImportError as error:
         raise QvlError(f"the server needs {error.name}; install it with: pip install 'qvl-edge[serve]'") from None
@@ -105,10 +113,14 @@ def execute(args: argparse.Namespace) -> int:
         raise ConfigError("--release-vision drops the cache of running answers; leave it out here")
     loading.check_chat(path, options)
     key = args.api_key if args.api_key is not None else os.environ.get(KEY_VARIABLE)
-    access = Access(args.host, key, tuple(args.allowed_origins))
+    callers = () if args.api_keys_file is None else read_callers(args.api_keys_file)
+    access = Access(args.host, key, tuple(args.allowed_origins), callers)
+    if min(args.max_connections, args.max_connections_per_address) < 1:
+        raise ConfigError("--max-connections and --max-connections-per-address are numbers from 1 on")
     media = _media(args)
     listening = _bind(args.host, args.port)  # before the model is loaded: an error about the port comes at once
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    spare(logging.getLogger())
     runtime = loading.load(path, options)
     runtime.options = runtime.options.with_overrides(generation)
     runtime.warm_up()  # or the first caller waits for the compiler
@@ -124,13 +136,29 @@ def execute(args: argparse.Namespace) -> int:
         media=media,
         max_body_bytes=args.max_body_mb << 20,
         max_concurrent=args.max_concurrent_requests,
+        share_cache=args.share_cache,
     )
-    config = uvicorn.Config(create_app(worker, settings), **UVICORN)
+    connections = Connections(within_descriptors(args.max_connections), args.max_connections_per_address)
+    config = configure(create_app(worker, settings), connections)
     host, port = listening.getsockname()[:2]
     place = f"[{host}]" if ":" in host else host
     loading.say(f"serving {settings.model!r}: page http://{place}:{port}/  API http://{place}:{port}/v1")
-    uvicorn.Server(config).run(sockets=[listening])
-    return 0
+    server = uvicorn.Server(config)
+    threading.Thread(target=_stop_when_failed, args=(server, worker), daemon=True).start()
+    server.run(sockets=[listening])
+    return 1 if worker.failed else 0
+
+
+def _stop_when_failed(server: "uvicorn.Server", worker: "Worker") -> None:
+    """End a server that can never answer again, a little after /health has said so: whatever started it starts it anew.
+
+    As vLLM does it.
+    """
+    while not worker.failed:
+        time.sleep(1)
+    logging.error("nothing can be answered any more; the server stops, for its supervisor to start it again")
+    time.sleep(FAILED_S)
+    server.should_exit = True
 
 
 def _fingerprint(runtime: "Runtime") -> str:

@@ -39,14 +39,18 @@ CORNERS: /\({_NUMBER},{_NUMBER}\),\({_NUMBER},{_NUMBER}\)/
 
 
 def constraint_for(
-    response_format: Mapping[str, Any] | None, tokenizer: Tokenizer, vocab: int, stop_ids: frozenset[int]
+    response_format: Mapping[str, Any] | None,
+    tokenizer: Tokenizer,
+    vocab: int,
+    stop_ids: frozenset[int],
+    salt: str = "",
 ) -> Constraint | None:
     """The constraint of one answer; None where anything may come.
 
     response_format as OpenAI writes it: {"type": "text"}, {"type": "json_object"}, {"type": "json_schema",
     "json_schema": {"schema": {…}}}; and {"type": "boxes"}, whose boxes are well formed, {"type": "regex", "regex": …},
     {"type": "choice", "choice": ["yes", "no"]}, and a `schema` beside "json_object". ConfigError says what is wrong
-    with it.
+    with it. salt: of the cache of what compiles.
     """
     if response_format is None:
         return None
@@ -78,7 +82,7 @@ def constraint_for(
         except ValueError as error:
             raise ConfigError(f"the JSON schema cannot be used: {error}") from None
     if kind != "boxes":
-        check_compiles(grammar)
+        check_compiles(grammar, salt)
     return Grammar(matcher(encoding, grammar, log_level=0), vocab)
 
 

@@ -57,6 +57,7 @@ class Request:
     scored: Sequence[tuple[int, int]] = ()  # spans of the prompt whose tokens are scored; nothing is generated then
     alpha_length: int | None = None  # tokens whose count decides the NTK alpha; None: all of the prompt's
     on_logits: Callable[[Tensor], None] | None = None  # gets the logits (T, vocab) of scored tokens, part by part
+    cache_salt: str = ""  # only requests of the same one share what is cached of prompts and images
     time_limit_s: float = float("inf")  # from its creation to its end
     notify: Callable[[], None] = lambda: None  # called, on the engine's thread, after a piece and at the end
 

@@ -30,6 +30,7 @@ SCORED = 256  # positions whose logits are computed at once: 156 MB of Qwen-7B's
 class _Slot:
     held: list[Element] = field(default_factory=list)
     alpha: float = 1.0
+    salt: str = ""  # of the request that it holds: another's may not even learn how long it takes
     used: int = 0  # when it was last taken: the least recently used one goes first
     request: Request | None = None
 
@@ -149,7 +150,8 @@ class Slots:
         if not free:
             raise RuntimeError(f"all {len(self._slots)} slots are taken; end a request first")
         reusable = request.reusable
-        shared = [common_prefix(slot.held, reusable) if slot.alpha == alpha else 0 for slot in self._slots]
+        kind = (alpha, request.cache_salt)
+        shared = [common_prefix(s.held, reusable) if (s.alpha, s.salt) == kind else 0 for s in self._slots]
         # one that would keep most of what it holds goes on with it; what else there is can be copied
         kept = [index for index in free if shared[index] and 2 * shared[index] >= len(self._slots[index].held)]
         index = max(kept, key=shared.__getitem__) if kept else min(free, key=lambda index: self._slots[index].used)
@@ -160,7 +162,7 @@ class Slots:
             shared[index] = shared[source]
         slot = self._slots[index]
         del slot.held[shared[index] :]
-        slot.alpha, slot.used, slot.request = alpha, next(self._clock), request
+        slot.used, slot.request, (slot.alpha, slot.salt) = next(self._clock), request, kind
         request.slot, request.cached_tokens, request.held = index, shared[index], slot.held
         place_sequence(self.model.config, self.cache, index, length)
 

@@ -1,7 +1,7 @@
 """Worker: an Engine on threads of its own, for callers on an event loop or on other threads.
 
-Two threads. One prepares requests in their order (it tokenizes, opens and encodes images) while the other steps the
-engine.
+PREPARERS threads prepare requests (they tokenize, compile schemas, encode images), so that one whose schema takes
+seconds delays nobody else, while another steps the engine.
 """
 
 import asyncio
@@ -20,6 +20,7 @@ from qvl_edge.errors import QueueFull, Stopped
 if TYPE_CHECKING:
     from qvl_edge.text.tokenizer import Tokenizer
 
+PREPARERS = 4
 PREFETCH = 2  # prepared requests that may wait for a slot: their image features are in memory
 
 
@@ -49,7 +50,7 @@ class Worker:
         self._closed = False
         self._threads = [
             threading.Thread(target=work, name=f"qvl-edge-{name}", daemon=True)
-            for name, work in (("prepare", self._prepare), ("decode", self._decode))
+            for name, work in (*[("prepare", self._prepare)] * PREPARERS, ("decode", self._decode))
         ]
         for thread in self._threads:
             thread.start()
@@ -68,6 +69,11 @@ class Worker:
     def healthy(self) -> bool:
         """Whether requests can be answered: False after steps that failed for good, and after `close`."""
         return self._engine.healthy and all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def failed(self) -> bool:
+        """Whether it is over for good, without `close`: only a new process helps."""
+        return self._engine.broken is not None or not (self._closed or all(t.is_alive() for t in self._threads))
 
     def submit(self, requests: Sequence[Request], notify: Callable[[int], None] = lambda index: None) -> None:
         """Queue requests; `notify` is called, on a thread of the worker, for each piece of an answer and at its end.
@@ -129,7 +135,8 @@ class Worker:
         with self._changed:
             self._closed = True
             self._changed.notify_all()
-        self._submitted.put(None)
+        for _ in range(PREPARERS):
+            self._submitted.put(None)
         for thread in self._threads:
             thread.join()
 

@@ -19,6 +19,7 @@ from starlette.types import ASGIApp
 
 from qvl_edge.engine.worker import Worker
 from qvl_edge.server import protocol
+from qvl_edge.server.callers import Caller
 from qvl_edge.server.chat import chat_endpoint
 from qvl_edge.server.completions import completion_endpoint
 from qvl_edge.server.endpoint import Backend, json_response
@@ -61,7 +62,7 @@ class _Server:
         }
         backend = Backend(worker, settings, self.metrics)
         endpoints = chat_endpoint(backend), completion_endpoint(backend), response_endpoint(backend)
-        self.document = document(*(each.model for each in endpoints), keyed=settings.access.api_key is not None)
+        self.document = document(*(each.model for each in endpoints), keyed=settings.access.keyed)
         routes = [
             Route("/v1/models", self.models),
             Route("/v1/models/{model:path}", self.model),  # a name may have slashes
@@ -95,9 +96,11 @@ class _Server:
         yield
         await asyncio.to_thread(self.worker.close)
 
-    def count(self, path: str, status: int) -> None:
+    def count(self, path: str, status: int, caller: Caller | None) -> None:
         # only our own paths become labels: callers could make up others without end
         self.metrics.requests[path if path in self.paths else "other", status] += 1
+        if caller is not None:
+            self.metrics.requests_by_key[caller.name, status] += 1
 
     async def on_http(self, request: Request, error: Exception) -> Response:
         """What starlette refuses."""

@@ -17,7 +17,8 @@ from qvl_edge.engine.request import Piece, Request
 from qvl_edge.engine.worker import Worker
 from qvl_edge.errors import EngineError, QueueFull, QvlError
 from qvl_edge.server import fields
-from qvl_edge.server.guard import log_refusal, parse_json, read_body
+from qvl_edge.server.callers import Caller, Quotas
+from qvl_edge.server.guard import Bodies, log_refusal, parse_json, read_body
 from qvl_edge.server.messages import Conversation
 from qvl_edge.server.metrics import Metrics
 from qvl_edge.server.protocol import Box
@@ -44,17 +45,27 @@ class Backend:
     def __init__(self, worker: Worker, settings: Settings, metrics: Metrics):
         self.worker, self.settings, self.metrics = worker, settings, metrics
         self.in_flight = 0
+        self.bodies, self.quotas = Bodies(settings.body_memory), Quotas()
 
     @contextlib.contextmanager
     def place(self) -> Any:
         """A place among the concurrent requests. QueueFull if all are taken."""
-        if self.in_flight >= self.settings.max_concurrent:
-            raise QueueFull(self.in_flight)
+        self.check_room()
         self.in_flight += 1
         try:
             yield
         finally:
             self.in_flight -= 1
+
+    def check_room(self) -> None:
+        """QueueFull if all places are taken."""
+        if self.in_flight >= self.settings.max_concurrent:
+            raise QueueFull(self.in_flight)
+
+    def salt(self, caller: Caller | None, asked: fields.Request) -> str:
+        """What separates the caches of this request from those of others: the same prompt says nothing of theirs."""
+        apart = self.settings.access.separate and not self.settings.share_cache and caller is not None
+        return f"{caller.name if apart and caller else ''}\0{asked.cache_salt or ''}"
 
     async def load_images(self, conversation: Conversation, param: str) -> None:
         """Put the images in the place of their URLs."""
@@ -64,7 +75,9 @@ class Backend:
         for element, where in conversation.images:
             element["image"] = await self.settings.media.load(element["image"], where)
 
-    async def events(self, asked: list[Request], whole: bool, receive: Receive) -> AsyncGenerator[Event | None, None]:
+    async def events(
+        self, asked: list[Request], whole: bool, receive: Receive, caller: Caller | None = None
+    ) -> AsyncGenerator[Event | None, None]:
         """The worker's events, and None where there was none for ping_s. Disconnected when the caller has left."""
         events, began = self.worker.stream(asked, whole=whole), time.perf_counter()
         answers: list[Answer] = []
@@ -81,7 +94,7 @@ class Backend:
                     continue
                 event = step.result()
                 if event is None:
-                    self.metrics.answered(answers, time.perf_counter() - began)
+                    self.metrics.answered(answers, time.perf_counter() - began, caller.name if caller else None)
                     return
                 if silent:
                     self.metrics.first_token_s.observe(time.perf_counter() - began)
@@ -153,27 +166,41 @@ class Endpoint(Generic[Asked]):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """One request. Refusal for what goes wrong before the response has begun."""
         try:
-            with self.backend.place():  # refused before the body is read: bodies take memory
-                await self._answer(requests.Request(scope, receive), send)
+            self.backend.check_room()  # refused before the body is read, if that is known already
+            with contextlib.ExitStack() as places:
+                await self._answer(requests.Request(scope, receive), send, scope.get("caller"), places)
         except Disconnected:
             await Response(status_code=CLIENT_CLOSED)(scope, receive, send)
         except (QvlError, EngineError) as error:
             raise engine_refusal(error) from None
 
-    async def _answer(self, request: requests.Request, send: Send) -> None:
-        body = await read_body(request, self.backend.settings.max_body_bytes)
-        # what takes long is done off the event loop
-        asked = await asyncio.to_thread(lambda: self.model.parse(parse_json(body)))
-        wanted, reply = await self.read(asked)
-        events = self.backend.events(wanted, not asked.stream, request.receive)
+    async def _answer(
+        self, request: requests.Request, send: Send, caller: Caller | None, places: contextlib.ExitStack
+    ) -> None:
+        backend = self.backend
+        with backend.bodies.one() as body:
+            content = await read_body(request, backend.settings.max_body_bytes, backend.bodies, body)
+            places.enter_context(backend.quotas.place(caller))
+            places.enter_context(backend.place())
+            # what takes long is done off the event loop
+            asked = await asyncio.to_thread(self._parse, content)
+            wanted, reply = await self.read(asked)
+        for each in wanted:
+            each.cache_salt = backend.salt(caller, asked)
+        streamed = bool(asked.stream)
+        del content, asked  # with the pictures' files
+        events = backend.events(wanted, not streamed, request.receive, caller)
         async with contextlib.aclosing(events):
-            if asked.stream:
+            if streamed:
                 await _stream(reply, events, send)
                 return
             async for event in events:
                 if event is not None:
                     reply.add(*event)
         await json_response(reply.whole())(request.scope, request.receive, send)
+
+    def _parse(self, content: bytes) -> Asked:
+        return self.model.parse(parse_json(content))
 
 
 async def _stream(reply: Reply, events: AsyncGenerator[Event | None, None], send: Send) -> None:

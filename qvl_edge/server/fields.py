@@ -148,6 +148,7 @@ class Request(Received):
     stop_token_ids: list[TokenId] | None = None
     ignore_eos: bool | None = None
     stream: bool | None = None
+    cache_salt: Annotated[str, Field(min_length=1)] | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
     guided_json: dict[str, Any] | SchemaText | None = None
@@ -233,7 +234,7 @@ NEUTRAL: dict[str, Any] = {
 # settings of other servers and of OpenAI's service, of which no answer here depends
 IGNORED = (
     "user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key", "prompt_cache_retention",
-    "priority", "request_id", "cache_salt", "cache_prompt", "id_slot", "timings_per_token", "keep_alive",
+    "priority", "request_id", "cache_prompt", "id_slot", "timings_per_token", "keep_alive",
     "add_special_tokens", "spaces_between_special_tokens", "guided_decoding_backend", "return_tokens_as_token_ids",
     "return_token_ids",
 )  # fmt: skip

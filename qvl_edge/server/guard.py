@@ -2,14 +2,15 @@
 
 import asyncio
 import contextlib
-import hmac
+import functools
+import hashlib
 import ipaddress
 import logging
 import re
 import traceback
 import uuid
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic_core import from_json
@@ -18,14 +19,16 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl_edge.errors import ConfigError
-from qvl_edge.server.refusal import AUTHENTICATION, Refusal, invalid
+from qvl_edge.server.callers import Caller
+from qvl_edge.server.refusal import AUTHENTICATION, RATE_LIMIT, Refusal, invalid
 
 log = logging.getLogger("qvl_edge.server")
 
 MAX_DEPTH = 16  # of JSON; a request with a schema in response_format needs about ten
 MAX_MARKS = 100_000  # brackets and commas of JSON: what bounds the objects that 32 MB can become
-DRAIN_BYTES, DRAIN_S, DRAIN_IDLE_S = 64 << 20, 5.0, 1.0  # of a body that is not wanted any more: in all, and silent
-BODY_TIMEOUT_S = 60.0  # for the whole body: bounds how long a slow sender holds a connection
+DRAIN_BYTES, DRAIN_S, DRAIN_IDLE_S = 64 << 20, 30.0, 2.0  # of a body that is not wanted any more: in all, and silent
+BODY_TIMEOUT_S = 60.0  # for the whole body
+BODY_FREE_S, BODY_RATE = 10.0, 1024  # bytes a second that it must bring, on average, after so many seconds
 
 PAGE_CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; connect-src 'self'; "
@@ -51,29 +54,47 @@ _MARKS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?+|[\[\]{},]', re.DOTALL)
 
 @dataclass(frozen=True)
 class Access:
-    """Access control: by an API key; without one, for this machine only and under one of its own names."""
+    """Access control: by API keys; without one, for this machine only and under one of its own names."""
 
     host: str
     api_key: str | None
     origins: tuple[str, ...] = ()  # of pages elsewhere that browsers may let read responses; "*": all
+    callers: tuple[Caller, ...] = ()  # more keys
 
     def __post_init__(self) -> None:
         for origin in self.origins:
             if origin != "*" and not _ORIGIN.fullmatch(origin):
                 raise ConfigError(f"--allowed-origins {origin}: expected https://app.example.org, or *")
-        if "*" in self.origins and self.api_key is None:
+        if "*" in self.origins and not self.keyed:
             raise ConfigError("--allowed-origins * would let every web page use this server; set QVL_EDGE_API_KEY too")
         if self.api_key is not None and not self.api_key.strip():
             raise ConfigError("the API key is empty; give one, or leave it out to serve this machine only")
-        if self.api_key is None and not is_loopback(self.host):
+        if len(self._by_digest) < len(self.callers) + (self.api_key is not None):
+            raise ConfigError("the key of --api-key is in --api-keys-file too; give it in one place")
+        if not self.keyed and not is_loopback(self.host):
             raise ConfigError(
                 f"--host {self.host} can be reached from other machines and there is no API key; set QVL_EDGE_API_KEY "
                 "(or --api-key), or use --host 127.0.0.1"
             )
 
-    def check(self, path: str, headers: dict[bytes, bytes]) -> None:
-        """Refusal 401 without the key; without one set, 400 for a foreign Host header (DNS rebinding)."""
-        if self.api_key is None:
+    @property
+    def keyed(self) -> bool:
+        """Whether a key is wanted."""
+        return bool(self._by_digest)
+
+    @property
+    def separate(self) -> bool:
+        """Whether there is more than one caller, whose caches must not tell one of another."""
+        return len(self._by_digest) > 1
+
+    @functools.cached_property
+    def _by_digest(self) -> dict[str, Caller]:
+        own = () if self.api_key is None else (Caller.of_key("default", self.api_key),)
+        return {caller.sha256: caller for caller in (*own, *self.callers)}
+
+    def check(self, path: str, headers: dict[bytes, bytes]) -> Caller | None:
+        """Whose key it is. Refusal 401 without one; 400 for a foreign Host (DNS rebinding) where none is set."""
+        if not self.keyed:
             host = headers.get(b"host", b"").decode("latin-1").lower()
             # a name that an attacker points at 127.0.0.1 would give his page the same origin as this server
             if re.sub(r":[0-9]*$", "", host) not in LOOPBACK_NAMES | {self.host.lower()}:
@@ -83,11 +104,13 @@ class Access:
                     "every name is accepted, host.docker.internal and those of a private network among them",
                     code="host_not_allowed",
                 )
-            return
+            return None
         if path in OPEN_PATHS:
-            return
+            return None
         scheme, _, key = headers.get(b"authorization", b"").partition(b" ")
-        if scheme.lower() != b"bearer" or not hmac.compare_digest(key.strip(), self.api_key.encode()):
+        # a hash tells by the time that its look-up takes nothing of the key
+        caller = self._by_digest.get(hashlib.sha256(key.strip()).hexdigest())
+        if scheme.lower() != b"bearer" or caller is None:
             raise Refusal(
                 401,
                 "the API key is missing or wrong; send it as Authorization: Bearer KEY",
@@ -95,6 +118,10 @@ class Access:
                 kind=AUTHENTICATION,
                 headers={"www-authenticate": "Bearer"},
             )
+        if path == "/metrics" and not caller.metrics:
+            message = f"the key {caller.name!r} may not read the metrics, which count everybody; its table says metrics"
+            raise Refusal(403, message, code="not_allowed", kind=AUTHENTICATION)
+        return caller
 
 
 def is_loopback(host: str) -> bool:
@@ -112,7 +139,7 @@ class Guard:
     DRAIN_BYTES of it: a connection that is closed while the client still sends is reset, and the response lost.
     """
 
-    def __init__(self, app: ASGIApp, access: Access, count: Callable[[str, int], None]):
+    def __init__(self, app: ASGIApp, access: Access, count: Callable[[str, int, Caller | None], None]):
         self.app, self.access, self.count = app, access, count
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -120,6 +147,7 @@ class Guard:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        caller: Caller | None = None
         csp = PAGE_CSP if scope["path"] in OPEN_PATHS else API_CSP
         extra = [(k.encode(), v.encode()) for k, v in {**HEADERS, "content-security-policy": csp}.items()]
 
@@ -136,7 +164,7 @@ class Guard:
 
         async def guarded(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.count(scope["path"], message["status"])
+                self.count(scope["path"], message["status"], caller)
                 message = {**message, "headers": [*message["headers"], *extra]}
             elif unread and not message.get("more_body", False):
                 await send({**message, "more_body": True})
@@ -145,8 +173,8 @@ class Guard:
             await send(message)
 
         try:
-            self.access.check(scope["path"], headers)
-            await self.app(scope, watched, guarded)
+            caller = self.access.check(scope["path"], headers)
+            await self.app({**scope, "caller": caller}, watched, guarded)
         except Refusal as refusal:
             log_refusal(refusal, scope["method"])
             await respond(refusal)(scope, watched, guarded)
@@ -176,29 +204,86 @@ def log_refusal(refusal: Refusal, method: str) -> None:
     log.info("refused %s: %s", method, " ".join([str(refusal.status), refusal.code or refusal.kind, *refusal.params]))
 
 
-async def read_body(request: Request, limit: int) -> bytes:
-    """The body of a JSON request. Refusal: 415, 413 as soon as it exceeds `limit` bytes, 400 when it takes too long."""
+@dataclass(eq=False)
+class Body:
+    """One that is in memory."""
+
+    size: int = 0
+    reading: asyncio.Timeout | None = None  # None: it is read
+    put_out: bool = False
+
+
+@dataclass
+class Bodies:
+    """Those of all requests, from their first byte until nothing of them is needed any more: at most so many bytes.
+
+    They take no place in the queue while they come: 32 slow ones of 55 bytes would give everybody else 429. Where there
+    are too many bytes, the largest that is still being read goes.
+    """
+
+    most: int
+    held: dict[Body, None] = field(default_factory=dict)
+
+    @contextlib.contextmanager
+    def one(self) -> Iterator[Body]:
+        """Another."""
+        body = Body()
+        self.held[body] = None
+        try:
+            yield body
+        finally:
+            self.held.pop(body, None)
+
+    def make_room(self) -> None:
+        """Put out the largest ones, as long as there are too many bytes."""
+        while sum(body.size for body in self.held) > self.most:
+            largest = max((body for body in self.held if body.reading is not None), key=lambda body: body.size)
+            del self.held[largest]
+            largest.put_out = True
+            assert largest.reading is not None
+            largest.reading.reschedule(0)  # now
+
+
+async def read_body(request: Request, limit: int, bodies: Bodies | None = None, body: Body | None = None) -> bytes:
+    """The body of a JSON request. Refusal: 415, 413 as soon as it exceeds `limit` bytes, 400 when it takes too long,
+    429 when others take the memory."""
+    body = body or Body()
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind != "application/json":  # also makes browsers send a CORS preflight, which is refused
         raise Refusal(415, "the Content-Type must be application/json", code="unsupported_media_type")
     if request.headers.get("content-encoding", "identity") != "identity":
         raise Refusal(415, "compressed bodies are not supported; send it uncompressed", code="unsupported_media_type")
     declared = request.headers.get("content-length", "")
-    body = bytearray()
+    content, began = bytearray(), asyncio.get_running_loop().time()
     try:
-        async with asyncio.timeout(BODY_TIMEOUT_S):
+        async with asyncio.timeout(min(BODY_FREE_S, BODY_TIMEOUT_S)) as body.reading:
             if declared.isascii() and declared.isdigit() and int(declared) > limit:
                 raise _too_large(limit)
             async for chunk in request.stream():
-                body += chunk
-                if len(body) > limit:
+                content += chunk
+                body.size = len(content)
+                if body.size > limit:
                     raise _too_large(limit)
+                if not body.put_out:
+                    body.reading.reschedule(began + min(BODY_FREE_S + body.size / BODY_RATE, BODY_TIMEOUT_S))
+                if bodies is not None:
+                    bodies.make_room()
     except TimeoutError:
-        message = f"the body was not received within {BODY_TIMEOUT_S:g} s"
-        raise Refusal(400, message, code="body_timeout", headers={"connection": "close"}) from None
+        close = {"connection": "close"}
+        if body.put_out:
+            message = "the requests of others take the memory for bodies; try again later, or send a smaller one"
+            raise Refusal(
+                429, message, code="queue_full", kind=RATE_LIMIT, headers={"retry-after": "1", **close}
+            ) from None
+        message = (
+            f"the body was not received within {BODY_TIMEOUT_S:g} s, or came slower than {BODY_RATE} bytes a second"
+        )
+        raise Refusal(400, message, code="body_timeout", headers=close) from None
     except ClientDisconnect:
         raise Refusal(400, "the connection was closed before the end of the body", code="body_cut") from None
-    return bytes(body)
+    finally:
+        body.reading = None
+    return bytes(content)
 
 
 def _too_large(limit: int) -> Refusal:

@@ -37,16 +37,21 @@ class Metrics:
         self.requests: Counter[tuple[str, int]] = (
             Counter()
         )  # by route and status; 499: the client closed the connection
+        self.requests_by_key: Counter[tuple[str, int]] = Counter()
+        self.tokens_by_key: Counter[tuple[str, str]] = Counter()  # by key and kind
         self.prompt_tokens = self.cached_tokens = self.completion_tokens = self.images = self.cached_images = 0
         self.first_token_s, self.request_s = Histogram(FIRST_TOKEN_S), Histogram(WHOLE_S)
 
-    def answered(self, answers: Sequence[Answer], seconds: float) -> None:
+    def answered(self, answers: Sequence[Answer], seconds: float, key: str | None = None) -> None:
         """Count a request, whose answers share one prompt."""
         usage = answers[0].usage
         self.request_s.observe(seconds)
         self.prompt_tokens += usage.prompt_tokens
         self.cached_tokens += usage.cached_tokens
         self.completion_tokens += sum(answer.usage.completion_tokens for answer in answers)
+        if key is not None:
+            self.tokens_by_key[key, "prompt"] += usage.prompt_tokens
+            self.tokens_by_key[key, "completion"] += sum(answer.usage.completion_tokens for answer in answers)
         self.images += usage.images
         self.cached_images += usage.cached_images
 
@@ -58,6 +63,14 @@ class Metrics:
         ]
         for (route, status), count in sorted(self.requests.items()):
             lines.append(f'qvl_edge_requests_total{{route="{route}",status="{status}"}} {count}')
+        for family, what, second, counts in (
+            ("requests_by_key", "Requests by API key and status.", "status", self.requests_by_key),
+            ("tokens_by_key", "Tokens of answered requests by API key.", "kind", self.tokens_by_key),
+        ):
+            if counts:
+                lines += [f"# HELP qvl_edge_{family}_total {what}", f"# TYPE qvl_edge_{family}_total counter"]
+            for (key, label), count in sorted(counts.items()):
+                lines.append(f'qvl_edge_{family}_total{{key="{key}",{second}="{label}"}} {count}')
         for name, kind, value, what in (
             ("requests_waiting", "gauge", waiting, "Requests that have no slot yet."),
             ("requests_running", "gauge", running, "Requests that are being answered."),

@@ -244,7 +244,8 @@ class ResponseReply(Reply):
 
     def __init__(self, asked: ResponseRequest, images: int, continued: bool):
         super().__init__(images)
-        self.asked, self.continued, self.number = asked, continued, 0
+        # without its pictures, which would stay until the answer ends
+        self.asked, self.continued, self.number = asked.model_copy(update={"input": []}), continued, 0
         self.id, self.message_id = f"resp_{uuid.uuid4().hex}", f"msg_{uuid.uuid4().hex}"
         self.created = int(time.time())
 

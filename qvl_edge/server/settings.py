@@ -30,7 +30,13 @@ class Settings:
     media: Media = Media()
     max_body_bytes: int = 32 << 20
     max_concurrent: int = 32  # requests that are being read, waiting or running
+    share_cache: bool = False  # whether callers share the caches of prompts and pictures
     ping_s: float = 15.0  # a stream that is silent for so long gets a comment, so that no proxy closes it
+
+    @property
+    def body_memory(self) -> int:
+        """Bytes of bodies that are in memory at once."""
+        return 8 * self.max_body_bytes
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -40,9 +40,9 @@ class FeatureCache:
         self._features: OrderedDict[str, Tensor] = OrderedDict()
         self._lock = threading.Lock()  # one encoder, and callers on any thread
 
-    def encode(self, images: Sequence[Image.Image]) -> "Encoded":
-        """The features of each RGB picture, from the cache where it was seen before."""
-        keys = [content_key(image) for image in images]
+    def encode(self, images: Sequence[Image.Image], salt: str = "") -> "Encoded":
+        """The features of each RGB picture, from the cache where it was seen before under the same salt."""
+        keys = [content_key(image, salt) for image in images]
         with self._lock:
             missing = {key: image for key, image in zip(keys, images, strict=True) if key not in self._features}
             cached = sum(key not in missing for key in keys)
@@ -59,9 +59,9 @@ class FeatureCache:
                 self._features.popitem(last=False)
         return Encoded(keys, [found[key] for key in keys], cached, seconds)
 
-    def holds(self, images: Sequence[Image.Image]) -> bool:
+    def holds(self, images: Sequence[Image.Image], salt: str = "") -> bool:
         """Whether all of them are in the cache."""
-        return all(content_key(image) in self._features for image in images)
+        return all(content_key(image, salt) in self._features for image in images)
 
     def forget(self) -> None:
         """Drop all features."""

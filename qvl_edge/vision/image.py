@@ -228,8 +228,8 @@ def to_pixels(images: list[Image.Image], image_size: int) -> "Tensor":
     return ((raw - mean) / std).contiguous()
 
 
-def content_key(image: Image.Image) -> str:
-    """sha256 of an RGB picture's size and pixels: the key under which its features are cached."""
-    digest = hashlib.sha256(repr(image.size).encode())
+def content_key(image: Image.Image, salt: str = "") -> str:
+    """sha256 of an RGB picture's size and pixels: the key under which its features are cached, for those of `salt`."""
+    digest = hashlib.sha256(f"{image.size}{salt}".encode())
     digest.update(image.tobytes())
     return digest.hexdigest()

@@ -17,10 +17,10 @@ import uvicorn
 from PIL import Image
 
 from qvl_edge.answer import Answer, Timing, Usage
-from qvl_edge.commands.serve import UVICORN
 from qvl_edge.engine.request import Piece, Request
 from qvl_edge.engine.worker import Worker
 from qvl_edge.server.app import Settings, create_app
+from qvl_edge.server.connection import Connections, configure
 from qvl_edge.server.guard import Access
 from qvl_edge.text.boxes import parse_boxes
 
@@ -61,12 +61,17 @@ class Server:
 
 @contextlib.contextmanager
 def serving(
-    worker: "Worker | ScriptedWorker", *, key: str | None = None, host: str = "127.0.0.1", **settings: Any
+    worker: "Worker | ScriptedWorker",
+    *,
+    key: str | None = None,
+    host: str = "127.0.0.1",
+    connections: Connections | None = None,
+    **settings: Any,
 ) -> Iterator[Server]:
     """Serve `worker` on a free port; it is closed at the end."""
     given = {"model": MODEL, "max_model_len": 8192, "access": Access(host, key), **settings}
     app = create_app(worker, Settings(**given))
-    server = uvicorn.Server(uvicorn.Config(app, host=host, port=0, **UVICORN | {"timeout_graceful_shutdown": 1}))
+    server = uvicorn.Server(configure(app, connections, host=host, port=0, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
