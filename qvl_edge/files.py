@@ -74,6 +74,8 @@ def check_free_space(folder: Path, needed: int) -> None:
 def read_text(path: Path, *, error: type[QvlError] = ConfigError) -> str:
     """The text of a UTF-8 file without its byte order mark; an `error` naming the file if there is none."""
     try:
+        if is_pointer(path):
+            raise error(POINTER.format(path=path, folder=path.parent))
         return path.read_text(encoding="utf-8-sig")
     except OSError as reason:
         raise error(f"{path} cannot be read: {reason.strerror or reason}") from None

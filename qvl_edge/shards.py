@@ -1,6 +1,7 @@
 """Files of weights: each opened as tensors by name, without running code, and memory-mapped where that can be."""
 
 import json
+import re
 import struct
 import warnings
 import zipfile
@@ -18,8 +19,10 @@ ZERO3 = (
     "Empty tensors are what DeepSpeed's ZeRO-3 saves of a model that is spread over GPUs: make the whole ones with its "
     "zero_to_fp32.py, or train again with stage3_gather_16bit_weights_on_model_save"
 )
-_WRAPPERS = ("state_dict", "model_state_dict")  # keys under which training tools save a model's tensors
-_PREFIXES = ("module.", "_orig_mod.", "base_model.model.")  # of DataParallel, torch.compile, a merged PEFT model
+_WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # under which training tools save a model's tensors
+_PREFIX = re.compile(r"(?:base_model\.|model\.)+")  # of a merged PEFT model, and of Lightning
+# of DataParallel, torch.compile, FSDP and DeepSpeed, which may stand before any part of a name
+_WRAPPED = re.compile(r"\b(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MAX_HEADER = 16 << 20  # bytes: the published model's takes 0.1 MB, and one of 99 MB took the parser 40 s
 _DTYPES = frozenset("F64 F32 F16 BF16 I64 I32 I16 I8 U8 BOOL".split())  # of safetensors; a model has no other ones
 
@@ -130,6 +133,5 @@ def open_shard(path: Path) -> Shard:
 
 def published_name(name: str) -> str:
     """A tensor's name without what training tools put before it."""
-    while (prefix := next((wrapper for wrapper in _PREFIXES if name.startswith(wrapper)), None)) is not None:
-        name = name.removeprefix(prefix)
-    return name
+    name = _WRAPPED.sub("", name)
+    return name[prefix.end() :] if (prefix := _PREFIX.match(name)) else name

@@ -17,7 +17,7 @@ from quantize.job import quantize_checkpoint
 from qvl_edge import Runtime
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
-from qvl_edge.errors import CheckpointError
+from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.model.loading import check_tensors, expected_tensors, load_decoder, load_visual
 from qvl_edge.text.tokenizer import Tokenizer
 
@@ -193,16 +193,27 @@ def test_a_git_lfs_pointer_says_how_to_fetch_the_file(file: str, small_checkpoin
     said = rf"is a Git LFS pointer.*\n  git -C {small_checkpoint} lfs pull"
     with pytest.raises(CheckpointError, match=f"{file} {said}"):
         Checkpoint(small_checkpoint)
+    for name in ("generation_config.json", "config.json"):
+        (small_checkpoint / name).write_text(POINTER)
+        with pytest.raises(ConfigError, match=f"{name} {said}"):
+            Checkpoint(small_checkpoint)
     (small_checkpoint / "qwen.tiktoken").write_text(POINTER)
     with pytest.raises(CheckpointError, match=f"qwen.tiktoken {said}"):
         Tokenizer.from_file(small_checkpoint / "qwen.tiktoken")
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.module.", "base_model.model."])
-def test_prefixes_of_training_tools_are_stripped(prefix: str, small_checkpoint: Path) -> None:
+@pytest.mark.parametrize(
+    ("there", "put"),
+    [
+        *((r"^", p) for p in ("module.", "_orig_mod.module.", "base_model.model.", "model.", "_forward_module.")),
+        (r"^transformer\.", "_fsdp_wrapped_module.transformer._fsdp_wrapped_module."),
+        (r"(?<=\.h\.\d\.)", "_checkpoint_wrapped_module."),
+    ],
+)
+def test_what_training_tools_add_to_names_is_taken_out(there: str, put: str, small_checkpoint: Path) -> None:
     before = Checkpoint(small_checkpoint)
     file = small_checkpoint / "model.safetensors"
-    save_file({f"{prefix}{name}": tensor for name, tensor in load_file(file).items()}, file)
+    save_file({re.sub(there, put, name): tensor for name, tensor in load_file(file).items()}, file)
     after = Checkpoint(small_checkpoint)
     check_tensors(after)
     assert after.fingerprint == before.fingerprint

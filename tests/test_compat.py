@@ -9,6 +9,7 @@ from conftest import DATA, GOLDEN
 
 from qvl_edge import ConfigError, PromptError
 from qvl_edge.compat import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, QWenTokenizer
+from qvl_edge.compat.model import _device
 from qvl_edge.text.tokenizer import Tokenizer
 
 CHECKPOINT = GOLDEN / "tiny-a/checkpoint"
@@ -103,6 +104,7 @@ def test_a_loaded_model_is_where_it_is_and_says_how_to_load_it_elsewhere(model) 
 def test_a_device_map_names_one_device(vit_cache: Path) -> None:
     options = {"use_safetensors": True, "low_cpu_mem_usage": True, "torch_dtype": torch.float32, "cache_dir": vit_cache}
     whole = AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map={"": torch.device("cpu")}, **options)
+    assert _device("balanced") == _device(None) == "auto"
     assert whole.device.type == "cpu" and whole.dtype == torch.float32
     with pytest.raises(ConfigError, match=r"has the parts transformer\.wte, lm_head; the model is on one device"):
         AutoModelForCausalLM.from_pretrained(CHECKPOINT, device_map={"transformer.wte": 0, "lm_head": 1})
@@ -127,11 +129,23 @@ NEUTRAL = {
     "num_beams": 1, "length_penalty": 1, "num_return_sequences": 1, "use_cache": True, "early_stopping": False,
     "output_hidden_states": True, "return_dict_in_generate": False, "no_repeat_ngram_size": 0, "logits_processor": [],
     "synced_gpus": False, "typical_p": 1.0, "stopping_criteria": None, "streamer": None, "min_new_tokens": 1,
+    "guidance_scale": 1.0, "encoder_repetition_penalty": 1.0, "stream": False, "cache_implementation": "static",
+    "disable_compile": True, "max_time": None, "assistant_early_exit": None,
 }  # fmt: skip
 
 
 def test_arguments_that_cannot_change_an_answer_are_taken_and_others_named(tokenizer, model) -> None:
     inputs = tokenizer("hi", return_tensors="pt", add_special_tokens=True, truncation=True, max_length=99)
+    assert dict(tokenizer("hi", allowed_special="all", disallowed_special=(), stride=0)) == dict(tokenizer("hi"))
+    same = AutoTokenizer.from_pretrained(
+        CHECKPOINT,
+        use_fast=False,
+        legacy=True,
+        model_max_length=2048,
+        pad_token="<|endoftext|>",
+        truncation_side="left",
+    )
+    assert dict(same("hi", truncation=True)) == dict(tokenizer("hi")) and same.model_max_length == 2048
     plain = model.generate(**inputs, do_sample=False, max_new_tokens=3)
     eod = tokenizer.eod_id
     same = model.generate(**inputs, do_sample=False, max_new_tokens=3, pad_token_id=eod, eos_token_id=[eod], **NEUTRAL)
@@ -156,6 +170,9 @@ def test_arguments_that_cannot_change_an_answer_are_taken_and_others_named(token
         (lambda: tokenizer("a", text_pair="b"), "text_pair is 'b', only None"),
         (lambda: tokenizer("abc", truncation=True, max_length=1), r"has \d tokens and max_length is 1"),
         (lambda: tokenizer("a", padding="no"), "padding is 'no'"),
+        (lambda: model.generate(**inputs, stop_strings=["a"], tokenizer=tokenizer), r"stop_strings is .*stop="),
+        (lambda: tokenizer("a", allowed_special=()), r"allowed_special is \(\), only 'all'"),
+        (lambda: QWenTokenizer(tokenizer.core, model_max_length=1)("abc", truncation=True), "max_length is 1"),
         (lambda: tokenizer(["a", "abc"], return_tensors="pt"), "1, 2 tokens, which make no tensor; padding=True"),
         (lambda: tokenizer.decode([1], no_such_thing=1), "unknown option 'no_such_thing' of decode"),
     ):
@@ -198,6 +215,8 @@ def test_a_mask_that_is_no_padding_is_refused(mask: list[list[int]], words: str,
 
 def test_loading_takes_transformers_names_and_refuses_what_it_cannot_do(vit_cache: Path) -> None:
     options = {"attn_implementation": "sdpa", "load_in_4bit": False, "quantization_config": None, "use_cache": True}
+    options |= {"use_flash_attention_2": True, "weights_only": True, "subfolder": "", "token": True, "mirror": None}
+    options |= {"output_loading_info": False, "code_revision": None, "offload_buffers": True}
     model = AutoModelForCausalLM.from_pretrained(
         CHECKPOINT, device_map="cpu", dtype=torch.float32, torch_dtype="float32", cache_dir=vit_cache, **options
     )
@@ -205,7 +224,8 @@ def test_loading_takes_transformers_names_and_refuses_what_it_cannot_do(vit_cach
     for options, words in (
         ({"load_in_4bit": True}, "load_in_4bit is True, only False is supported; .*python -m quantize.gptq"),
         ({"quantization_config": object()}, "quantization_config is .*python -m quantize.gptq"),
-        ({"token": "x"}, "token is 'x'.*HF_TOKEN"),
+        ({"token": "hf_secret"}, "^token is given, .*HF_TOKEN"),
+        ({"device": "tpu"}, "device is 'tpu'"),
         ({"dtype": "float16", "torch_dtype": torch.float32}, "at most one"),
         ({"no_such_thing": 1}, "unknown loading option 'no_such_thing'"),
     ):

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from qvl_edge.checkpoint import ADAPTER_CONFIG
 from qvl_edge.checkpoint import GENERATION as GENERATION_CONFIG
-from qvl_edge.compat.arguments import GENERATION, LOADING, without_neutral
+from qvl_edge.compat.arguments import GENERATION, LOADING, without_neutral, without_none
 from qvl_edge.compat.tokenizer import QWenTokenizer
 from qvl_edge.errors import ConfigError
 from qvl_edge.files import read_json
@@ -117,7 +117,7 @@ class QWenLMHeadModel:
     def _options(self, generation_config: GenerationConfig | None, overrides: Mapping[str, Any]) -> dict[str, Any]:
         settings = (generation_config or self.generation_config).to_dict()
         without_neutral({name: settings[name] for name in settings.keys() & GENERATION.keys()}, GENERATION)
-        given = {name: value for name, value in without_neutral(overrides, GENERATION).items() if value is not None}
+        given = without_none(without_neutral(overrides, GENERATION))
         given.pop("pad_token_id", None)  # of the padding in a result
         self._check_end(given.pop("eos_token_id", None))
         options = GenerationOptions.from_config(settings).with_overrides(given)
@@ -256,8 +256,8 @@ class AutoModelForCausalLM:
         asked |= {str(one).removeprefix("torch.") for one in (torch_dtype, dtype) if one not in (None, "auto")}
         if len(asked) > 1:
             raise ConfigError("at most one of bf16, fp16, fp32 and torch_dtype can be given")
-        options = without_neutral(options, LOADING)
-        options |= {"device": _device(device_map), "dtype": next(iter(asked), None)}
+        options = {"device": _device(device_map)} | without_none(without_neutral(options, LOADING))
+        options["dtype"] = next(iter(asked), None)
         return QWenLMHeadModel(Runtime.from_pretrained(path, **options))
 
 
@@ -288,4 +288,6 @@ def _device(device_map: Any) -> str:
                 "such as device_map='cuda:0', and `release_vision` and `embeddings` say what else is kept where"
             )
         device_map = device_map[""]
-    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map or "auto")
+    if device_map in (None, "balanced", "balanced_low_0", "sequential"):  # what these come to on one device
+        return "auto"
+    return f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map)

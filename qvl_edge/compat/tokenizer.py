@@ -19,9 +19,11 @@ from qvl_edge.text.tokenizer import IMG, IMG_END, IMG_PAD, VOCAB_FILE, Tokenizer
 
 # of a tokenizer call: what upstream's tokenizer does anyway, or has nothing of
 TOKENIZING = {
-    **dict.fromkeys(("add_special_tokens", "return_attention_mask", "verbose"), ANY),
-    **dict.fromkeys(("text_pair", "pad_to_multiple_of"), None),
+    **dict.fromkeys(("add_special_tokens", "return_attention_mask", "verbose", "disallowed_special"), ANY),
+    **dict.fromkeys(("text_pair", "text_target", "pad_to_multiple_of"), None),
     **dict.fromkeys(("return_token_type_ids", "return_overflowing_tokens", "return_length"), False),
+    **dict.fromkeys(("return_offsets_mapping", "return_special_tokens_mask", "is_split_into_words", "stride"), False),
+    "allowed_special": "all",
 }
 _OPTIONS = ("return_tensors", "padding", "truncation", "max_length", "padding_side")
 
@@ -48,10 +50,10 @@ class BatchEncoding(dict[str, Any]):
 class QWenTokenizer:
     """Upstream's tokenizer: image paths inside the token ids, list format, drawing."""
 
-    def __init__(self, tokenizer: Tokenizer, padding_side: str = "right"):
+    def __init__(self, tokenizer: Tokenizer, padding_side: str = "right", model_max_length: int | None = None):
         if padding_side not in ("left", "right"):
             raise ConfigError(f"padding_side is {padding_side!r}, known are 'left' and 'right'")
-        self.core, self.padding_side = tokenizer, padding_side
+        self.core, self.padding_side, self.model_max_length = tokenizer, padding_side, model_max_length
         self.img_start_id, self.img_end_id, self.img_pad_id = (tokenizer.specials[t] for t in (IMG, IMG_END, IMG_PAD))
         self.eod_id = tokenizer.specials["<|endoftext|>"]
         self.im_start_id, self.im_end_id = tokenizer.specials["<|im_start|>"], tokenizer.specials["<|im_end|>"]
@@ -136,6 +138,7 @@ class QWenTokenizer:
             raise ConfigError(f"unknown tokenizer option {sorted(left)[0]!r}; known are {', '.join(_OPTIONS)}")
         if padding not in (False, None, True, "longest", "max_length", "do_not_pad"):
             raise ConfigError(f"padding is {padding!r}, known are True, False, 'longest' and 'max_length'")
+        max_length = self.model_max_length if max_length is None else max_length
         rows = [self._ids(one) for one in ([text] if isinstance(text, str) else text)]
         longest = max(map(len, rows), default=0)
         if truncation not in (False, None, "do_not_truncate") and max_length is not None and longest > max_length:
@@ -200,6 +203,7 @@ class AutoTokenizer:
         source: Source = "hf",
         local_files_only: bool = False,
         padding_side: str = "right",
+        model_max_length: int | None = None,
         **options: Any,
     ) -> QWenTokenizer:
         """The tokenizer of a bundle or checkpoint; of a hub's model nothing else is fetched."""
@@ -207,4 +211,4 @@ class AutoTokenizer:
         folder = local_folder(
             path, source=source, revision=revision, only=(VOCAB_FILE,), local_files_only=local_files_only
         )
-        return QWenTokenizer(Tokenizer.from_file(folder / VOCAB_FILE), padding_side)
+        return QWenTokenizer(Tokenizer.from_file(folder / VOCAB_FILE), padding_side, model_max_length)

@@ -84,15 +84,15 @@ def check_tensors(checkpoint: Checkpoint, *, decoder: bool = True, visual: bool 
     missing = {name for name in set(expected) - found if not name.endswith(unbiased)}
     unknown = found - set(expected)
     problems = [
-        f"{what} {len(names)} tensors, such as {sorted(names)[0]}"
-        for what, names in (("lacks", missing), ("has unknown", unknown))
+        f"{what} tensors, such as {sorted(names)[0]}"
+        for what, names in ((f"lacks {len(missing)}", missing), (f"has {len(unknown)} unknown", unknown))
         if names
     ]
     shapes = {name: checkpoint.shape(name) for name in sorted(found & set(expected))}
     wrong = [name for name, shape in shapes.items() if shape != expected[name]]
     if wrong:
         problems.append(f"{wrong[0]} has shape {shapes[wrong[0]]}, config.json asks for {expected[wrong[0]]}")
-    if any(".lora_" in name for name in unknown):
+    if any(".lora_" in name or ".base_layer." in name for name in unknown):
         remedy = "It was saved with an adapter in it: merge that with PEFT (merge_and_unload), and save the model again"
     elif any(shapes[name] == (0,) for name in wrong):
         remedy = ZERO3

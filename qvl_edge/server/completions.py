@@ -11,9 +11,9 @@ from qvl_edge.server.chat import draws, new_head, usage_of
 from qvl_edge.server.endpoint import Backend, Endpoint, Reply
 from qvl_edge.server.fields import Model, TokenId, complete, option
 from qvl_edge.server.fields import Request as Fields
-from qvl_edge.server.messages import check_markup
-from qvl_edge.server.protocol import Count, Head, StreamOptions, Usage, check_stream_options
-from qvl_edge.server.refusal import invalid
+from qvl_edge.server.messages import markup
+from qvl_edge.server.protocol import Count, Head, StreamOptions, Usage, stream_conflicts
+from qvl_edge.server.refusal import invalid, refuse
 from qvl_edge.server.settings import Limits
 from qvl_edge.text.prompt import Prompt
 from qvl_edge.text.tokenizer import Tokenizer
@@ -42,7 +42,9 @@ class CompletionRequest(Fields):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        check_stream_options(self.stream_options, self.stream)
+        found = [*self.conflicts(), *stream_conflicts(self.stream_options, self.stream)]
+        texts = (text for text in self.prompt if isinstance(text, str))
+        refuse(found + [refusal for text in texts for refusal in markup(text, "prompt")])
         return self
 
     def generation(self) -> dict[str, Any]:
@@ -91,9 +93,6 @@ def completion_endpoint(backend: Backend) -> Endpoint[CompletionRequest]:
             raise invalid(
                 "prompt", f"{len(asked.prompt)} prompts for {asked.n or 1} answers each, at most {limit} in all"
             )
-        for prompt in asked.prompt:
-            if isinstance(prompt, str):
-                check_markup(prompt, "prompt")
         wanted = [
             _request(prompt, generation) for prompt in asked.prompt for generation in draws(asked.generation(), asked.n)
         ]

@@ -22,7 +22,7 @@ from qvl_edge.server.guard import Bodies, log_refusal, parse_json, read_body
 from qvl_edge.server.messages import Conversation
 from qvl_edge.server.metrics import Metrics
 from qvl_edge.server.protocol import Box
-from qvl_edge.server.refusal import Refusal, engine_refusal, invalid
+from qvl_edge.server.refusal import Refusal, engine_refusal, invalid, refuse
 from qvl_edge.server.settings import Settings
 
 CLIENT_CLOSED = 499  # nginx's status for a client that left before its answer was complete; only the metrics see it
@@ -68,12 +68,17 @@ class Backend:
         return f"{caller.name if apart and caller else ''}\0{asked.cache_salt or ''}"
 
     async def load_images(self, conversation: Conversation, param: str) -> None:
-        """Put the images in the place of their URLs."""
+        """Put the images in the place of their URLs. Refusal for all of them and of the text that cannot be taken."""
         count, most = len(conversation.images), self.settings.limits.images
         if count > most:
             raise invalid(param, f"{count} images, at most {most} are accepted", code="too_many_images")
+        found = conversation.refusals
         for element, where in conversation.images:
-            element["image"] = await self.settings.media.load(element["image"], where)
+            try:
+                element["image"] = await self.settings.media.load(element["image"], where)
+            except Refusal as refusal:
+                found.append(refusal)
+        refuse(found)
 
     async def events(
         self, asked: list[Request], whole: bool, receive: Receive, caller: Caller | None = None

@@ -26,7 +26,7 @@ from pydantic_core.core_schema import ValidationInfo
 from qvl_edge.engine.constraint import MAX_SCHEMA, Format
 from qvl_edge.option import INT32_MAX, Option
 from qvl_edge.options import MAX_BIAS, GenerationOptions
-from qvl_edge.server.refusal import invalid, validation_refusal
+from qvl_edge.server.refusal import Refusal, invalid, validation_refusal
 
 log = logging.getLogger("qvl_edge.server")
 
@@ -180,6 +180,14 @@ class Request(Received):
         options = {name: getattr(self, given, None) for name, given in names.items() if name != "logprobs"}
         options["response_format"] = self.format()
         return {name: value for name, value in options.items() if value is not None and value != {}}
+
+    def conflicts(self) -> list[Refusal]:
+        """Refusals of fields that do not go together."""
+        try:
+            self.format()
+        except Refusal as refusal:
+            return [refusal]
+        return []
 
     def format(self) -> dict[str, Any] | None:
         """What the answer must look like, from whichever field says so. Refusal 400 if two do."""

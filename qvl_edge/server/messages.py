@@ -9,11 +9,11 @@ from pydantic import BeforeValidator, FailFast, Field
 from pydantic_core import PydanticCustomError
 
 from qvl_edge.server.fields import NoItems, Tolerant
-from qvl_edge.server.refusal import invalid
+from qvl_edge.server.refusal import Refusal, invalid
 from qvl_edge.text.prompt import Message
 
-_MARKUP = re.compile(r"<img>([^<>]*+)</img>")
-_LIKE_A_PATH = re.compile(r"[./\\:]")
+_MARKUP = re.compile(r"<img>((?:(?!<img>|</img>).)*+)</img>", re.DOTALL)
+_LIKE_A_PATH = re.compile(r"[./\\:]|\w{32}")  # or base64
 
 
 class TextPart(Tolerant):
@@ -107,10 +107,11 @@ class Conversation:
 
     messages: list[Message] = field(default_factory=list)
     images: list[tuple[dict[str, Any], str]] = field(default_factory=list)  # each element with the param of its URL
+    refusals: list[Refusal] = field(default_factory=list)  # raised with those of the images, so that all are told
 
     @classmethod
     def of(cls, messages: Iterable[ChatMessage]) -> "Conversation":
-        """Refusal 400 for text that would be an image elsewhere."""
+        """Of the messages of a chat completion."""
         made = cls()
         for at, message in enumerate(messages):
             param = f"messages[{at}].content"
@@ -127,10 +128,11 @@ class Conversation:
         for part in parts:
             if isinstance(part, str):
                 if role != "assistant":  # a model may have written anything
-                    check_markup(part, param)
+                    self.refusals += markup(part, param)
                 elements.append({"text": part})
             elif role != "user":
-                raise invalid(part[1], f"an image in a message of the role {role!r}; only a user's may have images")
+                told = f"an image in a message of the role {role!r}; only a user's may have images"
+                self.refusals.append(invalid(part[1], told))
             else:
                 elements.append({"image": part[0]})
                 self.images.append((elements[-1], part[1]))
@@ -154,13 +156,12 @@ def _elements(message: Message) -> list[Mapping[str, Any]]:
     return [element for element in message.content if isinstance(element, Mapping)]
 
 
-def check_markup(text: str, param: str) -> None:
-    """Refusal 400 for Qwen-VL's own way to write an image, which would be read as letters here."""
-    for found in _MARKUP.finditer(text):
-        if _LIKE_A_PATH.search(found[1]):
-            raise invalid(
-                param,
-                "<img>…</img> in text opens nothing here; send the picture to /v1/chat/completions beside the text: "
-                '{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}',
-                code="image_in_text",
-            )
+def markup(text: str, param: str) -> list[Refusal]:
+    """A refusal for Qwen-VL's own way to write an image, which would be read as letters here; none for other text."""
+    if not any(_LIKE_A_PATH.search(found[1]) for found in _MARKUP.finditer(text)):
+        return []
+    told = (
+        "<img>…</img> in text opens nothing here; send the picture to /v1/chat/completions beside the text: "
+        '{"type": "image_url", "image_url": {"url": "data:image/png;base64,…"}}'
+    )
+    return [invalid(param, told, code="image_in_text")]

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from qvl_edge.answer import FinishReason
 from qvl_edge.server.fields import Model, NoItems, Nothing, Request, Tolerant, complete, option
 from qvl_edge.server.messages import ChatMessage
-from qvl_edge.server.refusal import invalid
+from qvl_edge.server.refusal import Refusal, invalid, refuse
 from qvl_edge.server.settings import Limits
 from qvl_edge.text.boxes import GRID
 
@@ -37,17 +37,19 @@ class ChatCompletionRequest(Request):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        last, continued = self.messages[-1].role == "assistant", self.continue_final_message
+        found = [*self.conflicts(), *stream_conflicts(self.stream_options, self.stream)]
         if None is not self.max_tokens != self.max_completion_tokens is not None:
-            raise invalid("max_tokens", "it and max_completion_tokens are the same thing and differ; send one of them")
-        check_stream_options(self.stream_options, self.stream)
+            told = "it and max_completion_tokens are the same thing and differ; send one of them"
+            found.append(invalid("max_tokens", told))
         if self.top_logprobs and not self.logprobs:
-            raise invalid("top_logprobs", "only with logprobs=true")
-        if self.continue_final_message and self.messages[-1].role != "assistant":
-            raise invalid("continue_final_message", "the last message is not the assistant's")
-        if self.add_generation_prompt is self.continued:
-            raise invalid(
-                "add_generation_prompt", "a new answer is begun, or the assistant's last message is continued"
-            )
+            found.append(invalid("top_logprobs", "only with logprobs=true"))
+        if continued and not last:
+            found.append(invalid("continue_final_message", "the last message is not the assistant's"))
+        elif self.add_generation_prompt is self.continued:
+            told = "a new answer is begun, or the assistant's last message is continued"
+            found.append(invalid("add_generation_prompt", told))
+        refuse(found)
         return self
 
     @property
@@ -67,10 +69,10 @@ class ChatCompletionRequest(Request):
         return options
 
 
-def check_stream_options(options: StreamOptions | None, stream: bool | None) -> None:
-    """Refusal 400 for an option that has nothing to work on, as OpenAI does."""
-    if options is not None and options.include_usage and not stream:
-        raise invalid("stream_options", "only with stream=true")
+def stream_conflicts(options: StreamOptions | None, stream: bool | None) -> list[Refusal]:
+    """A refusal for an option that has nothing to work on, as OpenAI does."""
+    useless = options is not None and options.include_usage and not stream
+    return [invalid("stream_options", "only with stream=true")] if useless else []
 
 
 def request_model(name: str, limits: Limits, *aliases: str) -> type[ChatCompletionRequest]:

@@ -71,6 +71,22 @@ def invalid(param: str | None, message: str, *, code: str | None = None) -> Refu
     return Refusal(400, message if param is None else f"{param}: {message}", param=param, code=code)
 
 
+def refuse(found: Sequence[Refusal]) -> None:
+    """Raise what was found, if anything, as one refusal: the first, with what all of them say."""
+    if found:
+        first, params = found[0], [param for each in found for param in each.params]
+        message = "; ".join(dict.fromkeys(map(str, found[:MAX_REASONS])))
+        raise Refusal(
+            first.status,
+            message + (f"; {len(found) - MAX_REASONS} more" if len(found) > MAX_REASONS else ""),
+            code=first.code,
+            param=first.param,
+            params=params[:MAX_PLACES],
+            kind=first.kind,
+            headers=first.headers,
+        )
+
+
 def engine_refusal(error: Exception) -> Refusal:
     """What the caller is told about an error of the engine."""
     final = {"x-should-retry": "false"}  # read by OpenAI's clients, which would send a 503 twice more

@@ -111,7 +111,7 @@ class ResponseRequest(Fields):
         return options
 
     def turns(self) -> Conversation:
-        """The instructions and the messages. Refusal 400 for text that would be an image elsewhere."""
+        """The instructions and the messages. Refusal 400 if there are none."""
         made = Conversation()
         if self.instructions:
             made.add("system", [self.instructions], "instructions")
@@ -124,10 +124,9 @@ class ResponseRequest(Fields):
                 ]
                 made.add(item.role, parts, param)
             elif isinstance(item, ItemReference):
-                raise invalid(
-                    f"input[{at}]", "no response is kept here; send the item itself, as clients do with store=false"
-                )
-        if not made.messages:
+                told = "no response is kept here; send the item itself, as clients do with store=false"
+                made.refusals.append(invalid(f"input[{at}]", told))
+        if not made.messages and not made.refusals:
             raise invalid("input", "there is no message in it")
         return made
 

@@ -109,6 +109,16 @@ def test_no_text_ever_opens_anything(server: Server, markup: str) -> None:
     assert sum(line.startswith("socket.connect") for line in seen) == 1  # the test's own
 
 
+def test_all_pictures_that_cannot_be_taken_are_named_at_once(server: Server) -> None:
+    parts = [picture("ftp://a/b.png"), picture(data_uri(Image.new("RGB", (2, 2)))), picture("data:,"), text("a")]
+    conversation = [{"role": "user", "content": parts}, {"role": "user", "content": "<img>a/b.png</img>"}]
+    said = server.post({"model": MODEL, "messages": conversation}).json()["error"]
+    assert said["code"] == "image_in_text" and said["param"] == "messages[1].content"  # known before any is opened
+    for where in ("messages[1].content: ", "messages[0].content[0].image", "messages[0].content[2].image"):
+        assert where in said["message"]
+    assert "content[1]" not in said["message"]
+
+
 # ---------------------------------------------------------------- data URIs
 
 

@@ -1,6 +1,7 @@
 """What a request may say: how a wrong value is reported, what counts as equal, and that hostile ones stay cheap."""
 
 import json
+import re
 import time
 from typing import Any
 
@@ -240,20 +241,36 @@ def test_every_way_to_ask_for_a_structure_reaches_the_engine(fields: dict[str, A
     assert read(**fields).generation() == {"response_format": shape}
 
 
-def test_two_structures_at_once_are_refused() -> None:
-    asked = read(guided_regex="a", structured_outputs={"choice": ["b"]})
-    with pytest.raises(Refusal, match="structured_outputs.choice: guided_regex says already"):
-        asked.generation()
+def test_fields_that_do_not_go_together_are_all_named_at_once() -> None:
+    conflicts = {
+        "max_tokens": {"max_tokens": 1, "max_completion_tokens": 2},
+        "stream_options": {"stream_options": {"include_usage": True}},
+        "top_logprobs": {"top_logprobs": 2},
+        "continue_final_message": {"continue_final_message": True},
+        "structured_outputs.choice": {"guided_regex": "a", "structured_outputs": {"choice": ["b"]}},
+    }
+    with pytest.raises(Refusal) as refused:
+        read(**{name: value for fields in conflicts.values() for name, value in fields.items()})
+    assert sorted(refused.value.params) == sorted(conflicts)
+    assert all(f"{name}: " in str(refused.value) for name in conflicts)
+    with pytest.raises(Refusal, match="^structured_outputs.choice: guided_regex says already[^;]*; send one of them$"):
+        read(**conflicts["structured_outputs.choice"])
 
 
 @pytest.mark.parametrize("role", ["system", "user", "developer"])
 def test_markup_of_an_image_in_text_is_told_how_to_send_one(role: str) -> None:
-    for words in ("<img>demo-output/scene-1.png</img>\nWhat is it?", "Picture 1: <img>http://a.example/b</img>"):
-        with pytest.raises(Refusal, match=r"\[0\].content: <img>…</img> in text opens nothing here.*image_url"):
-            Conversation.of(read(messages=[{"role": role, "content": words}]).messages)
+    for words in (
+        "<img>demo-output/scene-1.png</img>\nWhat is it?",
+        "Picture 1: <img>http://a.example/b</img>",
+        "<img>\n a<b>.png\n</img>",
+        f"<img>{'iVBORw0KGgo' * 4}</img>",
+    ):
+        found = Conversation.of(read(messages=[{"role": role, "content": words}]).messages).refusals
+        assert found[0].code == "image_in_text"
+        assert re.match(r"messages\[0\].content: <img>…</img> in text opens nothing here.*image_url", str(found[0]))
     plain = ("<img>", "<img></img>", "how do I close <img> and </img>?", "<img src='a.png'>", "</img>a/b<img>")
     for words in (*plain, "<img>" * 50_000):
-        Conversation.of(read(messages=[{"role": role, "content": words}]).messages)
+        assert not Conversation.of(read(messages=[{"role": role, "content": words}]).messages).refusals
     said = {"role": "assistant", "content": "<img>a/b.png</img>"}  # a model may have written it
     assert Conversation.of(read(messages=[said, *ASKED["messages"]]).messages).messages[0].content == said["content"]
 
