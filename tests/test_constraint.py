@@ -279,7 +279,7 @@ def test_a_schema_that_compiles_for_ever_is_refused_once_and_for_all(monkeypatch
     tokenizer, started = byte_tokenizer(), []
     start = child.start
     monkeypatch.setattr(child, "start", lambda *a, **options: started.append(a) or start(*a, **options))
-    monkeypatch.setattr("qvl_edge.engine.compile_check.LIMIT_S", 1)
+    monkeypatch.setattr("qvl_edge.engine.compile_check.WALL_S", 1)
     schema = {"type": "integer", "multipleOf": 10_000_019}
     for _ in range(2):
         with pytest.raises(ConfigError, match="to compile; make it simpler"):

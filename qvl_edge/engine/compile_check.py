@@ -34,7 +34,7 @@ def _error_of(grammar: str, salt: str) -> str:
             error, _ = process.communicate(grammar, timeout=WALL_S)
         except subprocess.TimeoutExpired:
             process.kill()
-            error = f"it takes more than {LIMIT_S} s to compile; make it simpler"
+            error = f"it takes more than {WALL_S} s to compile; make it simpler"
     if not error and process.returncode != 0:
         error = f"it takes more than {MAX_BYTES >> 20} MiB or {LIMIT_S} s to compile; make it simpler"
     return error

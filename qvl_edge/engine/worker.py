@@ -129,6 +129,7 @@ class Worker:
         finally:
             for request in requests:
                 request.cancel()
+                request.notify = _nobody_listens  # the old one leads back to the requests: a cycle keeps their pictures
 
     def close(self) -> None:
         """End every request with Stopped and wait for the threads."""
@@ -154,6 +155,7 @@ class Worker:
             if error is not None:
                 request.fail(error)
                 request.notify()
+            request = None  # else it stays until the next one comes
 
     def _error_in_preparing(self, request: Request) -> Exception | None:
         try:
@@ -175,6 +177,10 @@ class Worker:
             with self._changed:
                 self._changed.notify_all()
         self._engine.abort_all(_stopped())
+
+
+def _nobody_listens() -> None:
+    pass
 
 
 def _stopped() -> Stopped:

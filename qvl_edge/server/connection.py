@@ -87,6 +87,8 @@ class _Parser(h11.Connection):
             size = len(event.target) + sum(len(name) + len(value) for name, value in event.headers)
             if size > MAX_HEAD_BYTES or len(names) > MAX_HEADERS:
                 raise h11.RemoteProtocolError("the headers are too large", error_status_hint=431)
+            if event.http_version not in (b"1.0", b"1.1"):
+                raise h11.RemoteProtocolError("this version of HTTP is not supported", error_status_hint=505)
             if b"transfer-encoding" in names and (b"content-length" in names or event.http_version < b"1.1"):
                 raise h11.RemoteProtocolError("Transfer-Encoding beside another framing")
             if names.count(b"host") > 1:

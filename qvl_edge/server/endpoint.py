@@ -73,11 +73,20 @@ class Backend:
         if count > most:
             raise invalid(param, f"{count} images, at most {most} are accepted", code="too_many_images")
         found = conversation.refusals
+        pixels, most = 0, self.settings.limits.pixels
         for element, where in conversation.images:
             try:
-                element["image"] = await self.settings.media.load(element["image"], where)
+                element["image"] = loaded = await self.settings.media.load(element["image"], where)
             except Refusal as refusal:
                 found.append(refusal)
+                continue
+            pixels += loaded.frame.width * loaded.frame.height
+            if pixels > most:
+                words = (
+                    f"the images have more than {most / 1e6:.0f} Mpixel in all; shrink them (the model sees 448 x 448)"
+                )
+                found.append(invalid(param, words, code="too_many_pixels"))
+                break
         refuse(found)
 
     async def events(

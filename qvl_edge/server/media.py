@@ -10,16 +10,18 @@ from pathlib import Path
 from typing import Any, Self
 from urllib.parse import unquote, urlsplit
 
-from qvl_edge.errors import ImageError, OutOfMemory
+from qvl_edge.errors import ImageError
 from qvl_edge.server.fetch import MAX_BYTES, Fetcher
 from qvl_edge.server.refusal import Refusal, invalid
+from qvl_edge.vision.decoder import Decoders
 from qvl_edge.vision.formats import served_formats
-from qvl_edge.vision.image import Picture, load_picture
+from qvl_edge.vision.image import Picture
 from qvl_edge.vision.rgb import BACKGROUND
 from qvl_edge.vision.source import from_base64, from_data_uri, is_base64
 
-# One picture is decoded at a time anyway; those that wait must not take the threads that read other requests.
-_DECODER = ThreadPoolExecutor(max_workers=1, thread_name_prefix="qvl-edge-decode")
+_DECODERS = Decoders()  # of the process, as its memory is
+# those that wait for a decoder must not take the threads that read other requests
+_WAITING = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qvl-edge-picture")
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
@@ -43,15 +45,13 @@ class Media:
     async def load(self, url: str, param: str) -> Picture:
         """The picture, decoded: once for all answers to a request, and its file is not kept. Refusal 400 at `param`."""
         content = await self._read(url.strip(), param)
-        return await asyncio.get_running_loop().run_in_executor(_DECODER, self._decode, content, param)
+        return await asyncio.get_running_loop().run_in_executor(_WAITING, self._decode, content, param)
 
     def _decode(self, content: bytes, param: str) -> Picture:
         try:
-            return load_picture(content, self.image_size, background=self.background, accepted=served_formats())
+            return _DECODERS.decode(content, self.image_size, self.background, served_formats())
         except ImageError as error:
             raise invalid(param, str(error), code="bad_image") from None
-        except MemoryError:
-            raise OutOfMemory("there is no memory to decode the image now; send a smaller one, or try later") from None
 
     async def _read(self, url: str, param: str) -> bytes:
         found = _SCHEME.match(url)

@@ -13,6 +13,7 @@ class Limits:
 
     messages: int = 256
     images: int = 16
+    pixels: int = 256_000_000  # of its images in all, as they are stored
     n: int = 8
     prompts: int = 64  # of a text completion
 

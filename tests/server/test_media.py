@@ -18,11 +18,14 @@ from urllib.parse import quote
 import pytest
 from PIL import Image
 
+from qvl_edge import child
 from qvl_edge.engine.worker import Worker
+from qvl_edge.errors import ImageError
 from qvl_edge.server import media
 from qvl_edge.server.fetch import Fetcher, is_public
 from qvl_edge.server.media import Media
 from qvl_edge.server.refusal import Refusal
+from qvl_edge.vision.decoder import Decoders
 from qvl_edge.vision.image import Picture, load_picture
 
 from .harness import MODEL, ScriptedWorker, Server, data_uri, picture, serving, text
@@ -180,18 +183,20 @@ def test_pictures_are_made_for_the_model_that_is_served() -> None:
 def test_a_picture_is_decoded_once_for_all_answers(scripted, png: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
     engine, server = scripted
     decoded: list[str] = []
-    monkeypatch.setattr(media, "load_picture", lambda *a, **k: decoded.append("") or load_picture(*a, **k))
+    decode = media._DECODERS.decode
+    monkeypatch.setattr(media._DECODERS, "decode", lambda *a: decoded.append("") or decode(*a))
     assert server.ask([picture(data_uri(png)), text("a")], n=3).status_code == 200
     assert len(decoded) == 1
     one, two, three = (request.messages[-1].content[0]["image"] for request in engine.requests[-3:])
     assert one is two is three and isinstance(one, Picture)
 
 
-def test_no_memory_for_a_picture_is_no_fault_of_the_caller(scripted, png: bytes, monkeypatch) -> None:
-    def load_picture(*_, **__) -> Picture:
-        raise MemoryError
+def test_no_process_for_a_picture_is_no_fault_of_the_caller(scripted, png: bytes, monkeypatch) -> None:
+    def start(*_, **__) -> None:
+        raise OSError(24, "Too many open files")
 
-    monkeypatch.setattr(media, "load_picture", load_picture)
+    monkeypatch.setattr(media, "_DECODERS", Decoders())
+    monkeypatch.setattr(child, "start", start)
     assert scripted[1].ask([picture(data_uri(png))]).status_code == 503
 
 
@@ -224,6 +229,8 @@ def bomb(width: int, height: int) -> bytes:
 @pytest.mark.parametrize("size", [(10_000, 6_401), (50_000, 50_000), (2**31 - 1, 2**31 - 1)])
 def test_a_decompression_bomb_is_refused_by_its_header(monkeypatch: pytest.MonkeyPatch, size: tuple[int, int]) -> None:
     monkeypatch.setattr(Image.Image, "load", lambda *_: pytest.fail("it was decoded"))
+    with pytest.raises(ImageError, match="at most 64|decoded"):
+        load_picture(bomb(*size), 448)
     assert refused(Media(), data_uri(bomb(*size))) == "bad_image"
 
 

@@ -1,0 +1,154 @@
+"""Connections that are many, silent or slow."""
+
+import asyncio
+import json
+import logging
+import socket
+import threading
+from unittest.mock import Mock
+
+import httpx
+import pytest
+
+from qvl_edge.server import connection, guard
+from qvl_edge.server.connection import Connections, within_descriptors
+from qvl_edge.server.guard import Bodies, Body
+from qvl_edge.server.logs import MOST, Sparing
+
+from ..harness import MODEL, ScriptedWorker, serving, until
+from .raw import POST, connected, to_end
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.mark.parametrize("limits", [Connections(most=8), Connections(most=100, most_per_address=8)])
+@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost:", POST + b"Content-Length: 100\r\n\r\n{"])
+def test_silent_connections_without_end_make_nobody_wait(limits: Connections, sent: bytes) -> None:
+    with serving(ScriptedWorker("x"), connections=limits) as server:
+        host, port = server.url[7:].split(":")
+        crowd = [socket.create_connection((host, int(port)), timeout=30) for _ in range(50)]
+        try:
+            for one in crowd:
+                one.sendall(sent)
+            for _ in range(3):
+                assert server.ask("a").status_code == httpx.get(f"{server.url}/health").status_code == 200
+            assert len(limits.open) <= 8
+        finally:
+            for one in crowd:
+                one.close()
+        until(lambda: not limits.open and not limits.by_address)
+
+
+def test_answers_that_are_being_made_keep_their_connections() -> None:
+    release = threading.Event()
+
+    async def wait() -> None:
+        while not release.is_set():
+            await asyncio.sleep(0.005)
+
+    engine = ScriptedWorker("x", before=lambda _: wait())
+    with serving(engine, connections=Connections(most=2)) as server:
+        answers: list[httpx.Response] = []
+        busy = [threading.Thread(target=lambda: answers.append(server.ask("a"))) for _ in range(2)]
+        for each in busy:
+            each.start()
+        until(lambda: len(engine.requests) == 2)
+        with connected(server) as third:
+            said = to_end(third)
+        assert said.startswith(b"HTTP/1.1 503") and json.loads(said.partition(b"\r\n\r\n")[2])["error"]
+        release.set()
+        for each in busy:
+            each.join()
+    assert [response.status_code for response in answers] == [200, 200]
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET /health HTTP/1.1\r\n"])
+def test_headers_have_a_time(monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 0.1)
+    with serving(ScriptedWorker("x")) as server, connected(server, sent) as slow:
+        assert b"HTTP/1.1 408" in to_end(slow)
+
+
+def test_a_body_that_brings_a_byte_now_and_then_is_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_FREE_S", 0.2)
+    with serving(ScriptedWorker("x")) as server, connected(server, POST + b"Content-Length: 99\r\n\r\n{") as slow:
+        until(lambda: not drip(slow) or None)
+
+
+def drip(slow: socket.socket) -> bool:
+    """Whether the server still takes bytes."""
+    slow.settimeout(0.05)
+    try:
+        slow.sendall(b" ")
+        return b"body_timeout" not in slow.recv(1000)
+    except TimeoutError:
+        return True
+
+
+def test_bodies_that_are_still_coming_take_no_place() -> None:
+    with serving(ScriptedWorker("x"), max_concurrent=2) as server:
+        host, port = server.url[7:].split(":")
+        slow = [socket.create_connection((host, int(port)), timeout=30) for _ in range(32)]
+        for one in slow:
+            one.sendall(POST + b"Content-Length: 55\r\n\r\n{")
+        assert server.ask("a").status_code == 200
+        for one in slow:
+            one.close()
+
+
+def test_the_largest_unfinished_body_makes_room_for_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    with serving(ScriptedWorker("x"), max_body_bytes=100_000) as server:  # 800,000 for all
+        head = POST + b"Content-Length: 100000\r\n\r\n"
+        host, port = server.url[7:].split(":")
+        large = [socket.create_connection((host, int(port)), timeout=30) for _ in range(12)]
+        for one in large:
+            one.sendall(head + b" " * 99_000)
+        assert server.ask("a" * 5000).status_code == 200
+        until(lambda: any(b"429" in peek(one) for one in large))
+        for one in large:
+            one.close()
+
+
+def peek(one: socket.socket) -> bytes:
+    one.settimeout(0.01)
+    try:
+        return one.recv(1000, socket.MSG_PEEK)
+    except TimeoutError:
+        return b""
+
+
+def test_what_is_held_of_bodies_is_bounded() -> None:
+    def fill() -> tuple[int, int]:
+        bodies = Bodies(100)
+        for size in (60, 30, 20, 5):
+            body = Body(size, Mock(asyncio.Timeout))
+            bodies.held[body] = None
+            bodies.make_room()
+        return sum(body.size for body in bodies.held), len(bodies.held)
+
+    assert fill() == (55, 3)  # the first went
+
+
+def test_who_does_not_read_an_answer_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "WRITE_S", 0.2)
+    engine = ScriptedWorker(*["x" * 100_000] * 2000, before=lambda _: asyncio.sleep(0.001))
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "a"}], "stream": True}).encode()
+    with serving(engine) as server, connected(server, POST + b"Content-Length: %d\r\n\r\n" % len(body) + body):
+        assert engine.cancelled.wait(30)
+
+
+def test_a_cause_writes_so_many_lines() -> None:
+    sparing, lines = Sparing(), []
+    for number in range(1000):
+        record = logging.LogRecord("asyncio", logging.ERROR, "", 0, "socket.accept() out of %s", (number,), None)
+        if sparing.filter(record):
+            lines.append(record.getMessage())
+    assert len(lines) == MOST and "left out" in lines[-1]
+    assert sparing.filter(logging.LogRecord("asyncio", logging.ERROR, "", 0, "another", (), None))
+
+
+def test_there_are_descriptors_left_for_files_and_children() -> None:
+    resource = pytest.importorskip("resource")
+    was = resource.getrlimit(resource.RLIMIT_NOFILE)
+    assert 4 <= within_descriptors(10) <= 10
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == was[1]
