@@ -147,7 +147,7 @@ def _run_clients(url: str, made: list[Case], clients: int, seconds: float, disco
 
 
 @contextlib.contextmanager
-def serving(runtime: Runtime, waiting: int) -> Iterator[tuple[str, Worker]]:
+def serving(runtime: Runtime, waiting: int, access: Any = None) -> Iterator[tuple[str, Worker]]:
     """The server on a free loopback port: its address and its worker."""
     import uvicorn
 
@@ -156,7 +156,7 @@ def serving(runtime: Runtime, waiting: int) -> Iterator[tuple[str, Worker]]:
     from qvl_edge.server.guard import Access
 
     worker = Worker(runtime, max_waiting=waiting)
-    access = Access("127.0.0.1", None)
+    access = access or Access("127.0.0.1", None)
     settings = Settings("small", max_model_len=runtime.max_context, access=access, max_concurrent=4 * waiting)
     server = uvicorn.Server(configure(create_app(worker, settings)))
     bound = socket.socket()

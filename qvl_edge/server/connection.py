@@ -146,6 +146,9 @@ class Connection(H11Protocol):
         """See H11Protocol."""
         self.since = time.monotonic()
         super().on_response_complete()
+        if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:  # the next head has begun
+            self._unset_keepalive_if_required()
+            self._within("head", HEAD_S, self._late)
 
     def send_400_response(self, msg: str) -> None:
         """What h11 cannot read; called where its error is handled."""

@@ -1,12 +1,20 @@
 """Raw sockets: what no client library would send."""
 
 import contextlib
+import json
+import re
 import socket
 from collections.abc import Iterator
 
-from ..harness import WAIT_S, Server
+from ..harness import MODEL, WAIT_S, Server
 
 POST = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+ASK = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hello"}]}).encode()
+
+
+def whole(body: bytes = ASK, *lines: bytes) -> bytes:
+    """A request with its body, as it should be, and more `lines` of headers."""
+    return b"".join([POST, *lines, b"Content-Length: %d\r\n\r\n" % len(body), body])
 
 
 @contextlib.contextmanager
@@ -31,3 +39,15 @@ def to_end(connection: socket.socket) -> bytes:
         while piece := connection.recv(65536):
             said += piece
     return said
+
+
+@contextlib.contextmanager
+def crowd(server: Server, count: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
+    """So many connections, each of which has sent something."""
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(connected(server, sent)) for _ in range(count)]
+
+
+def statuses(said: bytes) -> list[int]:
+    """The status of each response in it."""
+    return [int(found) for found in re.findall(rb"HTTP/1\.1 (\d{3}) ", said)]

@@ -1,10 +1,12 @@
 """Connections that are many, silent or slow."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import socket
 import threading
+import time
 from unittest.mock import Mock
 
 import httpx
@@ -16,13 +18,21 @@ from qvl_edge.server.guard import Bodies, Body
 from qvl_edge.server.logs import MOST, Sparing
 
 from ..harness import MODEL, ScriptedWorker, serving, until
-from .raw import POST, connected, to_end
+from .raw import ASK, POST, answer, connected, statuses, to_end, whole
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("limits", [Connections(most=8), Connections(most=100, most_per_address=8)])
-@pytest.mark.parametrize("sent", [b"", b"GET / HTTP/1.1\r\nHost:", POST + b"Content-Length: 100\r\n\r\n{"])
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"",
+        b"GET / HTTP/1.1\r\nHost:",
+        POST + b"Content-Length: 100\r\n\r\n{",
+        b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    ],
+)
 def test_silent_connections_without_end_make_nobody_wait(limits: Connections, sent: bytes) -> None:
     with serving(ScriptedWorker("x"), connections=limits) as server:
         host, port = server.url[7:].split(":")
@@ -152,3 +162,72 @@ def test_there_are_descriptors_left_for_files_and_children() -> None:
     was = resource.getrlimit(resource.RLIMIT_NOFILE)
     assert 4 <= within_descriptors(10) <= 10
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[1] == was[1]
+
+
+def test_headers_that_come_a_byte_at_a_time_get_no_more_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(connection, "HEAD_S", 0.2)
+    with serving(ScriptedWorker("x")) as server, connected(server, b"GET /health HTTP/1.1\r\nX-A: ") as slow:
+        slow.settimeout(0.01)
+        said = b""
+        for _ in range(1000):
+            slow.sendall(b"a")
+            with contextlib.suppress(TimeoutError):
+                said = slow.recv(1000)
+                break
+        assert statuses(said) == [408]
+
+
+def test_a_body_that_keeps_the_rate_has_its_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "BODY_FREE_S", 0.2)
+    body = ASK[:-1] + b" " * 4000 + b"}"
+    with serving(ScriptedWorker("x")) as server, connected(server) as steady:
+        said = whole(body, b"Connection: close\r\n")
+        for at in range(0, len(said), 1024):  # half a second in all
+            steady.sendall(said[at : at + 1024])
+            time.sleep(0.1)
+        assert statuses(to_end(steady)) == [200]
+
+
+@pytest.mark.parametrize("size", [1 << 20, 40 << 20])
+@pytest.mark.parametrize("chunked", [False, True])
+def test_a_refusal_of_a_body_that_nobody_reads_arrives_after_all_of_it_was_sent(size: int, chunked: bool) -> None:
+    body = b"x" * size
+    framed = b"Transfer-Encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (size, body)
+    with serving(ScriptedWorker("x"), max_body_bytes=1000) as server:
+        with connected(server, POST + framed if chunked else whole(body)) as large:
+            assert statuses(large.recv(1000)) == [413]
+
+
+def test_pipelined_requests_whose_answers_are_not_read_are_not_taken_for_ever() -> None:
+    with serving(ScriptedWorker("x")) as server, connected(server) as greedy:
+        greedy.settimeout(0.5)
+        one, sent = b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n" * 1000, 0
+        with contextlib.suppress(OSError):
+            while sent < 64 << 20:
+                sent += greedy.send(one)
+        assert sent < 64 << 20 and server.ask("a").status_code == 200
+
+
+def test_requests_that_cannot_be_read_write_so_many_lines(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO)
+    caplog.handler.addFilter(sparing := Sparing())
+    try:
+        with serving(ScriptedWorker("x")) as server:
+            for number in range(2 * MOST):
+                answer(server, b"GET /%d nonsense\r\n\r\n" % number)
+                answer(server, whole(b"{", b"X-%d: a\r\nConnection: close\r\n" % number))
+    finally:
+        caplog.handler.removeFilter(sparing)
+    lines = [record.getMessage() for record in caplog.records]
+    assert sum("Invalid HTTP" in line for line in lines) == sum("400 invalid_json" in line for line in lines) == MOST
+
+
+def test_connections_that_come_and_go_leave_nothing() -> None:
+    limits = Connections(most=8)
+    with serving(ScriptedWorker("x"), connections=limits) as server:
+        for sent in (b"", b"G", whole(), whole()[:-9], b"nonsense\r\n\r\n"):
+            for _ in range(20):
+                with connected(server, sent):
+                    pass
+        until(lambda: not limits.open and not limits.by_address)
+        assert server.ask("a").status_code == 200
