@@ -4,6 +4,7 @@ from kernels.cpu import CpuWeight, pack_for_cpu
 from kernels.gptq import Int4Weight, check_gptq, dequantize_gptq, pack_levels, pack_zeros, unpack_levels, unpack_zeros
 from kernels.gpu.weight import TritonWeight, interleave, pack_for_triton
 from kernels.int8 import Int8Weight, dequantize_rows, quantize_int8, quantize_rows
+from kernels.matmul_nbits import Activations
 from kernels.ops import (
     int4_gemm,
     int4_gemm_residual,
@@ -17,6 +18,7 @@ from kernels.reference import MAX_DECODE_ROWS, AttentionArgs, Rows, rotate
 
 __all__ = [
     "MAX_DECODE_ROWS",
+    "Activations",
     "AttentionArgs",
     "CpuWeight",
     "Int4Weight",

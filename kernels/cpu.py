@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kernels.gptq import Int4Weight
 from kernels.int8 import Int8Weight
-from kernels.matmul_nbits import BLOCKS, MatMulNBits, block_size
+from kernels.matmul_nbits import BLOCKS, Activations, MatMulNBits, block_size
 from kernels.reference import PackedWeight
 
 OUTPUTS = 32_768  # of one product: only lm_head has more, and is packed part by part
@@ -55,19 +55,19 @@ class CpuWeight(PackedWeight):
         return torch.cat([gemm_cpu(part, self) for part in parts]).T.contiguous()
 
 
-def pack_for_cpu(weight: Int4Weight | Int8Weight) -> CpuWeight:
-    """The same weight in the CPU's order; done once, when a layer is loaded.
+def pack_for_cpu(weight: Int4Weight | Int8Weight, activations: Activations = "float") -> CpuWeight:
+    """The same weight in the CPU's order; done once, when a layer is loaded. activations: see MatMulNBits.
 
     ValueError if the weight is not on the CPU.
     """
     if weight.device.type != "cpu":
         raise ValueError(f"pack_for_cpu takes a weight on the CPU, this one is on {weight.device}; it needs no packing")
     if isinstance(weight, Int4Weight):
-        return _pack_int4(weight)
-    return _pack_int8(weight)
+        return _pack_int4(weight, activations)
+    return _pack_int8(weight, activations)
 
 
-def _pack_int4(weight: Int4Weight) -> CpuWeight:
+def _pack_int4(weight: Int4Weight, activations: Activations) -> CpuWeight:
     size, padded = weight.group_size, padded_group(weight.group_size)
     levels = weight.grouped_words().T.contiguous().view(torch.uint8)
     if padded != size:
@@ -75,12 +75,13 @@ def _pack_int4(weight: Int4Weight) -> CpuWeight:
     blocks = padded // block_size(padded)
     scales, zeros = (values.T.repeat_interleave(blocks, 1) for values in (weight.scales, weight.zeros))
     off_middle, full = bool((zeros != MIDDLE).any()), weight.zeros > MOST
-    product = MatMulNBits(levels, scales.float(), zeros.clamp(max=MOST).to(torch.uint8) if off_middle else None)
+    zeros = zeros.clamp(max=MOST).to(torch.uint8) if off_middle else None
+    product = MatMulNBits(levels, scales.float(), zeros, activations)
     missing = weight.scales.float() * full if bool(full.any()) else None
     return CpuWeight((product,), weight.perm, missing, 4, weight.in_features, weight.out_features, size)
 
 
-def _pack_int8(weight: Int8Weight) -> CpuWeight:
+def _pack_int8(weight: Int8Weight, activations: Activations) -> CpuWeight:
     size, padded = weight.in_features, padded_group(weight.in_features)
     blocks = padded // block_size(padded)
     factors = torch.tensor([16.0, 1.0]).repeat_interleave(blocks)
@@ -90,7 +91,8 @@ def _pack_int8(weight: Int8Weight) -> CpuWeight:
         levels = F.pad(levels.view(torch.uint8) ^ 128, (0, padded - size))  # ^ 128 adds 128
         even, odd = levels[:, 0::2], levels[:, 1::2]
         halves = torch.cat((even >> 4 | odd & 0xF0, even & 15 | odd << 4), dim=1)
-        products.append(MatMulNBits(halves, scales.float()[:, None] * factors, middles.expand(len(levels), -1)))
+        scales, zeros = scales.float()[:, None] * factors, middles.expand(len(levels), -1)
+        products.append(MatMulNBits(halves, scales, zeros, activations))
     return CpuWeight(tuple(products), None, None, 8, weight.in_features, weight.out_features, size)
 
 

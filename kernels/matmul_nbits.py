@@ -5,14 +5,17 @@ external initializers, which the session packs for the machine's kernel and then
 blocks of 128, where the same bytes inside the model would be kept twice (onnxruntime 1.32).
 """
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.sessions import session_options
 
+Activations = Literal["float", "int8"]
 BLOCKS = (128, 64, 32, 16)  # block sizes that the kernels are made for
-_FLOAT_ACTIVATIONS = 0  # accuracy_level
+ACCURACY_LEVELS = {"float": 0, "int8": 4}  # by what the activations are turned to
 _FLOAT, _UINT8 = 1, 2  # onnx.TensorProto.DataType
 _INT, _EXTERNAL = 2, 1  # onnx.AttributeProto.AttributeType, onnx.TensorProto.DataLocation
 _IR_VERSION, _OPSET = 10, 21
@@ -22,10 +25,11 @@ class MatMulNBits:
     """y = x @ W.T with W[n, k] = (level[n, k] - zero[n, b]) * scale[n, b], b the block of channel k.
 
     levels (N, K / 2) uint8, the even channel in the low half of a byte; scales (N, B) float32; zeros (N, B) uint8 of
-    0 to 15, or None where every zero is 8. All of them may be freed afterwards.
+    0 to 15, or None where every zero is 8. All of them may be freed afterwards. activations: "float", exact to float32
+    rounding, or "int8": each block of x is rounded to 255 levels first, and the sums of a block are integers.
     """
 
-    def __init__(self, levels: Tensor, scales: Tensor, zeros: Tensor | None):
+    def __init__(self, levels: Tensor, scales: Tensor, zeros: Tensor | None, activations: Activations = "float"):
         import onnxruntime as ort
 
         self.out_features, self.in_features = levels.shape[0], levels.shape[1] * 2
@@ -38,7 +42,7 @@ class MatMulNBits:
         values = [ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for tensor in tensors.values()]
         options.add_external_initializers(list(tensors), values)
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        model = _model(self.out_features, self.in_features, block, tensors)
+        model = _model(self.out_features, self.in_features, block, tensors, ACCURACY_LEVELS[activations])
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -57,9 +61,9 @@ def block_size(group_size: int) -> int:
     return next(block for block in BLOCKS if group_size % block == 0)
 
 
-def _model(outputs: int, inputs: int, block: int, tensors: dict[str, Tensor]) -> bytes:
+def _model(outputs: int, inputs: int, block: int, tensors: dict[str, Tensor], accuracy: int) -> bytes:
     """An onnx.ModelProto of the one node. It is written here because the runtime does without the package onnx."""
-    sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": block, "accuracy_level": _FLOAT_ACTIVATIONS}
+    sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": block, "accuracy_level": accuracy}
     # NodeProto: 1 input, 2 output, 4 op_type, 5 attribute, 7 domain; AttributeProto: 1 name, 3 i, 20 type
     node = b"".join(_field(1, name) for name in ("x", *tensors)) + _field(2, "y") + _field(4, "MatMulNBits")
     node += _field(7, "com.microsoft")

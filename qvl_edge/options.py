@@ -17,6 +17,8 @@ Head = Literal["auto", "float16", "int8"]
 """lm_head: in the compute dtype (auto, float16), or weight-only int8."""
 KVType = Literal["auto", "float16", "int8"]
 """Keys and values: in the compute dtype (auto, float16), or int8 with one scale per token and head."""
+Activations = Literal["float", "int8"]
+"""Of products with packed weights on a CPU: exact to float32 rounding, or rounded to int8 in blocks."""
 Embeddings = Literal["host", "device"]
 """The embedding table: read from the mapped file (8 KiB per token of Qwen-7B), or on the device."""
 Vision = Literal["resident", "released", "elsewhere"]
@@ -73,6 +75,13 @@ class LoadOptions(Options):
         None, "keys and values: auto or float16 (the compute dtype), or int8 (default: the profile's)"
     )
     head: Head | None = option(None, "lm_head: auto or float16 (the compute dtype), or int8 (default: the profile's)")
+    activations: Activations = option(
+        "float", "of int4 and int8 products on a CPU: float is exact; int8 rounds them in blocks of up to 128"
+    )
+    threads: int | None = option(
+        None, "CPU threads (default: OMP_NUM_THREADS, or the cores that the process may use, at most a container's)",
+        least=1, most=1024, metavar="N",
+    )  # fmt: skip
     embeddings: Embeddings = option("host", "embedding table: read from the mapped file, or on the device")
     vision_device: str | None = option(
         None, "where images are encoded: cpu, cuda or cuda:N (default: --device)", metavar="DEVICE"

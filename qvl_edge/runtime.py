@@ -5,13 +5,14 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
 import torch
 from PIL import Image
 
+from kernels.sessions import set_threads
 from qvl_edge.answer import Answer
 from qvl_edge.arguments import GenerationArguments, LoadArguments
 from qvl_edge.bundle import Bundle, is_bundle
@@ -19,7 +20,7 @@ from qvl_edge.checkpoint import VISUAL, Checkpoint, raw_reason
 from qvl_edge.config import Config
 from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.constraint import MinNewTokens, constraint_for
-from qvl_edge.engine.device import check_dtype, find_device, is_turing, named_with_others
+from qvl_edge.engine.device import check_cpu, check_dtype, find_device, is_turing, named_with_others
 from qvl_edge.engine.engine import Engine
 from qvl_edge.engine.request import Request
 from qvl_edge.engine.slots import Slots
@@ -30,7 +31,7 @@ from qvl_edge.memory import free_memory, parse_bytes, trim_heap
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import check_tensors, load_decoder, load_fused
-from qvl_edge.options import GenerationOptions, LoadOptions
+from qvl_edge.options import Activations, GenerationOptions, LoadOptions
 from qvl_edge.published import SYSTEM
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
@@ -103,6 +104,15 @@ class Runtime:
         check_background(asked.background)
         place = find_device(asked.device)
         check_dtype(place, asked.dtype)
+        if asked.activations == "int8" and place.type != "cpu":
+            raise ConfigError(
+                f"activations is 'int8', which a CPU computes with, and device is '{place}'; leave it out, or use "
+                "device='cpu'"
+            )
+        try:
+            set_threads(asked.threads)
+        except ValueError as error:
+            raise ConfigError(str(error)) from None
         encoding = place
         if asked.vision_device is not None:
             encoding = find_device(asked.vision_device, option="vision_device", kernels=False)
@@ -128,12 +138,15 @@ class Runtime:
         check_tensors(checkpoint, visual=bundle is None)  # both halves, before either is worked on
         tokenizer = Tokenizer.from_folder(checkpoint.path, checkpoint.config)
         plan = _plan(checkpoint.config, asked, place, encoding, bundle.vit_dtype if bundle else None, say)
+        quant = checkpoint.config.quantization
+        if place.type == "cpu" and (plan.head == "int8" or (quant is not None and quant.bits == 4)):
+            check_cpu()
         vit = (
             bundle.vit
             if bundle
             else exported_vit(checkpoint, dtype=plan.vit, cache_dir=asked.cache_dir, progress=progress)
         )
-        decoder = _load(checkpoint, plan, place, say)
+        decoder = _load(checkpoint, plan, place, say, asked.activations)
         visual = checkpoint.config.visual
         encoder = VisionEncoder(vit, visual, device=str(encoding), max_batch=plan.images, release=asked.release_vision)
         vision = FeatureCache(encoder, visual.image_size)
@@ -490,10 +503,13 @@ def _plan(
     return plan
 
 
-def _load(checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress) -> QWenLMHeadModel | FusedDecoder:
+def _load(
+    checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress, activations: Activations
+) -> QWenLMHeadModel | FusedDecoder:
     """The decoder, with a line for every tenth of it that was read, and the rate."""
     quant = checkpoint.config.quantization
-    load = load_fused if place.type == "cuda" and quant is not None and quant.bits == 4 else load_decoder
+    fused = place.type == "cuda" and quant is not None and quant.bits == 4
+    load = load_fused if fused else partial(load_decoder, activations=activations)
     total = sum(checkpoint.nbytes(name) for name in checkpoint.names if not name.startswith(VISUAL))
     began, done, shown = time.perf_counter(), 0, 0
 

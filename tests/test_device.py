@@ -15,7 +15,7 @@ from qvl_edge import FitError, Runtime
 from qvl_edge.__main__ import main
 from qvl_edge.cards import card_named
 from qvl_edge.engine import device as devices
-from qvl_edge.engine.device import check_dtype, find_device, named_with_others
+from qvl_edge.engine.device import check_cpu, check_dtype, find_device, named_with_others
 from qvl_edge.errors import ConfigError
 
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
@@ -180,3 +180,18 @@ def test_without_cuda_each_benchmark_of_a_model_ends_with_the_error_that_names_i
     run = importlib.import_module(f"benchmarks.{name}").main
     with pytest.raises(SystemExit, match=rf"benchmarks\.{name}: device is 'cuda', but torch .* sees no CUDA device"):
         run([str(SMALL), "--device", "cuda"])
+
+
+def test_a_cpu_without_avx2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cpu._is_avx2_supported", lambda: False)
+    monkeypatch.setattr("platform.machine", lambda: "x86_64")
+    with pytest.raises(ConfigError, match="has no AVX2, which products with packed weights need"):
+        check_cpu()
+    monkeypatch.setattr("platform.machine", lambda: "aarch64")
+    check_cpu()
+
+
+def test_activations_in_int8_are_of_a_cpu(with_card: WithCard) -> None:
+    with_card()
+    with pytest.raises(ConfigError, match="activations is 'int8', which a CPU computes with, and device is 'cuda:0'"):
+        Runtime.from_pretrained("nowhere", device="cuda", activations="int8")

@@ -118,3 +118,20 @@ def test_a_bias_that_a_layer_has_on_disk_is_added_whatever_config_json_says(publ
 
     found = Checkpoint(rewrite(published, tmp_path / "other", change, "model.safetensors"))
     assert not torch.allclose(logits(found), logits(Checkpoint(published)))
+
+
+def test_activations_in_int8_reach_every_packed_product(published: Path) -> None:
+    checkpoint = Checkpoint(published)
+    quant = checkpoint.config.quantization
+    assert quant is not None
+    ids = torch.tensor([[5, 80, 13, 200]])
+    found = []
+    with torch.inference_mode():
+        for head in ("float16", "int8"):
+            for activations in ("float", "int8"):
+                model = load_decoder(checkpoint, dtype=torch.float32, head=head, activations=activations)
+                found.append(model(model.embed(ids), KVCache(model.config, 1, 8, dtype=torch.float32)))
+    for exact, rounded in (found[:2], found[2:]):
+        off = float((exact - rounded).norm() / exact.norm())
+        packed = quant.bits == 4 or exact is found[2]  # 8 bits are dequantized, an int8 head is not
+        assert (1e-4 < off < 0.1) if packed else off == 0

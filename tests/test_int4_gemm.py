@@ -161,3 +161,23 @@ def test_an_int8_weight_dequantizes_to_its_levels_times_its_scales() -> None:
     weight = quantize_int8(torch.randn(1500, 64, generator=torch.Generator().manual_seed(0)))
     error = (pack_for_cpu(weight).dequantize() - weight.dequantize()).abs().max()
     assert error <= 2**-22 * weight.dequantize().abs().max()  # high and low half are each rounded, then their sum
+
+
+def rounded_in_blocks(x: Tensor, block: int) -> Tensor:
+    """x float64 with every block of channels rounded to 255 levels of its largest."""
+    blocks = x.double().unflatten(-1, (-1, block))
+    scales = blocks.abs().amax(-1, keepdim=True) / 127
+    return ((blocks / scales).round() * scales).flatten(-2)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize(("shape", "block"), [((256, 40, 64), 64), ((384, 264, 128), 128), ((4096, 24, -1), 128)])
+def test_activations_in_int8_are_rounded_in_blocks_and_nothing_else_is(
+    shape: tuple[int, int, int], block: int, sym: bool, rows: int
+) -> None:
+    unpacked, formula = make_weight(*shape, sym=sym, desc_act=False)
+    x = torch.randn(rows, shape[0], generator=torch.Generator().manual_seed(2))
+    y = int4_gemm(x, pack_for_cpu(unpacked, "int8"))
+    assert relative_error(y, rounded_in_blocks(x, block) @ formula.T) < 1e-3  # a tie may go either way
+    assert 1e-3 < relative_error(y, x.double() @ formula.T) < 1.5e-2

@@ -1,13 +1,14 @@
 """The device a model runs on: whether it exists and whether the kernels run on it, checked before anything is read."""
 
 import os
+import platform
 from dataclasses import dataclass
 
 import torch
 
 from qvl_edge.cards import family_of
 from qvl_edge.errors import ConfigError
-from qvl_edge.machine import nvidia_smi
+from qvl_edge.machine import cpu_name, nvidia_smi
 from qvl_edge.memory import device_memory
 
 CAPABILITY = (7, 5)  # least of the kernels: they are compiled and checked from sm_75 on (docs/kernels.md)
@@ -44,6 +45,15 @@ def find_device(name: str, *, option: str = "device", kernels: bool = True) -> t
         raise ConfigError(f"{option} is '{device}', but torch sees {count} CUDA device{'s' * (count > 1)}; use {known}")
     _check_card(device, option, kernels)
     return device
+
+
+def check_cpu() -> None:
+    """ConfigError if the CPU lacks what onnxruntime's kernels for 4 bits are made for; on ARM there is always NEON."""
+    if platform.machine() in ("x86_64", "AMD64") and not torch.cpu._is_avx2_supported():
+        raise ConfigError(
+            f"{cpu_name()} has no AVX2, which products with packed weights need; use a CPU that has it (2013 and "
+            "later), or the float checkpoint without --head int8"
+        )
 
 
 def _check_card(device: torch.device, option: str, kernels: bool) -> None:

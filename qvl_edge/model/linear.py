@@ -6,6 +6,7 @@ from qvl_edge.config import Config
 
 try:
     from kernels import (
+        Activations,
         CpuWeight,
         Int4Weight,
         Int8Weight,
@@ -24,9 +25,9 @@ except ImportError as error:  # the Hugging Face package `kernels` shadows ours 
     ) from error
 
 
-def packed(weight: Int4Weight | Int8Weight) -> CpuWeight | TritonWeight:
-    """In the order of the backend that its device takes."""
-    return pack_for_cpu(weight) if weight.device.type == "cpu" else pack_for_triton(weight)
+def packed(weight: Int4Weight | Int8Weight, activations: Activations = "float") -> CpuWeight | TritonWeight:
+    """In the order of the backend that its device takes. activations: of a product on a CPU."""
+    return pack_for_cpu(weight, activations) if weight.device.type == "cpu" else pack_for_triton(weight)
 
 
 class Int4Linear(nn.Module):
@@ -53,10 +54,10 @@ class Int4Linear(nn.Module):
 class Int8Linear(nn.Module):
     """lm_head in int8, one scale a row; its logits are float32."""
 
-    def __init__(self, weight: Int8Weight):
+    def __init__(self, weight: Int8Weight, activations: Activations = "float"):
         super().__init__()
         self.in_features, self.out_features = weight.in_features, weight.out_features
-        self.weight = packed(weight)
+        self.weight = packed(weight, activations)
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., in_features) -> (..., out_features) float32."""

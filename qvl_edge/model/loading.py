@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels import Int4Weight, Int8Weight, TritonWeight, dequantize_gptq, pack_for_triton, quantize_int8
+from kernels import Activations, Int4Weight, Int8Weight, TritonWeight, dequantize_gptq, pack_for_triton, quantize_int8
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
@@ -194,15 +194,16 @@ def load_decoder(
     head: Head = "float16",
     embeddings: Embeddings = "device",
     on_bytes: OnBytes | None = None,
+    activations: Activations = "float",
 ) -> QWenLMHeadModel:
-    """The decoder with its weights in `dtype` (int4 layers stay int4), ready to run."""
+    """The decoder with its weights in `dtype` (int4 layers stay int4); activations: see pack_for_cpu."""
     check_tensors(checkpoint, visual=False)
     read = _Reader(checkpoint, dtype, device, on_bytes)
     with torch.device("meta"):
         model = QWenLMHeadModel(checkpoint.config)
     lm_head = read.head(head)  # first, as quantizing it takes more than it keeps
     if isinstance(lm_head, Int8Weight):
-        model.lm_head = Int8Linear(lm_head)
+        model.lm_head = Int8Linear(lm_head, activations)
     else:
         _set(model.lm_head, "weight", lm_head)
     del lm_head  # 0.6 GB of levels that have been packed
@@ -211,7 +212,7 @@ def load_decoder(
     for name, module in model.named_modules():
         if isinstance(module, Int4Linear):
             weight, module.bias = read.int4(name)
-            module.weight = packed(weight)
+            module.weight = packed(weight, activations)
             del weight  # before its pages are released
             read.done_gptq(name)
             continue
