@@ -16,7 +16,7 @@ TWO := -n 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: demo quick test check fix test-interop test-gptqmodel clean
 
-demo: .venv/ready
+demo: .venv/demo
 	$(BIN)/qvl-edge demo
 
 quick: .venv/ready
@@ -43,10 +43,21 @@ test-gptqmodel: .venv-gptqmodel/ready
 clean:
 	rm -rf .venv .venv-interop .venv-gptqmodel demo-output build dist *.egg-info
 
-# torch first and alone: it is the one package whose newest version must not be taken, not even to build another one
-.venv/ready: setup.py constraints.txt
+# Without an NVIDIA driver torch comes from its own index of CPU builds: PyPI's pulls 3 GB of CUDA along on Linux. An index
+# that cannot be reached is passed over. torch goes first and alone: its newest version must not be taken, not even to build.
+CPU_TORCH := $(shell command -v nvidia-smi >/dev/null || \
+	echo --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
+
+.venv/demo: setup.py constraints.txt
+	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
+		sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, {v} was found; make PYTHON=python3.12 …")'
+	@echo "installing torch $(if $(CPU_TORCH),for the CPU: about 300 MB to download,with CUDA: about 3 GB to download)"
 	$(PYTHON) -m venv .venv || (echo "python3 needs its venv module: apt-get install python3-venv" && false)
-	$(BIN)/pip install --quiet --disable-pip-version-check "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(CPU_TORCH) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,quantize,export]'
+	touch $@
+
+.venv/ready: .venv/demo
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,quantize,export,dev]'
 	touch $@
 

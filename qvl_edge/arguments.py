@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from os import PathLike
 from typing import Any, Literal, TypedDict
 
-from qvl_edge.options import Dtype, Embeddings, Head, KVType, Source
+from qvl_edge.options import Activations, Dtype, Embeddings, Head, KVType, Source
 
 
 class LoadArguments(TypedDict, total=False):
@@ -18,6 +18,8 @@ class LoadArguments(TypedDict, total=False):
     max_memory: str | int | None
     kv_cache: KVType | None
     head: Head | None
+    activations: Activations
+    threads: int | None
     embeddings: Embeddings
     vision_device: str | None
     release_vision: bool

@@ -117,3 +117,12 @@ with Runtime.from_pretrained("BUNDLE", device="cpu", kv_cache="int8") as runtime
     done = subprocess.run(check, capture_output=True, text=True, cwd=Path(qvl_edge.__file__).parent.parent)
     wrong = {int(line) for line in re.findall(r"script\.py:(\d+): error", done.stdout)}
     assert wrong == {7, 8, 9}, done.stdout
+
+
+@pytest.mark.slow
+def test_the_picture_of_the_readme_is_what_the_model_answers_today(vit_cache: Path) -> None:
+    from benchmarks.pictures import IMAGES, draw
+
+    with Runtime.from_pretrained(SMALL_MODEL, device="cpu", cache_dir=str(vit_cache)) as runtime:
+        made = draw(runtime)
+    assert made.tobytes() == Image.open(IMAGES / "answer.png").convert("RGB").tobytes()

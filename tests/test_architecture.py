@@ -29,8 +29,7 @@ NEVER = {
 LAYERS = (
     ("commands", "server", "evaluate", "__main__", "compat"),
     ("bench",),
-    ("runtime",),
-    ("batch",),
+    ("runtime", "batch"),
     ("vit_cache", "hub", "labels", "answer", "engine", "demo", "doctor"),
     ("model", "text", "vision"),
     ("bundle", "checkpoint", "lora", "shards"),

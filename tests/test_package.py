@@ -92,3 +92,5 @@ raise SystemExit(main(["demo", "--scenes", "1"]))
     output = run(installed, "python", "-c", code)
     assert "answers are exact" in output and str(installed) in output  # the checkpoint of the wheel
     assert (installed.parent / "demo-output/bundle/vit.onnx").is_file()
+    sheet = (installed.parent / "demo-output/index.html").read_text(encoding="utf-8")
+    assert 'src="scene-1.png"' in sheet and "<dt>" in sheet and "vision tower" in sheet and "index.html" in output

@@ -1,6 +1,7 @@
 """The main job on the small model that ships: quantize to int4, export the vision tower, answer about pictures."""
 
 import argparse
+import html
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -56,9 +57,12 @@ def execute(args: argparse.Namespace) -> int:
     _heading("4. The vision tower as ONNX")
     _command("export.vit", str(checkpoint), str(bundle))
     _heading("5. Memory, part by part")
-    _memory_table(checkpoint, bundle)
+    memory = _memory_table(checkpoint, bundle)
+    print(memory)
     _heading("6. Answers about pictures it has never seen")
-    _answers(bundle, output, args.scenes)
+    sheet = output / "index.html"
+    sheet.write_text(_page(memory, _answers(bundle, output, args.scenes)), encoding="utf-8")
+    print(f"All of it on one page: {sheet.absolute().as_uri()}")
     _heading(f"Done in {time.perf_counter() - began:.0f} s. With a real checkpoint:")
     print(
         "  python -m quantize.gptq Qwen-VL-Chat BUNDLE --calibration conversations.json\n"
@@ -118,16 +122,30 @@ def _describe(path: Path) -> None:
     )
 
 
-def _memory_table(source: Path, bundle: Path) -> None:
+def _memory_table(source: Path, bundle: Path) -> str:
     from qvl_edge.bundle import VIT, VIT_DATA
     from qvl_edge.checkpoint import Checkpoint
 
     before, after = _parts(Checkpoint(source)), _parts(Checkpoint(bundle))
     after["vision tower"] = sum((bundle / name).stat().st_size for name in (VIT, VIT_DATA))
-    print(f"{'':16}{'float16':>12}{'bundle':>12}")
-    for part in before:
-        print(f"{part:16}{before[part] / 1e6:9.2f} MB{after[part] / 1e6:9.2f} MB")
-    print(f"{'total':16}{sum(before.values()) / 1e6:9.2f} MB{sum(after.values()) / 1e6:9.2f} MB")
+    rows = [(part, before[part], after[part]) for part in before]
+    rows.append(("total", sum(before.values()), sum(after.values())))
+    lines = [f"{part:16}{old / 1e6:9.2f} MB{new / 1e6:9.2f} MB" for part, old, new in rows]
+    return "\n".join([f"{'':16}{'float16':>12}{'bundle':>12}", *lines])
+
+
+def _page(memory: str, scenes: list[tuple[str, list[tuple[str, str]]]]) -> str:
+    """The sheet: each picture with its questions and answers, and the memory table. It needs no other file but them."""
+    figures = []
+    for picture, asked in scenes:
+        rows = "".join(f"<dt>{html.escape(question)}</dt><dd>{html.escape(said)}</dd>" for question, said in asked)
+        figures.append(f'<section><img src="{picture}" alt="{picture}" width="448"><dl>{rows}</dl></section>')
+    return (
+        '<!doctype html><html lang="en"><meta charset="utf-8"><title>qvl-edge demo</title>'
+        "<style>body{font:16px/1.5 system-ui;margin:2rem auto;max-width:60rem;color-scheme:light dark}"
+        "section{display:flex;flex-wrap:wrap;gap:1.5rem;margin:1.5rem 0}dt{font-weight:600}img{max-width:100%}</style>"
+        f"<h1>qvl-edge demo</h1><pre>{html.escape(memory)}</pre>{''.join(figures)}</html>\n"
+    )
 
 
 def _questions(scene: "Scene", index: int) -> list["Question"]:
@@ -142,7 +160,8 @@ def _questions(scene: "Scene", index: int) -> list["Question"]:
     return [question for question in asked if question is not None]
 
 
-def _answers(bundle: Path, output: Path, count: int) -> None:
+def _answers(bundle: Path, output: Path, count: int) -> list[tuple[str, list[tuple[str, str]]]]:
+    """Ask, print and draw; (file of the picture, its questions and answers) of each scene."""
     from qvl_edge.demo.scenes import make_scene
     from qvl_edge.runtime import Runtime
     from qvl_edge.text.boxes import Box
@@ -150,14 +169,16 @@ def _answers(bundle: Path, output: Path, count: int) -> None:
 
     runtime = Runtime.from_pretrained(bundle)
     exact: list[bool] = []
+    scenes: list[tuple[str, list[tuple[str, str]]]] = []
     for index in range(count):
         scene = make_scene(FIRST_SCENE + index)
-        picture, boxes = output / f"scene-{index + 1}.png", list[Box]()
+        picture, boxes, asked = output / f"scene-{index + 1}.png", list[Box](), list[tuple[str, str]]()
         print(f"\nscene {index + 1}")
         for question in _questions(scene, index):
             answer = runtime.ask(scene.image, question.text, do_sample=False)
             exact.append(answer.text == question.answer)
             boxes += answer.boxes
+            asked.append((question.text, answer.plain_text))
             note = "" if exact[-1] else f"   (exact answer: {question.answer})"
             print(f"  {question.text}\n    {answer.text}{note}")
             timing, cached = answer.timing, " (cached)" if answer.usage.cached_images else ""
@@ -166,9 +187,11 @@ def _answers(bundle: Path, output: Path, count: int) -> None:
                 f"image {timing.image_s * 1000:.0f} ms{cached}"
             )
         draw_boxes(scene.image, list(dict.fromkeys(boxes))).save(picture)
+        scenes.append((picture.name, asked))
         print(f"  picture with boxes: {picture}")
     exact += _two_pictures(runtime)
     print(f"\n{sum(exact)} of {len(exact)} answers are exact to the letter.")
+    return scenes
 
 
 def _two_pictures(runtime: "Runtime") -> list[bool]:

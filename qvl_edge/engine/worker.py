@@ -1,7 +1,7 @@
 """Worker: an Engine on threads of its own, for callers on an event loop or on other threads.
 
-PREPARERS threads prepare requests (they tokenize, compile schemas, encode images), so that one whose schema takes
-seconds delays nobody else, while another steps the engine.
+PREPARERS threads prepare requests (they tokenize, and encode images), as many prepare those with a schema, whose
+compilation may take seconds, so that these delay nobody else; another steps the engine.
 """
 
 import asyncio
@@ -20,7 +20,7 @@ from qvl_edge.errors import QueueFull, Stopped
 if TYPE_CHECKING:
     from qvl_edge.text.tokenizer import Tokenizer
 
-PREPARERS = 4
+PREPARERS = 2
 PREFETCH = 2  # prepared requests that may wait for a slot: their image features are in memory
 
 
@@ -44,13 +44,16 @@ class Worker:
     def __init__(self, runtime: Model, *, max_waiting: int = 32, time_limit_s: float = 300.0):
         self.runtime, self._engine = runtime, runtime.engine
         self._max_waiting, self._time_limit_s = max_waiting, time_limit_s
-        self._submitted: queue.SimpleQueue[Request | None] = queue.SimpleQueue()
+        self._submitted, self._with_schema = queue.SimpleQueue[Request | None](), queue.SimpleQueue[Request | None]()
         self._unprepared = 0
         self._changed = threading.Condition()
         self._closed = False
+        preparing = [
+            functools.partial(self._prepare, each) for each in (self._submitted, self._with_schema)
+        ] * PREPARERS
         self._threads = [
             threading.Thread(target=work, name=f"qvl-edge-{name}", daemon=True)
-            for name, work in (*[("prepare", self._prepare)] * PREPARERS, ("decode", self._decode))
+            for name, work in (*[("prepare", work) for work in preparing], ("decode", self._decode))
         ]
         for thread in self._threads:
             thread.start()
@@ -92,7 +95,8 @@ class Worker:
             for index, request in enumerate(requests):
                 request.notify = functools.partial(notify, index)
                 request.time_limit_s = min(request.time_limit_s, self._time_limit_s)
-                self._submitted.put(request)
+                constrained = request.generation.get("response_format") is not None
+                (self._with_schema if constrained else self._submitted).put(request)
 
     async def stream(
         self, requests: Sequence[Request], *, whole: bool = False
@@ -138,11 +142,12 @@ class Worker:
             self._changed.notify_all()
         for _ in range(PREPARERS):
             self._submitted.put(None)
+            self._with_schema.put(None)
         for thread in self._threads:
             thread.join()
 
-    def _prepare(self) -> None:
-        while (request := self._submitted.get()) is not None:
+    def _prepare(self, submitted: "queue.SimpleQueue[Request | None]") -> None:
+        while (request := submitted.get()) is not None:
             error = self._error_in_preparing(request)
             with self._changed:
                 self._unprepared -= 1

@@ -34,7 +34,7 @@ UVICORN: dict[str, Any] = {
 }
 MAX_HEAD_BYTES, MAX_HEADERS = 32 << 10, 100
 HEAD_S = 10.0  # for the request line and the headers, from the connection or from their first byte
-WRITE_S = 30.0  # for a client that does not read, until what is buffered for it has shrunk
+WRITE_S = 60.0  # that an answer may wait in all for a client that reads slowly or not at all
 LINGER_S = 2.0  # what a refused client still sends is read for so long: else a reset would take the refusal from it
 FREE_PIECES, PIECE_BYTES = 1000, 64  # a body in more pieces than these, of fewer bytes on average, only takes time
 
@@ -109,6 +109,7 @@ class Connection(H11Protocol):
         self.gate = connections
         self.address, self.since = "", time.monotonic()
         self.leaving = False
+        self._write_left, self._paused = WRITE_S, 0.0
         self._timers: dict[str, asyncio.TimerHandle] = {}
 
     @property
@@ -144,7 +145,7 @@ class Connection(H11Protocol):
 
     def on_response_complete(self) -> None:
         """See H11Protocol."""
-        self.since = time.monotonic()
+        self.since, self._write_left = time.monotonic(), WRITE_S
         super().on_response_complete()
         if self.conn.their_state is h11.IDLE and self.conn.trailing_data[0]:  # the next head has begun
             self._unset_keepalive_if_required()
@@ -159,11 +160,13 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
         super().pause_writing()
-        self._within("write", WRITE_S, self.transport.abort)
+        self._paused = self.loop.time()
+        self._within("write", max(self._write_left, 0.0), self.transport.abort)
 
     def resume_writing(self) -> None:
         """See asyncio.Protocol."""
         self._stop("write")
+        self._write_left -= self.loop.time() - self._paused
         super().resume_writing()
 
     def _late(self) -> None:

@@ -241,7 +241,8 @@ class Bodies:
             del self.held[largest]
             largest.put_out = True
             assert largest.reading is not None
-            largest.reading.reschedule(0)  # now
+            with contextlib.suppress(RuntimeError):  # its time is over already
+                largest.reading.reschedule(0)  # now
 
 
 async def read_body(request: Request, limit: int, bodies: Bodies | None = None, body: Body | None = None) -> bytes:

@@ -228,7 +228,7 @@ def test_a_server_with_a_key_asks_for_it_and_keeps_it_for_the_tab_only(page) -> 
         page.reload()
         shows(page, "#model", "small")
         assert "sesame" not in page.evaluate("JSON.stringify(localStorage)")
-        assert page.locator(".answer").count() == 0  # a reload begins anew
+        shows(page, ".said", "hello")  # the conversation stays, the key of another tab does not
 
 
 def test_settings_language_and_theme_survive_a_reload(page) -> None:
@@ -311,6 +311,73 @@ def test_the_conversation_and_the_picture_with_its_frames_are_saved(page, server
     picture = Image.open(saved.value.path()).convert("RGB")
     x1, y1, x2, y2 = box["pixels"]
     assert picture.size == (640, 400) and picture.getpixel((x2, (y1 + y2) // 2)) == FIRST_COLOUR
+
+
+def test_a_phone_photo_is_sent_small_and_the_seventeenth_picture_drops_the_oldest_turn(page, tmp_path: Path) -> None:
+    photo = tmp_path / "photo.jpg"
+    Image.effect_noise((4032, 3024), 90).convert("RGB").save(photo)
+    engine, bodies = ScriptedWorker("fine"), list[int]()
+    with serving(engine) as server:
+        visit(page, server)
+        page.on("request", lambda sent: bodies.append(len(sent.post_data or "")))
+        ask(page, "a", *[photo] * 9)
+        page.wait_for_selector(DONE)
+        ask(page, "b", *[photo] * 9)
+        page.wait_for_selector(f"{DONE} >> nth=1")
+        assert page.locator(".answer .problem").count() == 0
+    first, second = (sum("image" in element for element in request.messages[-1].content) for request in engine.requests)
+    assert (first, second) == (9, 9) and [len(request.messages) for request in engine.requests] == [1, 1]
+    assert max(bodies) < 9 * 2_500_000  # of noise, the worst case; nine as they are have 60 MB
+    assert engine.requests[0].messages[0].content[0]["image"].frame.size == (1600, 1200)
+
+
+def test_a_broken_off_answer_is_marked_and_is_no_history(page) -> None:
+    gate = Gate()
+    engine = ScriptedWorker("half ", "whole", before=gate)
+    with serving(engine) as server:
+        visit(page, server)
+        ask(page, "one")
+        shows(page, ".said", "half ")
+        page.click("#stop")
+        page.wait_for_selector(DONE)
+        assert "broken off" in page.locator(".tools").text_content()
+        gate.opened.set()
+        ask(page, "two")
+        shows(page, ".said >> nth=1", "half whole")
+        page.wait_for_selector(f"{DONE} >> nth=1")
+    assert [message.content for message in engine.requests[1].messages] == [[{"text": "two"}]] or (
+        len(engine.requests[1].messages) == 1
+    )
+
+
+def test_boxes_move_to_the_picture_they_belong_to_and_a_reload_keeps_all(page, files) -> None:
+    with serving(ScriptedWorker("<ref>it</ref><box>(100,100),(500,500)</box>")) as server:
+        visit(page, server)
+        ask(page, "q", *files[:2])
+        page.wait_for_selector(DONE)
+        assert "Picture 2: scene1.png" in page.locator("figcaption").text_content()
+        page.click(".move")
+        assert "Picture 1: scene0.png" in page.locator("figcaption").text_content()
+        check_frames(page, [{"pixels": (64, 40, 320, 200)}], (640, 400))
+        page.reload()
+        shows(page, ".phrase", "it")
+        check_frames(page, [{"pixels": (64, 40, 320, 200)}], (640, 400))
+        page.click(".edit")
+        assert page.locator(".answer").count() == 0 and page.input_value("#question") == "q"
+        assert page.locator("#pictures img").count() == 2
+
+
+def test_a_dropped_file_of_another_kind_is_named(page) -> None:
+    with serving(ScriptedWorker("x")) as server:
+        visit(page, server)
+        page.evaluate(
+            """() => {
+                const dataTransfer = new DataTransfer();
+                dataTransfer.items.add(new File(["x"], "paper.pdf", { type: "application/pdf" }));
+                dispatchEvent(new DragEvent("drop", { dataTransfer, cancelable: true }));
+            }"""
+        )
+        shows(page, "#status", "paper.pdf is not a picture that can be shown in this browser; save it as JPEG or PNG.")
 
 
 @pytest.mark.parametrize("width", [320, 390, 1000])

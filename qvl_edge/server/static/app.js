@@ -10,7 +10,7 @@ const WORDS = {
     drop: "Drop the pictures here", settingsMore: "Empty fields are the model's own settings.", system: "System message", temperature: "Temperature (0: greedy)",
     penalty: "Repetition penalty", tokens: "Longest answer (tokens)", seed: "Seed", key: "API key (kept until this tab closes)", keyNeeded: "This server needs an API key.", done: "Done",
     you: "You", answer: "Answer", copy: "Copy", copied: "Copied", again: "Regenerate", save: "Save picture", remove: "Remove", picture: "Picture", box: "box",
-    stopped: "stopped", cut: "cut at the token limit", noPicture: "is not a picture that can be shown in this browser; save it as JPEG or PNG.", tokensWord: "tokens", perSecond: "tokens/s", first: "first after", thinking: "Answering …", ready: "Answer complete", offline: "The server cannot be reached.", ended: "The answer ended early.",
+    stopped: "stopped", cut: "cut at the token limit", noPicture: "is not a picture that can be shown in this browser; save it as JPEG or PNG.", tokensWord: "tokens", perSecond: "tokens/s", first: "first after", thinking: "Answering …", ready: "Answer complete", edit: "Edit", move: "Boxes to the next picture", copyBoxes: "Copy boxes", broken: "broken off: later questions do not see it", dropped: "The oldest turns were left out: one request has at most 16 pictures.", offline: "The server cannot be reached.", ended: "The answer ended early.",
   },
   zh: {
     skip: "跳到问题", theme: "浅色或深色", export: "导出", clear: "清空", settings: "设置",
@@ -20,7 +20,7 @@ const WORDS = {
     drop: "把图片拖到这里", settingsMore: "留空则使用模型自己的设置。", system: "系统消息", temperature: "温度（0 为贪心）",
     penalty: "重复惩罚", tokens: "回答最大长度（token）", seed: "随机种子", key: "API 密钥（关闭标签页即清除）", keyNeeded: "本服务器需要 API 密钥。", done: "完成",
     you: "您", answer: "回答", copy: "复制", copied: "已复制", again: "重新生成", save: "保存图片", remove: "移除", picture: "图片", box: "框",
-    stopped: "已停止", cut: "达到长度上限", noPicture: "不是本浏览器能显示的图片，请另存为 JPEG 或 PNG。", tokensWord: "token", perSecond: "token/秒", first: "首字", thinking: "正在回答……", ready: "回答完成", offline: "无法连接服务器。", ended: "回答提前中断。",
+    stopped: "已停止", cut: "达到长度上限", noPicture: "不是本浏览器能显示的图片，请另存为 JPEG 或 PNG。", tokensWord: "token", perSecond: "token/秒", first: "首字", thinking: "正在回答……", ready: "回答完成", edit: "编辑", move: "框移到下一张图", copyBoxes: "复制框", broken: "未完成：后续提问不包含它", dropped: "已略去最早的几轮：每次请求最多 16 张图片。", offline: "无法连接服务器。", ended: "回答提前中断。",
   },
 };
 // as qvl_edge/text/draw.py, so that the page and `--draw` colour alike
@@ -111,9 +111,14 @@ function userMessage(turn) {
   return { role: "user", content: [...images, ...(turn.text ? [{ type: "text", text: turn.text }] : [])] };
 }
 
+// An answer that was stopped or that failed is shown, and is no part of what the model sees next.
+function complete(turn) { return Boolean(turn.answer?.text && !turn.answer.problem && turn.answer.finish !== "stopped" && turn.answer.finish); }
+
 function conversation(turn) {
   const { system } = settings();
-  const earlier = turns.slice(0, turns.indexOf(turn)).filter((one) => one.answer?.text);
+  const earlier = turns.slice(0, turns.indexOf(turn)).filter(complete);
+  const pictures = () => [...earlier, turn].reduce((sum, one) => sum + one.images.length, 0);
+  while (earlier.length && pictures() > MOST_IMAGES) { earlier.shift(); say(t("dropped")); }
   turn.sent = [...earlier, turn].flatMap((one) => one.images);
   return [
     ...(system ? [{ role: "system", content: system }] : []),
@@ -137,9 +142,9 @@ async function answer(turn) {
     const response = await fetch("/v1/chat/completions", { method: "POST", headers: headers(), body: JSON.stringify(body), signal: running.signal });
     if (response.status === 401) askForKey();
     if (!response.ok) throw new Error(await problemOf(response));
-    let complete = false;
+    let ended = false;
     for await (const data of events(response)) {
-      if (data === "[DONE]") { complete = true; break; }
+      if (data === "[DONE]") { ended = true; break; }
       const chunk = JSON.parse(data);
       if (chunk.error) throw new Error(chunk.error.message);
       if (chunk.usage) said.usage = chunk.usage;
@@ -154,7 +159,7 @@ async function answer(turn) {
         if (delta.boxes) said.boxes = delta.boxes;
       }
     }
-    if (!complete) throw new Error(t("ended"));
+    if (!ended) throw new Error(t("ended"));
     say(t("ready"));
   } catch (error) {
     if (error.name === "AbortError") { said.finish = "stopped"; say(t("stopped")); }
@@ -167,6 +172,7 @@ async function answer(turn) {
   said.text = said.text.trim();
   running = null;
   show();
+  keep();
 }
 
 function send() {
@@ -179,6 +185,43 @@ function send() {
   fit();
   showPending();
   answer(turn);
+}
+
+// The last question goes back to where it was written, with its pictures; its answer goes.
+function edit(turn) {
+  turns.pop();
+  pending = turn.images;
+  question.value = turn.text;
+  fit();
+  showPending();
+  show();
+  keep();
+  question.focus();
+}
+
+// ---------------------------------------------------------------- keeping
+
+// The conversation stays in this browser, pictures too, which are too large for localStorage.
+function storage(mode, act) {
+  return new Promise((resolve, reject) => {
+    const opening = indexedDB.open("qvl-edge", 1);
+    opening.onupgradeneeded = () => opening.result.createObjectStore("kept");
+    opening.onerror = () => reject(opening.error);
+    opening.onsuccess = () => {
+      const request = act(opening.result.transaction("kept", mode).objectStore("kept"));
+      request.onsuccess = () => { resolve(request.result); opening.result.close(); };
+      request.onerror = () => reject(request.error);
+    };
+  });
+}
+
+function keep() { return storage("readwrite", (store) => store.put(turns, "turns")).catch(() => {}); } // a private window has none
+
+async function restore() {
+  const kept = await storage("readonly", (store) => store.get("turns")).catch(() => null);
+  if (!kept?.length || turns.length) return;
+  for (const turn of kept) turns.push({ ...turn, sent: turn.sent ?? [] });
+  show();
 }
 
 // ---------------------------------------------------------------- showing
@@ -283,11 +326,26 @@ function card(turn) {
   for (const index of [...new Set(said.boxes.map((box) => box.image))]) {
     const image = turn.sent[index], boxes = said.boxes.filter((box) => box.image === index);
     if (!image) continue;
-    made.append(picture(image, boxes, made, palette));
+    const figure = picture(image, boxes, made, palette);
+    if (turn.sent.length > 1) figure.append(element("figcaption", { className: "quiet" }, `${t("picture")} ${index + 1}: ${image.name} `, button("move", () => moveBoxes(turn, index), "move")));
+    made.append(figure);
     saves.push(button("save", () => savePicture(image, boxes, palette), "save"));
   }
   if (!live) made.append(tools(turn, saves));
   return made;
+}
+
+// The model does not say which picture it means, and the latest one is taken; a reader may know better.
+function moveBoxes(turn, index) {
+  const next = (index + 1) % turn.sent.length, { width, height } = turn.sent[next];
+  const scaled = (x, y) => [Math.floor((x / 1000) * width), Math.floor((y / 1000) * height)];
+  for (const box of turn.answer.boxes.filter((one) => one.image === index)) {
+    const [x1, y1, x2, y2] = box.corners;
+    Object.assign(box, { image: next, pixels: [...scaled(x1, y1), ...scaled(x2, y2)] });
+    if (box.quad) box.quad_pixels = box.quad.map(([x, y]) => scaled(x, y));
+  }
+  show();
+  keep();
 }
 
 function tools(turn, saves) {
@@ -298,12 +356,17 @@ function tools(turn, saves) {
     bar.append(copy);
   }
   if (turn === turns.at(-1)) bar.append(button("again", () => running || answer(turn), "again"));
+  if (said.boxes.length) {
+    const copy = button("copyBoxes", async () => { await navigator.clipboard.writeText(JSON.stringify(said.boxes)); copy.textContent = t("copied"); });
+    bar.append(copy);
+  }
   bar.append(...saves);
   const facts = [];
   if (said.usage) facts.push(`${said.usage.completion_tokens} ${t("tokensWord")}`);
   if (said.rate) facts.push(`${said.rate.toFixed(said.rate < 10 ? 1 : 0)} ${t("perSecond")}`);
   if (said.first !== null) facts.push(`${t("first")} ${said.first.toFixed(2)} s`);
   if (said.finish === "stopped") facts.push(t("stopped"));
+  if (said.text && !complete(turn)) facts.push(t("broken"));
   if (said.finish === "length") facts.push(t("cut"));
   bar.append(element("span", { className: "quiet", textContent: facts.join(" · ") }));
   return bar;
@@ -315,6 +378,7 @@ function show() {
     const thumbs = turn.images.map((image, index) => element("img", { src: image.url, alt: `${t("picture")} ${index + 1}: ${image.name}` }));
     const asked = element("article", { className: "asked" }, element("div", { className: "thumbs" }, ...thumbs), element("p", { textContent: turn.text }));
     asked.setAttribute("aria-label", t("you"));
+    if (turn === turns.at(-1) && !running) asked.append(button("edit", () => edit(turn), "edit"));
     return turn.answer ? [asked, card(turn)] : [asked];
   }));
   $("welcome").hidden = turns.length > 0;
@@ -343,8 +407,9 @@ function say(text, problem = false) {
 
 // ---------------------------------------------------------------- pictures
 
-const MOST_PIXELS = 16e6; // of a canvas in Safari
-const LOSSLESS_PIXELS = 2e6; // beyond, a photo is sent as JPEG: as PNG it would take ten times as long
+const MOST_SIDE = 1600; // the model sees 448 x 448; a phone's photo as it is would fill a request by the fifth question
+const MOST_IMAGES = 16; // of a request, as --max-images has it by default
+const LOSSLESS_PIXELS = 5e5; // beyond, a picture is sent as JPEG: as PNG it would take ten times as long
 
 // What the browser shows is what the model gets: any format that this browser reads, turned as it is shown, the first
 // frame, over white. Boxes then fit the picture on the page, and metadata such as the place of a photo stays here.
@@ -355,7 +420,7 @@ async function drawn(file) {
     shown.src = source;
     await shown.decode();
     const across = shown.naturalWidth || 1024, down = shown.naturalHeight || 1024; // a drawing may have no size
-    const scale = Math.min(1, Math.sqrt(MOST_PIXELS / (across * down)));
+    const scale = Math.min(1, MOST_SIDE / Math.max(across, down));
     const width = Math.max(1, Math.floor(across * scale)), height = Math.max(1, Math.floor(down * scale));
     const canvas = element("canvas", { width, height });
     const pen = canvas.getContext("2d", { alpha: false });
@@ -396,6 +461,13 @@ function imagesOf(transfer) {
   return files.filter((file) => file.type.startsWith("image/") || (!file.type && /\.[a-z0-9]+$/i.test(file.name)));
 }
 
+async function dropped(transfer) {
+  const images = imagesOf(transfer);
+  const others = [...transfer.files].filter((file) => !images.includes(file)).map((file) => file.name);
+  await add(images);
+  if (others.length) say(`${others.join(", ")} ${t("noPicture")}`, true);
+}
+
 // ---------------------------------------------------------------- export
 
 function download(name, blob) {
@@ -407,9 +479,9 @@ function download(name, blob) {
 // The messages are as the API takes them, so the file can be sent to a server again.
 function exportConversation() {
   const { system, ...sampling } = settings();
-  const messages = turns.flatMap((turn) => [
+  const messages = turns.filter((turn) => complete(turn) || turn === turns.at(-1)).flatMap((turn) => [
     userMessage(turn),
-    ...(turn.answer?.text ? [{ role: "assistant", content: turn.answer.text, boxes: turn.answer.boxes }] : []),
+    ...(complete(turn) ? [{ role: "assistant", content: turn.answer.text, boxes: turn.answer.boxes }] : []),
   ]);
   if (system) messages.unshift({ role: "system", content: system });
   const whole = { model: model?.id, exported: new Date().toISOString(), sampling, messages };
@@ -477,7 +549,7 @@ question.addEventListener("keydown", (event) => {
 });
 addEventListener("keydown", (event) => { if (event.key === "Escape" && !panel.open) running?.abort(); });
 $("stop").onclick = () => running?.abort();
-$("clear").onclick = () => { turns.length = 0; say(""); show(); question.focus(); };
+$("clear").onclick = () => { turns.length = 0; say(""); show(); keep(); question.focus(); };
 $("export").onclick = exportConversation;
 $("language").onclick = () => { language = language === "zh" ? "en" : "zh"; store("language", language); speak(); };
 $("theme").onclick = () => { store("theme", document.documentElement.dataset.theme === "dark" ? "light" : "dark"); applyTheme(); };
@@ -494,11 +566,12 @@ $("files").addEventListener("change", (event) => { add([...event.target.files]);
 addEventListener("paste", (event) => { const files = imagesOf(event.clipboardData); if (files.length) { event.preventDefault(); add(files); } });
 addEventListener("dragover", (event) => { event.preventDefault(); $("drop").hidden = false; });
 addEventListener("dragleave", (event) => { if (!event.relatedTarget) $("drop").hidden = true; });
-addEventListener("drop", (event) => { event.preventDefault(); $("drop").hidden = true; add(imagesOf(event.dataTransfer)); });
+addEventListener("drop", (event) => { event.preventDefault(); $("drop").hidden = true; dropped(event.dataTransfer); });
 
 const kept = JSON.parse(stored("settings") ?? "{}");
 for (const field of panel.querySelectorAll("[name]")) field.value = kept[field.name] ?? "";
 $("key").value = sessionStorage.getItem("qvl-edge.key") ?? "";
 applyTheme();
 speak();
+restore();
 findModel();

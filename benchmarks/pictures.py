@@ -1,0 +1,90 @@
+"""The pictures of the README, from the small model that ships: python -m benchmarks.pictures [--page]
+
+docs/images/answer.png is an answer with its boxes; a test makes it again and compares. With --page, page.png is the
+server's page with the same question, in Chromium (apt-get install chromium; playwright is among the test tools).
+"""
+
+import argparse
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+from PIL import Image
+
+from qvl_edge import Runtime
+from qvl_edge.demo import SMALL_MODEL
+from qvl_edge.demo.scenes import make_scene
+
+IMAGES = Path(__file__).parent.parent / "docs/images"
+SCENE = 2_000_000_011  # which the model has not seen
+QUESTION = "Describe the picture with boxes."
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the pictures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--page", action="store_true", help="the screenshot too")
+    parser.add_argument("--out", type=Path, default=IMAGES, metavar="FOLDER", help="default: docs/images")
+    args = parser.parse_args(arguments)
+    args.out.mkdir(parents=True, exist_ok=True)
+    with Runtime.from_pretrained(SMALL_MODEL, device="cpu") as runtime:
+        draw(runtime).save(args.out / "answer.png")
+    if args.page:
+        scene = args.out / "scene.png"
+        make_scene(SCENE).image.save(scene)
+        shoot(scene, args.out)
+        scene.unlink()
+    return 0
+
+
+def draw(runtime: Runtime) -> Image.Image:
+    """The scene with the boxes of the model's answer."""
+    return runtime.ask(make_scene(SCENE).image, QUESTION, do_sample=False).draw()
+
+
+def shoot(scene: Path, out: Path) -> None:
+    """Screenshots of the page: page.png, and in dark, Chinese and on a phone beside it."""
+    from playwright.sync_api import sync_playwright
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    url = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "qvl_edge", "serve", str(SMALL_MODEL), "--port", str(port), "--device", "cpu"]
+    with (
+        subprocess.Popen([*command, "--greedy", "--served-model-name", "small"]) as server,
+        sync_playwright() as driver,
+    ):
+        try:
+            for _ in range(120):
+                try:
+                    urllib.request.urlopen(f"{url}/health")
+                    break
+                except OSError:
+                    time.sleep(0.5)
+            browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
+            for name, width, scheme, locale, words in (
+                ("page", 1000, "light", "en-US", QUESTION),
+                ("page-dark", 1000, "dark", "en-US", QUESTION),
+                ("page-zh", 1000, "light", "zh-CN", "描述这张图并框出图形。"),
+                ("page-phone", 390, "light", "en-US", QUESTION),
+            ):
+                size = {"width": width, "height": 800}
+                page = browser.new_context(viewport=size, color_scheme=scheme, locale=locale).new_page()
+                page.goto(url)
+                page.set_input_files("#files", scene)
+                page.wait_for_selector("#pictures li")
+                page.fill("#question", words)
+                page.click("#send")
+                page.wait_for_selector(".answer[aria-busy=false] polygon")
+                page.screenshot(path=out / f"{name}.png")
+        finally:
+            server.terminate()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
