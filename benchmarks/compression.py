@@ -57,6 +57,7 @@ class Variant:
     vit: str = "float16"  # exact, because the checkpoint is float16
     head: str = "float16"
     kv_cache: str = "float16"
+    activations: str = "float"
 
 
 GPTQ = QuantConfig()  # the defaults of quantize.gptq
@@ -72,7 +73,9 @@ VARIANTS = (
     Variant("int8 cache", kv_cache="int8"),
     Variant("int8 tower", vit="int8"),
     Variant("int4 tower", vit="int4"),
+    Variant("int4, int8 activations", GPTQ, activations="int8"),
     Variant("8g: int4, int8 tower, head, cache", GPTQ, vit="int8", head="int8", kv_cache="int8"),
+    Variant("8g, int8 activations", GPTQ, vit="int8", head="int8", kv_cache="int8", activations="int8"),
     Variant("6g: int4, int4 tower, int8 head, cache", GPTQ, vit="int4", head="int8", kv_cache="int8"),
 )
 
@@ -91,6 +94,7 @@ class VariantBuilder:
             profile=profile,
             head=variant.head,  # type: ignore[arg-type]
             kv_cache=variant.kv_cache,  # type: ignore[arg-type]
+            activations=variant.activations,  # type: ignore[arg-type]
             slots=BATCH,
             max_context=1024,
             cache_dir=self.folder / "towers",

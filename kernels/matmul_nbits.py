@@ -15,7 +15,7 @@ from kernels.sessions import session_options
 
 Activations = Literal["float", "int8"]
 BLOCKS = (128, 64, 32, 16)  # block sizes that the kernels are made for
-ACCURACY_LEVELS = {"float": 0, "int8": 4}  # by what the activations are turned to
+_ACCURACY: dict[Activations, int] = {"float": 0, "int8": 4}  # the operator's accuracy_level
 _FLOAT, _UINT8 = 1, 2  # onnx.TensorProto.DataType
 _INT, _EXTERNAL = 2, 1  # onnx.AttributeProto.AttributeType, onnx.TensorProto.DataLocation
 _IR_VERSION, _OPSET = 10, 21
@@ -24,17 +24,19 @@ _IR_VERSION, _OPSET = 10, 21
 class MatMulNBits:
     """y = x @ W.T with W[n, k] = (level[n, k] - zero[n, b]) * scale[n, b], b the block of channel k.
 
-    levels (N, K / 2) uint8, the even channel in the low half of a byte; scales (N, B) float32; zeros (N, B) uint8 of
-    0 to 15, or None where every zero is 8. All of them may be freed afterwards. activations: "float", exact to float32
-    rounding, or "int8": each block of x is rounded to 255 levels first, and the sums of a block are integers.
+    levels (N, K) uint8, or with 4 bits (N, K / 2), the even channel in the low half of a byte; scales (N, B) float32;
+    zeros (N, B) uint8 of 0 to 15, or None where every zero is the middle, 8 or 128. All may be freed afterwards.
+    activations: x as it is, or each block of a row rounded to int8 for the product (accuracy_level 4).
     """
 
-    def __init__(self, levels: Tensor, scales: Tensor, zeros: Tensor | None, activations: Activations = "float"):
+    def __init__(
+        self, levels: Tensor, scales: Tensor, zeros: Tensor | None, *, bits: int = 4, activations: Activations = "float"
+    ):
         import onnxruntime as ort
 
-        self.out_features, self.in_features = levels.shape[0], levels.shape[1] * 2
+        self.out_features, self.in_features = levels.shape[0], levels.shape[1] * 8 // bits
         block = self.in_features // scales.shape[1]
-        tensors = {"levels": levels.view(len(levels), -1, block // 2), "scales": scales.flatten()}
+        tensors = {"levels": levels.view(len(levels), -1, block * bits // 8), "scales": scales.flatten()}
         if zeros is not None:
             zeros = F.pad(zeros, (0, zeros.shape[1] % 2))
             tensors["zeros"] = (zeros[:, 0::2] | zeros[:, 1::2] << 4).flatten()
@@ -42,7 +44,8 @@ class MatMulNBits:
         values = [ort.OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy()) for tensor in tensors.values()]
         options.add_external_initializers(list(tensors), values)
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
-        model = _model(self.out_features, self.in_features, block, tensors, ACCURACY_LEVELS[activations])
+        sizes = {"K": self.in_features, "N": self.out_features, "bits": bits, "block_size": block}
+        model = _model(sizes | {"accuracy_level": _ACCURACY[activations]}, tensors)
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -61,9 +64,8 @@ def block_size(group_size: int) -> int:
     return next(block for block in BLOCKS if group_size % block == 0)
 
 
-def _model(outputs: int, inputs: int, block: int, tensors: dict[str, Tensor], accuracy: int) -> bytes:
+def _model(sizes: dict[str, int], tensors: dict[str, Tensor]) -> bytes:
     """An onnx.ModelProto of the one node. It is written here because the runtime does without the package onnx."""
-    sizes = {"K": inputs, "N": outputs, "bits": 4, "block_size": block, "accuracy_level": accuracy}
     # NodeProto: 1 input, 2 output, 4 op_type, 5 attribute, 7 domain; AttributeProto: 1 name, 3 i, 20 type
     node = b"".join(_field(1, name) for name in ("x", *tensors)) + _field(2, "y") + _field(4, "MatMulNBits")
     node += _field(7, "com.microsoft")
@@ -71,7 +73,7 @@ def _model(outputs: int, inputs: int, block: int, tensors: dict[str, Tensor], ac
     # GraphProto: 1 node, 2 name, 5 initializer, 11 input, 12 output
     graph = _field(1, node) + _field(2, "graph")
     graph += b"".join(_field(5, _initializer(name, tensor)) for name, tensor in tensors.items())
-    graph += _field(11, _matrix("x", inputs)) + _field(12, _matrix("y", outputs))
+    graph += _field(11, _matrix("x", sizes["K"])) + _field(12, _matrix("y", sizes["N"]))
     # ModelProto: 1 ir_version, 7 graph, 8 opset_import (1 domain, 2 version)
     opsets = _field(8, _field(1, "") + _field(2, _OPSET)) + _field(8, _field(1, "com.microsoft") + _field(2, 1))
     return _field(1, _IR_VERSION) + _field(7, graph) + opsets

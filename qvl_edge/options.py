@@ -18,7 +18,7 @@ Head = Literal["auto", "float16", "int8"]
 KVType = Literal["auto", "float16", "int8"]
 """Keys and values: in the compute dtype (auto, float16), or int8 with one scale per token and head."""
 Activations = Literal["float", "int8"]
-"""Of products with packed weights on a CPU: exact to float32 rounding, or rounded to int8 in blocks."""
+"""On a CPU, what the products with int4 layers and an int8 lm_head read: rows of float32, or rounded to int8."""
 Embeddings = Literal["host", "device"]
 """The embedding table: read from the mapped file (8 KiB per token of Qwen-7B), or on the device."""
 Vision = Literal["resident", "released", "elsewhere"]
@@ -76,7 +76,8 @@ class LoadOptions(Options):
     )
     head: Head | None = option(None, "lm_head: auto or float16 (the compute dtype), or int8 (default: the profile's)")
     activations: Activations = option(
-        "float", "of int4 and int8 products on a CPU: float is exact; int8 rounds them in blocks of up to 128"
+        "float",
+        "on a CPU, what products with int4 layers and an int8 lm_head read: float (exact), or rounded to int8: faster",
     )
     threads: int | None = option(
         None, "CPU threads (default: OMP_NUM_THREADS, or the cores that the process may use, at most a container's)",

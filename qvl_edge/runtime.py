@@ -475,6 +475,11 @@ def _plan(
         raise ConfigError(
             f"max_context is {asked.max_context}, this model takes 1 to {config.max_position_embeddings} positions"
         )
+    if asked.activations == "int8" and place.type != "cpu":
+        raise ConfigError(
+            f"activations is 'int8' and the model runs on {place}, whose kernels take floats; leave it out, or add "
+            "--device cpu (in Python device='cpu')"
+        )
     memory = parse_bytes(asked.max_memory) if asked.max_memory is not None else free_memory(place)
     dtype = asked.dtype or ("float32" if place.type == "cpu" else "float16")
     profile, plan = choose(
@@ -482,6 +487,7 @@ def _plan(
         Plan(
             device=place.type,
             dtype=DTYPES[dtype],
+            activations=asked.activations,
             embeddings=asked.embeddings,
             slots=asked.slots,
             turing=is_turing(place),
@@ -520,9 +526,10 @@ def _load(
             shown = done * 10 // total
             say(f"read {done / 1e9:.2f} of {total / 1e9:.2f} GB")
 
-    decoder = load(
-        checkpoint, dtype=plan.dtype, device=place, head=plan.head, embeddings=plan.embeddings, on_bytes=count
-    )
+    how: dict[str, Any] = {"dtype": plan.dtype, "device": place, "head": plan.head, "embeddings": plan.embeddings}
+    if place.type == "cpu":
+        how["activations"] = plan.activations
+    decoder = load(checkpoint, **how, on_bytes=count)
     if place.type == "cuda":
         torch.cuda.synchronize(place)
     seconds = time.perf_counter() - began

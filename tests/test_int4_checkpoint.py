@@ -83,6 +83,18 @@ def logits(checkpoint: Checkpoint, *, fused: bool = False) -> Tensor:
         return decoder(decoder.embed(ids), KVCache(checkpoint.config, 1, 8, dtype=decoder.dtype))
 
 
+def test_int8_activations_change_the_logits_a_little(published: Path) -> None:
+    checkpoint, token = Checkpoint(published), torch.arange(12)[None]
+    found = []
+    for activations in ("float", "int8"):
+        decoder = load_decoder(checkpoint, dtype=torch.float32, head="int8", activations=activations)
+        cache = KVCache(checkpoint.config, 1, 16, dtype=torch.float32)
+        with torch.inference_mode():
+            found.append(decoder(decoder.embed(token), cache, all_logits=True))
+    exact, rounded = found
+    assert 1e-4 < float((rounded - exact).norm() / exact.norm()) < 0.1
+
+
 @pytest.mark.parametrize(
     "file",
     ["model.safetensors", "gptq_model-4bit-128g.safetensors", "gptq_model-4bit-128g.bin", "gptq_model-4bit-128g.pt"],

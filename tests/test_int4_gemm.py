@@ -67,6 +67,38 @@ def test_every_backend_computes_the_written_formula(
         assert relative_error(y, expected) < tolerance(dtype, shape[0]), rows
 
 
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("sym", [True, False])
+@pytest.mark.parametrize("desc_act", [False, True])
+@pytest.mark.parametrize("rows", ROWS)
+def test_int8_activations_are_off_by_half_a_level_of_their_block(
+    shape: tuple[int, int, int], sym: bool, desc_act: bool, rows: int
+) -> None:
+    channels, outputs, _ = shape
+    unpacked, formula = make_weight(*shape, sym=sym, desc_act=desc_act)
+    x = torch.randn(rows, channels, generator=torch.Generator().manual_seed(1))
+    y = int4_gemm(x, pack_for_cpu(unpacked, "int8"))
+    # a block has no larger values than its row: each is off by half a level, uniformly
+    off = x.double().abs().amax(1, keepdim=True) / 127 / math.sqrt(12)
+    expected = off * formula.norm(dim=1)
+    error = y.double() - x.double() @ formula.T
+    assert 0.05 < float(error.norm() / expected.norm()) < 1.2  # rounded, and no worse
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+@pytest.mark.parametrize(("channels", "outputs"), [(64, 8), (320, 1500), (72, 9), (64, OUTPUTS + 40)])
+def test_an_int8_head_takes_int8_activations_too(rows: int, channels: int, outputs: int) -> None:
+    generator = torch.Generator().manual_seed(outputs)
+    weight = quantize_int8(torch.randn(outputs, channels, generator=generator))
+    x = torch.randn(rows, channels, generator=generator)
+    formula = weight.dequantize().double()
+    packed = pack_for_cpu(weight, "int8")
+    assert packed.nbytes <= pack_for_cpu(weight).nbytes
+    off = x.double().abs().amax(1, keepdim=True) / 127 / math.sqrt(12)
+    error = int8_gemm(x, packed).double() - x.double() @ formula.T
+    assert 0.05 < float(error.norm() / (off * formula.norm(dim=1)).norm()) < 1.2
+
+
 def test_outputs_past_one_product_are_put_together_in_order() -> None:
     generator = torch.Generator().manual_seed(2)
     weight = quantize_int8(torch.randn(OUTPUTS + 40, 64, generator=generator))

@@ -11,6 +11,7 @@ from kernels import (
     AttentionArgs,
     dequantize_rows,
     quantize_rows,
+    reference,
     rotary_attention,
     rotary_attention_rows,
     rotate,
@@ -174,8 +175,12 @@ def test_a_row_in_int8_is_off_by_half_its_scale_at_most() -> None:
     assert bool((dequantize_rows(*quantize_rows(torch.zeros(2, 16))) == 0).all())
 
 
+@pytest.mark.parametrize("at_once", [1, reference.FLOATS_AT_ONCE])  # two of the three heads, or all
 @pytest.mark.parametrize("steps", [[9], [5, 1, 3]])
-def test_an_int8_cache_gives_what_its_numbers_give_in_float(steps: list[int]) -> None:
+def test_an_int8_cache_gives_what_its_numbers_give_in_float(
+    steps: list[int], at_once: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(reference, "FLOATS_AT_ONCE", at_once)
     q, k, v = make_inputs(2, 9)
     shape = (2, 2, HEADS, CAPACITY)
     k_cache, v_cache = torch.full((*shape, DIM), 99, dtype=torch.int8).unbind()

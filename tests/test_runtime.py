@@ -240,6 +240,14 @@ def test_the_vision_tower_is_exported_once_and_again_when_the_weights_change(tmp
     assert said and len(list(cache.glob("vit-*"))) == 2
 
 
+def test_int8_activations_are_of_a_cpu(runtime: Runtime) -> None:
+    asked, card = LoadOptions(activations="int8"), torch.device("cuda", 0)
+    with pytest.raises(ConfigError, match="activations is 'int8' and the model runs on cuda:0.*--device cpu"):
+        _plan(runtime.config, asked, card, card, None, print)
+    cpu = torch.device("cpu")
+    assert _plan(runtime.config, asked, cpu, cpu, None, print).activations == "int8"
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, make_checkpoint) -> None:
     folder = make_checkpoint("b")
     (folder / "qwen.tiktoken").write_bytes((GOLDEN / "tiny-a/checkpoint/qwen.tiktoken").read_bytes())

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 MIB, GIB = 2**20, 2**30
 PEER_OPTIONS = ("device", "max_context", "source")  # that also hold for the float peer
-SHOWN_OPTIONS = ("profile", "kv_cache", "head")  # have a column if given
+SHOWN_OPTIONS = ("profile", "kv_cache", "head", "activations")  # have a column if given
 
 EXAMPLES = """examples:
   qvl-edge bench BUNDLE

@@ -15,7 +15,8 @@ from pathlib import Path
 from qvl_edge.commands.loading import say
 from qvl_edge.options import LoadOptions
 
-OWN = ("dtype", "profile", "kv_cache", "head", "revision")  # load options of the model, not of the one compared with
+# load options of the model, not of the one compared with
+OWN = ("dtype", "profile", "kv_cache", "head", "activations", "revision")
 
 EXAMPLES = """examples:
   qvl-edge evaluate BUNDLE --task synthetic
@@ -43,9 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     group = parser.add_argument_group(
         "loading",
-        "of both models, but for --dtype, --profile, --kv-cache, --head and --revision, which are of the first alone, "
-        "and --lora, which is of the first, or where that is quantized of the one that it is compared with. "
-        "Not given, --max-context is 1024 and --profile 12g, so that a result does not depend on free memory.",
+        "of both models, but for --dtype, --profile, --kv-cache, --head, --activations and --revision, which are of "
+        "the first alone, and --lora, which is of the first, or where that is quantized of the one that it is compared "
+        "with. Not given, --max-context is 1024 and --profile 12g, so that a result does not depend on free memory.",
     )
     LoadOptions.add_arguments(group, leave_out=("release_vision", "lookup", "chat_format"))
 

@@ -55,6 +55,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slots", type=int, default=1, metavar="N", help="answers at once, each with its own context (default: 1)"
     )
+    parser.add_argument(
+        "--activations", choices=("float", "int8"), default="float", help="of a CPU's products (default: float)"
+    )
     parser.add_argument("--json", action="store_true", help="bytes as JSON on stdout")
 
 
@@ -75,7 +78,15 @@ def execute(args: argparse.Namespace) -> int:
             raise ConfigError(f"--{name} is {getattr(args, name)}, at least 1 is needed")
     device, memory, turing = memory_of(args)
     dtype = torch.float32 if device == "cpu" else torch.float16
-    asked = Plan(device, dtype, context=args.context, images=args.images, slots=args.slots, turing=turing)
+    asked = Plan(
+        device,
+        dtype,
+        context=args.context,
+        images=args.images,
+        slots=args.slots,
+        turing=turing,
+        activations=args.activations,
+    )
     rows = []
     for name in PROFILES:
         plan = by_profile(asked, name)

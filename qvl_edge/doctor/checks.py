@@ -32,7 +32,8 @@ LABEL = "红色的车 car 1"  # a label that the shipped font has to write
 REINSTALL = "pip install --force-reinstall --no-deps qvl-edge"
 COMPILER_FIX = "apt-get install gcc python3-dev"
 # relative norm error against the definition: float32 in another order of sums; float16 results and prefill weights
-TOLERANCE = {"cpu": 1e-5, "triton": 2e-3}
+# activations are rounded to 255 levels
+TOLERANCE = {"cpu": 1e-5, "triton": 2e-3, "int8_activations": 2e-2}
 KERNEL_FIXES = {
     "cpu": "pip install --force-reinstall torch",
     "triton": "rm -rf ~/.triton/cache and run this again; if it still fails, add --device cpu and report this line",
@@ -311,6 +312,9 @@ def check_kernel(name: str, _: Path | None) -> str:
 
     if backend == "cpu" and name not in self_tests.ON_CPU:
         raise Skipped("plain PyTorch on a CPU")
+    if backend == "triton" and name in self_tests.CPU_ALONE:
+        raise Skipped("of a CPU's products")
+    allowed = TOLERANCE.get(name, TOLERANCE[backend])
     try:
         error = self_tests.KERNELS[name](device, backend)
     except ImportError:  # a finding of another check
@@ -318,8 +322,8 @@ def check_kernel(name: str, _: Path | None) -> str:
     except Exception as raised:
         raise Failed(one_line(f"{type(raised).__name__}: {raised}")[:300], KERNEL_FIXES[backend]) from None
     found = f"{backend}, error {error:.1e}"
-    if not error <= TOLERANCE[backend]:
-        raise Failed(f"{found}, allowed {TOLERANCE[backend]:.0e}", KERNEL_FIXES[backend])
+    if not error <= allowed:
+        raise Failed(f"{found}, allowed {allowed:.0e}", KERNEL_FIXES[backend])
     return found
 
 
@@ -356,7 +360,14 @@ def check_vision(path: Path | None) -> str:
     return f"cosine {self_test(encoder, bundle.parts['vit']):.6f} with its export"
 
 
-KERNELS = ("int4_gemm", "swiglu", "residual", "rotary_attention", "int8_gemm")  # those of self_tests, which needs torch
+KERNELS = (
+    "int4_gemm",
+    "swiglu",
+    "residual",
+    "rotary_attention",
+    "int8_gemm",
+    "int8_activations",
+)  # those of self_tests, which needs torch
 CHECKS: dict[str, Check] = {
     "python": check_python,
     "torch": check_torch,

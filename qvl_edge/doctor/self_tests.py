@@ -29,7 +29,8 @@ INPUTS, OUTPUTS, GROUP = 384, 160, 64
 EPS = 1e-6
 PACK: dict[str, Callable[[Int4Weight], AnyInt4Weight]] = {"cpu": pack_for_cpu, "triton": pack_for_triton}
 DTYPES = {"cpu": torch.float32, "triton": torch.float16}  # what each backend is used with
-ON_CPU = ("int4_gemm", "int8_gemm")  # the others run as their definitions there
+CPU_ALONE = ("int8_activations",)
+ON_CPU = ("int4_gemm", "int8_gemm", *CPU_ALONE)  # the others run as their definitions there
 
 
 class Operands:
@@ -132,10 +133,18 @@ def int8_gemm_error(device: str, backend: str) -> float:
     )
 
 
+def int8_activations_error(device: str, backend: str) -> float:
+    """A CPU's x W^T with x rounded to int8."""
+    make = Operands(device, backend)
+    weight, x = make.weight(OUTPUTS), make.normal(max(ROWS), INPUTS)
+    return relative_error(int4_gemm(x, pack_for_cpu(weight, "int8")), int4_gemm(x, weight, backend="torch"))
+
+
 KERNELS: dict[str, Callable[[str, str], float]] = {
     "int4_gemm": int4_gemm_error,
     "swiglu": swiglu_error,
     "residual": residual_error,
     "rotary_attention": attention_error,
     "int8_gemm": int8_gemm_error,
+    "int8_activations": int8_activations_error,
 }

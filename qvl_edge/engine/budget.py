@@ -19,7 +19,7 @@ from qvl_edge.engine.graph import GRAPH_BYTES, MAX_GRAPHS, buckets_of, counts_of
 from qvl_edge.engine.slots import CHUNK as PREFILLED
 from qvl_edge.errors import ConfigError, FitError
 from qvl_edge.model.loading import projections
-from qvl_edge.options import PROFILES, Embeddings, Head, KVType, Vision
+from qvl_edge.options import PROFILES, Activations, Embeddings, Head, KVType, Vision
 from qvl_edge.vision.memory import session_bytes, workspace_bytes
 
 MIN_CONTEXT = 512  # positions that a profile has to leave room for: an image, a question and an answer
@@ -35,6 +35,7 @@ class Plan:
     vit: str = "float16"
     head: Head = "float16"
     kv_cache: KVType = "float16"
+    activations: Activations = "float"
     embeddings: Embeddings = "host"
     vision: Vision = "resident"
     context: int = PREFERRED_CONTEXT
@@ -122,6 +123,8 @@ def _matrix_bytes(outputs: int, inputs: int, bits: int | None, group: int, plan:
     groups = ceil(inputs / group)
     if plan.device == "cpu":
         padded = padded_group(group)
+        if bits == 8 and plan.activations == "int8":
+            return outputs * (padded + 4 * (padded // block_size(padded)))
         channels = bits // 4 * groups * padded
         blocks = channels // block_size(padded)
         return outputs * (channels // 2 + 4 * blocks + (0 if symmetric else ceil(blocks / 2)))

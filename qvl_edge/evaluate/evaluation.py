@@ -82,6 +82,7 @@ def describe(folder: Path, runtime: Runtime, lora: str | None = None) -> dict[st
         "vision_tower": plan.vit,
         "head": plan.head,
         "kv_cache": plan.kv_cache,
+        "activations": plan.activations,
         "device": plan.device,
         "batch": plan.slots,
         "max_context": plan.context,

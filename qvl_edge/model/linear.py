@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from qvl_edge.config import Config
+from qvl_edge.options import Activations
 
 try:
     from kernels import (
@@ -25,8 +26,8 @@ except ImportError as error:  # the Hugging Face package `kernels` shadows ours 
     ) from error
 
 
-def packed(weight: Int4Weight | Int8Weight, activations: Activations = "float") -> CpuWeight | TritonWeight:
-    """In the order of the backend that its device takes. activations: of a product on a CPU."""
+def packed(weight: Int4Weight | Int8Weight, activations: Activations) -> CpuWeight | TritonWeight:
+    """In the order of the backend that its device takes; activations: of the CPU's."""
     return pack_for_cpu(weight, activations) if weight.device.type == "cpu" else pack_for_triton(weight)
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from kernels import Activations, Int4Weight, Int8Weight, TritonWeight, dequantize_gptq, pack_for_triton, quantize_int8
+from kernels import Int4Weight, Int8Weight, TritonWeight, dequantize_gptq, pack_for_triton, quantize_int8
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
@@ -14,7 +14,7 @@ from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder, Int4Projection, fuse_block
 from qvl_edge.model.linear import Int4Linear, Int8Linear, packed
 from qvl_edge.model.vit import VisionTransformer
-from qvl_edge.options import Embeddings, Head
+from qvl_edge.options import Activations, Embeddings, Head
 from qvl_edge.shards import ZERO3
 
 QUANTIZED = ("attn.c_attn", "attn.c_proj", "mlp.w1", "mlp.w2", "mlp.c_proj")  # of every block, in the order they run
@@ -193,10 +193,10 @@ def load_decoder(
     device: torch.device | str = "cpu",
     head: Head = "float16",
     embeddings: Embeddings = "device",
-    on_bytes: OnBytes | None = None,
     activations: Activations = "float",
+    on_bytes: OnBytes | None = None,
 ) -> QWenLMHeadModel:
-    """The decoder with its weights in `dtype` (int4 layers stay int4); activations: see pack_for_cpu."""
+    """The decoder with its weights in `dtype` (int4 layers stay int4), ready to run. activations: of the CPU's."""
     check_tensors(checkpoint, visual=False)
     read = _Reader(checkpoint, dtype, device, on_bytes)
     with torch.device("meta"):
