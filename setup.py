@@ -18,7 +18,7 @@ RUNTIME = [
 EXPORT = ["onnx>=1.17"]
 DOWNLOAD = ["huggingface_hub>=1.0"]
 MODELSCOPE = ["modelscope-hub>=0.5"]  # the client inside the package modelscope, without the rest of it
-SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.14", "pydantic>=2.12", "llguidance>=1.0"]
+SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.16", "pydantic>=2.12", "llguidance>=1.0"]
 EVALUATE = ["openai>=1.60"]  # the judge's client
 PLOT = ["matplotlib>=3.9"]
 TRITON = "triton>=3.6; platform_system == 'Linux'"

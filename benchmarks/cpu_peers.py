@@ -71,7 +71,8 @@ def _run(*command: str) -> Any:
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
+    report.say(line := done.stdout.splitlines()[-1])
+    return json.loads(line)
 
 
 def main(arguments: list[str] | None = None) -> None:

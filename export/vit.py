@@ -12,35 +12,31 @@ from pathlib import Path
 from export.part import export_vit
 from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
 from qvl_edge.bundle import VIT, VIT_DATA
-from qvl_edge.commands.loading import add_source, any_console, plain_warnings, say
-from qvl_edge.errors import QvlError
+from qvl_edge.commands.loading import add_source, any_console, run_command, say
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
 from qvl_edge.memory import peak_host_bytes
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command; 0 on success, 1 on a QvlError, 130 when stopped."""
-    args = _parser().parse_args(argv)
+    """The command; its exit code."""
     any_console()
-    try:
-        with plain_warnings():
-            folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=say)
-            lora = args.lora and local_folder(args.lora, source=args.source, progress=say)
-            export_vit(
-                open_checkpoint(folder, lora),
-                args.bundle,
-                dtype=args.dtype,
-                block_size=args.block_size,
-                progress=say,
-                on_parity=lambda parity: print(parity.report(per_layer=args.per_layer), flush=True),
-            )
-    except QvlError as error:
-        say(f"error: {error}")
-        return 1
-    except KeyboardInterrupt:
-        say(f"stopped; {args.bundle} is unchanged. Run the same command again to start over")
-        return 130
+    args = _parser().parse_args(argv)
+    stopped = f"stopped; {args.bundle} is unchanged. Run the same command again to start over"
+    return run_command("error", lambda: _execute(args), stopped=stopped)
+
+
+def _execute(args: argparse.Namespace) -> int:
+    folder = local_folder(args.checkpoint, source=args.source, revision=args.revision, progress=say)
+    lora = args.lora and local_folder(args.lora, source=args.source, progress=say)
+    export_vit(
+        open_checkpoint(folder, lora),
+        args.bundle,
+        dtype=args.dtype,
+        block_size=args.block_size,
+        progress=say,
+        on_parity=lambda parity: print(parity.report(per_layer=args.per_layer), flush=True),
+    )
     size = sum((args.bundle / name).stat().st_size for name in (VIT, VIT_DATA))
     peak = f"took {peak_host_bytes() / 1e9:.2f} GB of memory at most"
     say(f"wrote {args.bundle / VIT} and {VIT_DATA}, {size / 1e6:.1f} MB; {peak}")

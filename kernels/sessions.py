@@ -39,7 +39,7 @@ def set_threads(count: int | None) -> None:
     """
     if count is None:
         quota = cpu_quota()
-        if quota is None or "OMP_NUM_THREADS" in os.environ or quota >= torch.get_num_threads():
+        if quota is None or _pool_threads or "OMP_NUM_THREADS" in os.environ or quota >= torch.get_num_threads():
             return
         count = quota
     if _pool_threads and count != _pool_threads[0]:

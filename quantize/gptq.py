@@ -18,10 +18,10 @@ from quantize.job import Event, Result, quantize_checkpoint
 from quantize.repack import repack_checkpoint
 from qvl_edge.bundle import COMMANDS, VIT, read_manifest
 from qvl_edge.checkpoint import Checkpoint, raw_reason
-from qvl_edge.commands.loading import add_source, any_console, plain_warnings
+from qvl_edge.commands.loading import add_source, any_console, run_command
 from qvl_edge.config import QuantConfig
 from qvl_edge.engine.device import find_device
-from qvl_edge.errors import CalibrationError, ConfigError, QvlError
+from qvl_edge.errors import CalibrationError, ConfigError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
 from qvl_edge.text.conversations import Sample, read_samples
@@ -206,23 +206,20 @@ def summary(folder: Path, result: Result) -> str:
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; returns its exit code."""
-    args = parse(arguments)
     any_console()
+    args = parse(arguments)
     display = Display()
-    try:
-        with plain_warnings():
+
+    def execute() -> int:
+        try:
             result = run(args, display)
-    except QvlError as error:
-        display.close()
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        display.close()
-        print(f"\nstopped. Finished blocks are kept in {args.bundle}; the same command resumes.", file=sys.stderr)
-        return 130
-    display.close()
-    print(summary(args.bundle, result))
-    return 0
+        finally:
+            display.close()
+        print(summary(args.bundle, result))
+        return 0
+
+    stopped = f"\nstopped. Finished blocks are kept in {args.bundle}; the same command resumes."
+    return run_command("error", execute, stopped=stopped)
 
 
 if __name__ == "__main__":

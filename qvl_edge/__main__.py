@@ -3,14 +3,12 @@
 import argparse
 import difflib
 import importlib
-import os
 import re
 import sys
 from typing import NoReturn
 
-from qvl_edge import QvlError, __version__
-from qvl_edge.commands.loading import any_console, plain_warnings
-from qvl_edge.errors import EngineError
+from qvl_edge import __version__
+from qvl_edge.commands.loading import any_console, run_command
 
 COMMANDS = {
     "run": "answer one question about images",
@@ -28,17 +26,8 @@ COMMANDS = {
 }
 EPILOG = """\
 Results go to stdout, progress to stderr. NO_COLOR turns colours off.
-Exit codes: 0 done; 1 it failed, and stderr says why; 2 the command line is wrong; 130 stopped by Ctrl-C; 141 the
-program that read the output ended."""
-EXTRAS = {  # of setup.py, by the package that is missing
-    "onnxruntime": "cpu] or qvl-edge[cuda",
-    "onnx": "export",
-    "huggingface_hub": "download",
-    "modelscope_hub": "modelscope",
-    "matplotlib": "plot",
-    "openai": "evaluate",
-    **dict.fromkeys(("starlette", "uvicorn", "h11", "pydantic", "llguidance"), "serve"),
-}
+Exit codes: 0 done; 1 it failed, and stderr says why; 2 the command line is wrong; 130 stopped by Ctrl-C;
+141 the program that read the output ended; 143 stopped by SIGTERM."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -83,37 +72,14 @@ def make_parser() -> Parser:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run a command; a QvlError becomes its message and exit code 1."""
+    """Run a command; its exit code."""
     any_console()
     parser = make_parser()
     args = parser.parse_args(arguments)
     if args.command is None:
         parser.print_help()
         return 0
-    try:
-        with plain_warnings():
-            code = int(args.execute(args))
-        sys.stdout.flush()
-        return code
-    except (QvlError, EngineError) as error:
-        print(f"qvl-edge {args.command}: {error}", file=sys.stderr)
-        return 1
-    except ModuleNotFoundError as error:
-        package = (error.name or "").partition(".")[0]
-        if package not in EXTRAS:
-            raise
-        print(
-            f"qvl-edge {args.command}: the package {package} is not installed; install qvl-edge[{EXTRAS[package]}], in "
-            f"a clone with\n  pip install -c constraints.txt -e '.[{EXTRAS[package].partition(']')[0]}]'",
-            file=sys.stderr,
-        )
-        return 1
-    except BrokenPipeError:  # as in `qvl-edge fit … | head -3`
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # what Python flushes at its end has a place
-        return 141
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+    return run_command(f"qvl-edge {args.command}", lambda: int(args.execute(args)))
 
 
 if __name__ == "__main__":

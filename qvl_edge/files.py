@@ -31,6 +31,19 @@ POINTER = (
     "{path} is a Git LFS pointer and not the file itself: the repository was cloned without its large files. "
     "Fetch them with\n  git -C {folder} lfs pull"
 )
+_NO_ROOM = {
+    errno.ENOSPC: "the disk of {folder} is full",
+    errno.EDQUOT: "your quota on the disk of {folder} is used up",
+    errno.EFBIG: "the size of files in {folder} is limited (ulimit -f)",
+}
+_REMEDIES = {
+    **dict.fromkeys(_NO_ROOM, "free some space, and run the same command again"),
+    **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n 1024), and run it again"),
+    **dict.fromkeys(
+        (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
+        "give a folder that you may write to; the one for caches is that of XDG_CACHE_HOME",
+    ),
+}
 _LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -38,8 +51,8 @@ _LFS = b"version https://git-lfs.github.com/spec/v1"
 def replacing(path: Path) -> Iterator[Path]:
     """Write to the yielded path beside `path`; on success it takes `path`'s place, on any error nothing stays.
 
-    What an earlier run left there is removed first, a link without what it leads to. A full disk becomes a BundleError
-    with the free bytes.
+    What an earlier run left there is removed first, a link without what it leads to. A full disk, or a limit of it,
+    becomes a BundleError with the free bytes.
     """
     partial = path.with_name(f"{path.name}.partial")
     partial.unlink(missing_ok=True)
@@ -49,16 +62,23 @@ def replacing(path: Path) -> Iterator[Path]:
             os.fsync(file.fileno())
         partial.replace(path)
     except Exception as error:  # OSError, or SafetensorError of a library that need not be installed to get here
-        full = getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
-        if not full:
-            raise
         free = shutil.disk_usage(path.parent).free
-        raise BundleError(
-            f"the disk of {path.parent} is full ({free} bytes free) while writing {path.name}; "
-            "nothing was replaced. Free some space and run the same command again."
-        ) from None
+        for number in _NO_ROOM:
+            if getattr(error, "errno", None) == number or os.strerror(number) in str(error):
+                raise BundleError(
+                    f"{_NO_ROOM[number].format(folder=path.parent)} ({free} bytes free) while writing {path.name}; "
+                    "nothing was replaced. Free some space and run the same command again."
+                ) from None
+        raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+def system_error(error: OSError) -> str:
+    """What the system refused, where, and what to do about it."""
+    where = f"{error.filename}: " if error.filename else ""
+    remedy = _REMEDIES.get(error.errno or 0)
+    return f"{where}{error.strerror or error}" + (f"; {remedy}" if remedy else "")
 
 
 def check_free_space(folder: Path, needed: int) -> None:
@@ -230,12 +250,13 @@ def remembered(files: Iterable[Path], compute: Callable[[], str]) -> str:
     except FileNotFoundError:  # removed since it was opened
         return compute()
     stamps = [[name, stat.st_size, stat.st_mtime_ns, stat.st_ino] for name, stat in stats]
-    kept = cache_home() / "hashes" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
+    kept = None
     with suppress(OSError):
+        kept = cache_home() / "hashes" / hashlib.sha256(json.dumps(stamps).encode()).hexdigest()
         if len(text := kept.read_text(encoding="ascii")) == _DIGEST:
             return text
     made = compute()
-    if all(time.time() - stat.st_mtime > _COARSEST_CLOCK_S for _, stat in stats):
+    if kept is not None and all(time.time() - stat.st_mtime > _COARSEST_CLOCK_S for _, stat in stats):
         with suppress(OSError):
             kept.parent.mkdir(parents=True, exist_ok=True)
             with replacing(kept) as partial:
@@ -251,7 +272,10 @@ def is_pointer(path: Path) -> bool:
 
 def cache_home() -> Path:
     """Where this package keeps what can be made again: $XDG_CACHE_HOME/qvl_edge, by default ~/.cache/qvl_edge."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvl_edge"
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "qvl_edge"
+    except RuntimeError:
+        raise BundleError("this user has no home folder; set XDG_CACHE_HOME to one that may be written to") from None
 
 
 @contextmanager
@@ -262,9 +286,15 @@ def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
     """
     from filelock import FileLock, Timeout
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path, blocking=busy is None)
     try:
-        with FileLock(path, blocking=busy is None):
-            yield
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire()
     except Timeout:
         raise BundleError(busy) from None
+    except OSError as error:
+        raise BundleError(f"{path.parent} cannot be written to: {system_error(error)}") from None
+    try:
+        yield
+    finally:
+        lock.release()

@@ -3,6 +3,7 @@
 The adapter is a folder that PEFT wrote (Qwen-VL's finetune.py --use_lora and ms-swift do): adapter_config.json, and
 adapter_model.safetensors or .bin with tensors named base_model.model.NAME, where NAME is
     transformer.h.0.attn.c_attn.lora_A.weight  A (r, in), and lora_B.weight  B (out, r):  W + scale * B @ A
+    transformer.wte.lora_embedding_A           A (r, rows), and lora_embedding_B  B (columns, r):  W + scale * (B @ A).T
     transformer.wte.weight                     a whole tensor, trained along (modules_to_save), in place of the base's
 with scale = lora_alpha / r, or lora_alpha / sqrt(r) with use_rslora. Names as the model in memory has them, with the
 adapter's own in them (lora_A.default.weight), are taken too. Source: PEFT 0.11, tuners/lora/layer.py and
@@ -43,6 +44,7 @@ _INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # others (PiSSA, O
 _MERGE = "Merge the adapter with PEFT (merge_and_unload), and give the merged checkpoint"
 _PATTERN_S = 1  # for one name; a plain pattern takes microseconds
 _OWN_NAME = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.weight$)")  # .lora_A.default.weight
+_EMBEDDING = re.compile(r"\.lora_embedding_([AB])(\.[^.]+)?$")
 _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.(weight|bias)$)")
 
 
@@ -115,7 +117,8 @@ class LoraCheckpoint(Checkpoint):
             raise CheckpointError(f"{where} has {key} and not {missing.pop()}; copy the adapter again")
         a, b = (self._adapter.shape(self._keys[f"{module}{part}"]) for part in (_A, _B))
         rank, self._scales[target] = _rank_and_scale(module, settings)
-        if len(expected) != 2 or a != (rank, expected[1]) or b != (expected[0], rank):
+        n_in, n_out = expected if _EMBEDDING.search(key) else expected[::-1]
+        if len(expected) != 2 or a != (rank, n_in) or b != (n_out, rank):
             raise CheckpointError(
                 f"{where}: {module} has A {a} and B {b} with rank {rank}, and {target} of {self.path} is {expected}; "
                 "the adapter was made for another model"
@@ -124,8 +127,9 @@ class LoraCheckpoint(Checkpoint):
     def _check_complete(self, settings: Mapping[str, Any]) -> None:
         """CheckpointError if tensors that the adapter's settings name are not in its file."""
         modules = [name.removesuffix(".weight") for name in self.names if name.endswith(".weight")]
-        # an embedding's LoRA has other names, which `_match` refuses
-        products = [m for m in modules if len(self.shape(f"{m}.weight")) == 2 and not m.endswith("wte")]
+        products = [m for m in modules if len(self.shape(f"{m}.weight")) == 2]
+        if isinstance(settings.get("target_modules"), str):  # ms-swift's pattern matches wte, which it never trains
+            products = [module for module in products if not module.endswith("wte")]
 
         def chosen(modules: list[str], spec: Any) -> list[str]:
             """Names of the weights that a pattern, or a list of ends of names, stands for."""
@@ -155,13 +159,15 @@ class LoraCheckpoint(Checkpoint):
 
     def __getitem__(self, name: str) -> Tensor:
         """The tensor `name` in the base's dtype, as the merged checkpoint would hold it; sums are in float32."""
-        if name in self._whole:
-            return self._part(name).to(super().__getitem__(name).dtype)
         base = super().__getitem__(name)
+        if name in self._whole:
+            base = self._part(name).to(base.dtype)
         if name not in self._scales:
             return base
         module = name.removesuffix(".weight")
         a, b = (self._part(f"{module}{part}").float() for part in (_A, _B))
+        if _EMBEDDING.search(self._keys[f"{module}{_A}"]):
+            a, b = b.T, a.T
         merged = base.to(torch.float32, copy=True).addmm_(b, a, alpha=self._scales[name]).to(base.dtype)
         if not bool(torch.isfinite(merged).all()) and bool(torch.isfinite(base).all()):
             raise CheckpointError(
@@ -186,6 +192,10 @@ class LoraCheckpoint(Checkpoint):
         if name in self._whole and self._adapter.mapped:
             forget_pages(self._adapter.tensor(self._keys[name]))
 
+    def changes(self, prefix: str) -> bool:
+        """Whether the adapter has anything for tensors whose names begin so."""
+        return any(name.startswith(prefix) for name in self._keys)
+
     @cached_property
     def fingerprint(self) -> str:
         """The base's and the adapter's together: sha256 over the base's, each scale, and all of the adapter's bytes."""
@@ -205,7 +215,8 @@ def open_checkpoint(path: str | Path, lora: str | Path | None) -> Checkpoint:
 
 def _name(key: str) -> str:
     """The name of an adapter's tensor in the published model: NAME above."""
-    return _WRAPPED.sub("", _OWN_NAME.sub(r"\1", published_name(key)))
+    named = _EMBEDDING.sub(r".lora_\1.weight", _OWN_NAME.sub(r"\1", published_name(key)))
+    return _WRAPPED.sub("", named)
 
 
 def _open_adapter(folder: Path) -> Shard:

@@ -5,7 +5,7 @@ import time
 import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from os import PathLike
 from typing import TYPE_CHECKING, Any, Self, Unpack
 
@@ -31,7 +31,7 @@ from qvl_edge.memory import free_memory, parse_bytes, trim_heap
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import check_tensors, load_decoder, load_fused
-from qvl_edge.options import Activations, GenerationOptions, LoadOptions
+from qvl_edge.options import GenerationOptions, LoadOptions
 from qvl_edge.published import SYSTEM
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.draw import draw_boxes
@@ -106,8 +106,8 @@ class Runtime:
         check_dtype(place, asked.dtype)
         if asked.activations == "int8" and place.type != "cpu":
             raise ConfigError(
-                f"activations is 'int8', which a CPU computes with, and device is '{place}'; leave it out, or use "
-                "device='cpu'"
+                f"activations is 'int8' and the model runs on {place}, whose kernels take floats; leave it out, or add "
+                "--device cpu (in Python device='cpu')"
             )
         try:
             set_threads(asked.threads)
@@ -146,7 +146,7 @@ class Runtime:
             if bundle
             else exported_vit(checkpoint, dtype=plan.vit, cache_dir=asked.cache_dir, progress=progress)
         )
-        decoder = _load(checkpoint, plan, place, say, asked.activations)
+        decoder = _load(checkpoint, plan, place, say)
         visual = checkpoint.config.visual
         encoder = VisionEncoder(vit, visual, device=str(encoding), max_batch=plan.images, release=asked.release_vision)
         vision = FeatureCache(encoder, visual.image_size)
@@ -475,11 +475,6 @@ def _plan(
         raise ConfigError(
             f"max_context is {asked.max_context}, this model takes 1 to {config.max_position_embeddings} positions"
         )
-    if asked.activations == "int8" and place.type != "cpu":
-        raise ConfigError(
-            f"activations is 'int8' and the model runs on {place}, whose kernels take floats; leave it out, or add "
-            "--device cpu (in Python device='cpu')"
-        )
     memory = parse_bytes(asked.max_memory) if asked.max_memory is not None else free_memory(place)
     dtype = asked.dtype or ("float32" if place.type == "cpu" else "float16")
     profile, plan = choose(
@@ -509,13 +504,11 @@ def _plan(
     return plan
 
 
-def _load(
-    checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress, activations: Activations
-) -> QWenLMHeadModel | FusedDecoder:
+def _load(checkpoint: Checkpoint, plan: Plan, place: torch.device, say: Progress) -> QWenLMHeadModel | FusedDecoder:
     """The decoder, with a line for every tenth of it that was read, and the rate."""
     quant = checkpoint.config.quantization
     fused = place.type == "cuda" and quant is not None and quant.bits == 4
-    load = load_fused if fused else partial(load_decoder, activations=activations)
+    load = load_fused if fused else load_decoder
     total = sum(checkpoint.nbytes(name) for name in checkpoint.names if not name.startswith(VISUAL))
     began, done, shown = time.perf_counter(), 0, 0
 

@@ -20,7 +20,7 @@ ZERO3 = (
     "zero_to_fp32.py, or train again with stage3_gather_16bit_weights_on_model_save"
 )
 _WRAPPERS = ("state_dict", "model_state_dict", "model", "module")  # under which training tools save a model's tensors
-_PREFIX = re.compile(r"(?:base_model\.|model\.)+")  # of a merged PEFT model, and of Lightning
+_PREFIX = re.compile(r"base_model\.(?:model\.)?|model\.")  # of a merged PEFT model, and of Lightning
 # of DataParallel, torch.compile, FSDP and DeepSpeed, which may stand before any part of a name
 _WRAPPED = re.compile(r"\b(?:module|_orig_mod|_forward_module|_fsdp_wrapped_module|_checkpoint_wrapped_module)\.")
 _MAX_HEADER = 16 << 20  # bytes: the published model's takes 0.1 MB, and one of 99 MB took the parser 40 s

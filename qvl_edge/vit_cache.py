@@ -11,7 +11,7 @@ from typing import TypeAlias
 
 from qvl_edge import child
 from qvl_edge.bundle import VIT, read_manifest
-from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.errors import BundleError
 from qvl_edge.files import cache_home, locked, remembered, sha256_of
 from qvl_edge.lora import LoraCheckpoint
@@ -31,6 +31,8 @@ def exported_vit(
     The folder's name holds the fingerprint of the weights, so an edited checkpoint is exported anew, and so is a file
     that is not what its export wrote. BundleError if the export cannot run or fails, with its last line of output.
     """
+    if isinstance(checkpoint, LoraCheckpoint) and not checkpoint.changes(VISUAL):
+        checkpoint = Checkpoint(checkpoint.path)  # the tower of the base, which may be there already
     folder = Path(cache_dir or cache_home()) / f"vit-{checkpoint.fingerprint[:16]}-{dtype}"
     if not _is_exported(folder):
         with locked(folder.parent / "vit.lock"):
@@ -61,10 +63,14 @@ def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress
     with child.start("export.vit", *arguments, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE) as process:
         assert process.stderr is not None
         last = ""
-        for line in process.stderr:
-            last = line.strip() or last
-            if progress:
-                progress(line.rstrip())
+        try:
+            for line in process.stderr:
+                last = line.strip() or last
+                if progress:
+                    progress(line.rstrip())
+        except BaseException:  # stopped, or nobody reads the progress: leaving `with` would wait for the export's end
+            process.terminate()
+            raise
     if process.returncode != 0:
         command = shlex.join(["python", "-m", "export.vit", *arguments])
         raise BundleError(f"`{command}` failed with exit code {process.returncode}: {last}")

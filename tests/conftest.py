@@ -87,6 +87,14 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer({bytes([byte]): byte for byte in range(RANKS)})
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What tests leave in a cache stays out of that of whoever runs them; their processes inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        yield
+
+
 @pytest.fixture(scope="session")
 def vit_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The cache of exported vision towers, once for all tests. Its parent is an XDG_CACHE_HOME.

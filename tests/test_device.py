@@ -193,5 +193,5 @@ def test_a_cpu_without_avx2_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_activations_in_int8_are_of_a_cpu(with_card: WithCard) -> None:
     with_card()
-    with pytest.raises(ConfigError, match="activations is 'int8', which a CPU computes with, and device is 'cuda:0'"):
+    with pytest.raises(ConfigError, match="activations is 'int8' and the model runs on cuda:0"):
         Runtime.from_pretrained("nowhere", device="cuda", activations="int8")

@@ -16,14 +16,16 @@ from torch import Tensor
 from export import vit
 from quantize import gptq
 from qvl_edge.bundle import Bundle
-from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.errors import CheckpointError, ConfigError
 from qvl_edge.lora import LoraCheckpoint
 from qvl_edge.model.loading import load_decoder
+from qvl_edge.vit_cache import exported_vit
 
 RANK, ALPHA = 4, 12
 TARGETS = ["c_attn", "attn.c_proj", "w1", "w2"]  # of Qwen-VL's finetune.py
 TOLERANCE = 2.0**-11  # relative to the largest weight: one rounding to float16, the base's dtype
+WTE = "base_model.model.transformer.wte"
 Change = Callable[[dict[str, Any], dict[str, Tensor]], None]
 
 
@@ -147,6 +149,36 @@ def test_whole_tensors_take_the_place_of_the_bases(base: Checkpoint, tmp_path: P
     merged.release("lm_head.weight")
     assert torch.equal(merged["lm_head.weight"], head.half())
     assert torch.equal(merged["transformer.wte.weight"], table.half())
+
+
+@pytest.mark.parametrize("own", ["", ".default"])
+@pytest.mark.parametrize("whole", [False, True])
+def test_an_embedding_is_trained_transposed(own: str, whole: bool, base: Checkpoint, tmp_path: Path) -> None:
+    """PEFT's tuners/lora/layer.py, Embedding.get_delta_weight; `whole`: save_embedding_layers keeps its base too."""
+    a, b, table = torch.randn(RANK, 512), torch.randn(128, RANK), torch.randn(512, 128).half()
+
+    def change(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        settings["target_modules"] = [*TARGETS, "wte"]
+        tensors[f"{WTE}.lora_embedding_A{own}"], tensors[f"{WTE}.lora_embedding_B{own}"] = a, b
+        if whole:
+            tensors[f"{WTE}.base_layer.weight"] = table
+
+    merged = LoraCheckpoint(base.path, write_adapter(tmp_path / "a", base, change))
+    start = table if whole else base["transformer.wte.weight"]
+    assert_close(merged["transformer.wte.weight"], start.double() + ALPHA / RANK * (b.double() @ a.double()).T)
+
+
+def test_an_adapter_that_leaves_the_tower_alone_uses_the_one_that_is_there(base: Checkpoint, tmp_path: Path) -> None:
+    def visual(settings: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        name = next(n for n in base.names if n.startswith(VISUAL) and n.endswith(".weight"))
+        tensors[f"base_model.model.{name}"] = base[name].clone()
+
+    cache = tmp_path / "cache"
+    tower = exported_vit(base, dtype="float32", cache_dir=cache)
+    without = LoraCheckpoint(base.path, write_adapter(tmp_path / "a", base))
+    assert exported_vit(without, dtype="float32", cache_dir=cache) == tower
+    touched = LoraCheckpoint(base.path, write_adapter(tmp_path / "b", base, visual))
+    assert exported_vit(touched, dtype="float32", cache_dir=cache) != tower
 
 
 def test_both_commands_stamp_the_same_fingerprint_which_is_not_the_bases(
@@ -274,7 +306,8 @@ W1 = "base_model.model.transformer.h.0.mlp.w1"
         ),
         (tensor(f"{W1}.lora_A.weight", 0), CheckpointError, r"w1\.lora_A\.weight is empty.*ZeRO-3"),
         (tensor("base_model.model.lm_head.weight", 0), CheckpointError, r"lm_head\.weight is empty.*ZeRO-3"),
-        (tensor("base_model.model.transformer.wte.lora_embedding_A", 4, 512), CheckpointError, "not a plain LoRA"),
+        (tensor(f"{WTE}.lora_embedding_A", 4, 512), CheckpointError, r"wte\.lora_embedding_A and not .*wte\.lora_B"),
+        (setting(target_modules=[*TARGETS, "wte"]), CheckpointError, "lacks 1 of the 9 .*target_modules"),
         (
             setting(target_modules=".*", exclude_modules=["lm_head"]),
             CheckpointError,

@@ -56,6 +56,7 @@ def test_another_number_than_the_pools_is_refused(torchs: list[int], monkeypatch
     sessions.set_threads(4)
     with pytest.raises(ValueError, match="threads is 2, but this process's onnxruntime computes with 4"):
         sessions.set_threads(2)
+    sessions.set_threads(None)  # a container's limit is 3, and nobody asked
     assert torchs == [8, 4]
 
 

@@ -14,7 +14,7 @@ import time
 from typing import Annotated, Any, TypeAlias
 
 import ray
-from pydantic import Field
+from pydantic import Field, ValidationError
 from ray import serve
 from ray.exceptions import RayActorError
 from ray.serve.handle import DeploymentHandle
@@ -27,10 +27,10 @@ from qvl_edge.engine.request import Request as Asked
 from qvl_edge.engine.worker import PREFETCH, Worker
 from qvl_edge.errors import EngineError, QvlError
 from qvl_edge.runtime import Runtime
-from qvl_edge.server import protocol
+from qvl_edge.server import fields
 from qvl_edge.server.guard import Access, parse_json, read_body, respond
 from qvl_edge.server.media import Media
-from qvl_edge.server.refusal import RATE_LIMIT, SERVER, Refusal, engine_refusal
+from qvl_edge.server.refusal import RATE_LIMIT, SERVER, Refusal, engine_refusal, validation_refusal
 
 NAME, ROUTE = "qvl-edge", "/answer"
 TIME_LIMIT_S = 300.0  # per request, including all tries
@@ -44,12 +44,18 @@ Query: TypeAlias = list[dict[str, Any]]
 log = logging.getLogger("ray.serve")
 
 
-class Question(protocol.Model):
+class Options(fields.Request):
+    """Generation options, as of chat completions."""
+
+    model: str = ""  # there is one
+
+
+class Question(fields.Received):
     """The body of a request."""
 
     images: Annotated[list[str], Field(max_length=MAX_IMAGES)] = []
     question: str
-    options: protocol.Sampling = protocol.Sampling()
+    options: Options = Options()
 
 
 class Model:
@@ -117,7 +123,10 @@ class Ingress:
 
 async def read_question(body: bytes) -> tuple[Query, dict[str, Any]]:
     """(query with images as bytes, generation options) of a request's JSON. Refusal 400 names the field."""
-    asked = Question.parse(parse_json(body))
+    try:
+        asked = Question.model_validate(parse_json(body))
+    except ValidationError as error:
+        raise validation_refusal(error, (), Question.model_fields) from None
     pictures = [{"image": await MEDIA.load(url, f"images[{index}]")} for index, url in enumerate(asked.images)]
     return [*pictures, {"text": asked.question}], asked.options.generation()
 

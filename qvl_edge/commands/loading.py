@@ -4,15 +4,19 @@ import argparse
 import io
 import json
 import os
+import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from qvl_edge.errors import EngineError, QvlError
+from qvl_edge.files import system_error
 from qvl_edge.options import GenerationOptions, LoadOptions
 
 if TYPE_CHECKING:
@@ -110,6 +114,62 @@ def any_console() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+
+
+EXTRAS = {  # of setup.py, by the package that is missing
+    "onnxruntime": "cpu] or qvl-edge[cuda",
+    "onnx": "export",
+    "huggingface_hub": "download",
+    "modelscope_hub": "modelscope",
+    "matplotlib": "plot",
+    "openai": "evaluate",
+    **dict.fromkeys(("starlette", "uvicorn", "h11", "pydantic", "llguidance"), "serve"),
+}
+
+
+def run_command(name: str, execute: Callable[[], int], *, stopped: str = "stopped") -> int:
+    """The exit code of a command: 1 and a line for what its user or the system has to mend, 130 when it is stopped.
+
+    SIGTERM ends it as an exception does, so that nothing half written stays, with a shell's 143.
+    """
+    terminated = False
+
+    def terminate(*_: object) -> None:
+        nonlocal terminated
+        terminated = True
+        raise KeyboardInterrupt
+
+    main_thread = threading.current_thread() is threading.main_thread()  # the only one that may set a handler
+    before = signal.signal(signal.SIGTERM, terminate) if main_thread else None
+    try:
+        with plain_warnings():
+            code = execute()
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # whoever reads our output has left, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or the interpreter would fail on it at its end
+        return 141
+    except (QvlError, EngineError) as error:
+        say(f"{name}: {error}")
+    except ModuleNotFoundError as error:
+        package = (error.name or "").partition(".")[0]
+        if package not in EXTRAS:
+            raise
+        say(
+            f"{name}: the package {package} is not installed; install qvl-edge[{EXTRAS[package]}], in a clone with\n"
+            f"  pip install -c constraints.txt -e '.[{EXTRAS[package].partition(']')[0]}]'"
+        )
+    except OSError as error:
+        say(f"{name}: {system_error(error)}")
+    except MemoryError:
+        say(f"{name}: there is no memory left; `qvl-edge fit` says how much a model takes, and with which options less")
+    except KeyboardInterrupt:
+        say(stopped)
+        return 143 if terminated else 130
+    finally:
+        if main_thread:
+            signal.signal(signal.SIGTERM, before)
+    return 1
 
 
 def say(line: str) -> None:

@@ -12,6 +12,10 @@ passed("text")
 (said,) = lm(messages=[about_picture()])
 found(said if isinstance(said, str) else said["text"])
 passed("picture")
+answer = lm.forward(messages=[about_picture()]).choices[0].message.model_dump()
+(again,) = lm(messages=[about_picture(), answer, {"role": "user", "content": "How many shapes?"}])
+assert again if isinstance(again, str) else again["text"]
+passed("history by model_dump()")
 shape = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
 (counted,) = lm(messages=[about_picture("How many shapes?")], response_format=shape)
 assert set(json.loads(counted if isinstance(counted, str) else counted["text"])) == {"count"}

@@ -23,6 +23,10 @@ assert isinstance(create(messages=[about_picture("How many shapes?")], **asked),
 image = instructor.Image.from_path(PICTURE)
 assert isinstance(create(messages=[{"role": "user", "content": ["How many shapes?", image]}], **asked), Count)
 passed("picture")
+answer, raw = client.chat.completions.create_with_completion(messages=[about_picture("How many?")], **asked)
+history = [about_picture("How many?"), raw.choices[0].message.model_dump()]
+assert isinstance(create(messages=[*history, {"role": "user", "content": "How many circles?"}], **asked), Count)
+passed("history by model_dump()")
 parts = list(client.chat.completions.create_partial(messages=[{"role": "user", "content": "How many?"}], **asked))
 assert isinstance(parts[-1].count, int)
 passed("stream")
