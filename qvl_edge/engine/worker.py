@@ -48,13 +48,9 @@ class Worker:
         self._unprepared = 0
         self._changed = threading.Condition()
         self._closed = False
-        preparing = [
-            functools.partial(self._prepare, each) for each in (self._submitted, self._with_schema)
-        ] * PREPARERS
-        self._threads = [
-            threading.Thread(target=work, name=f"qvl-edge-{name}", daemon=True)
-            for name, work in (*[("prepare", work) for work in preparing], ("decode", self._decode))
-        ]
+        queues = (self._submitted, self._with_schema) * PREPARERS
+        work: list[Callable[[], None]] = [self._decode, *(functools.partial(self._prepare, each) for each in queues)]
+        self._threads = [threading.Thread(target=each, daemon=True) for each in work]
         for thread in self._threads:
             thread.start()
 

@@ -11,6 +11,7 @@ import sys
 import threading
 from collections.abc import Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
+from typing import Any
 
 from PIL import Image
 
@@ -59,16 +60,17 @@ class Decoders:
 
     def _run(self, job: dict[str, object], content: bytes, limit_s: float) -> Picture:
         process = self._process()
-        assert process.stdin is not None and process.stdout is not None
+        there: Any = process.stdin  # text, over bytes
+        back: Any = process.stdout
         timer = threading.Timer(limit_s, process.kill)
         timer.start()
         try:
-            process.stdin.buffer.write(json.dumps(job).encode() + b"\n")
-            process.stdin.buffer.write(content)
-            process.stdin.buffer.flush()
-            said = json.loads(process.stdout.buffer.readline())
+            there.buffer.write(json.dumps(job).encode() + b"\n")
+            there.buffer.write(content)
+            there.buffer.flush()
+            said = json.loads(back.buffer.readline())
             size = int(said.get("size", 0))
-            square = process.stdout.buffer.read(3 * size * size)
+            square = back.buffer.read(3 * size * size)
             if size:
                 return Picture(Image.frombytes("RGB", (size, size), square), Frame(*said["frame"]))
         except (OSError, ValueError):  # it was killed, or its memory was not enough even to say so
@@ -114,6 +116,7 @@ def main() -> None:
         job = json.loads(line)
         content = sys.stdin.buffer.read(job["bytes"])
         square = b""
+        said: dict[str, Any]
         try:
             frame = load_frame(content, job["accepted"])
             if job["most_pixels"] is not None and frame.width * frame.height > job["most_pixels"]:
