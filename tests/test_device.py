@@ -170,7 +170,7 @@ def test_a_card_that_is_all_but_free_is_not_asked_who_uses_it(with_card: WithCar
     assert named_with_others(find_device("cuda")) == "cuda:0"
 
 
-MODEL_BENCHMARKS = ("memory", "latency", "qwen_tables", "soak", "serve_load", "lookup")
+MODEL_BENCHMARKS = ("memory", "latency", "qwen_tables", "soak", "serve_load", "attacks", "lookup")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="here they would run")

@@ -81,6 +81,17 @@ def test_every_room_comes_from_the_wheel(installed: Path) -> None:
     assert len(files) == len(ROOMS) and all(Path(file).is_relative_to(installed) for file in files)
 
 
+def test_folders_and_modules_of_the_current_folder_are_not_imported(installed: Path) -> None:
+    for name in ("export/__init__.py", "quantize/__init__.py", "kernels/__init__.py", "torch.py", "sitecustomize.py"):
+        file = installed.parent / "trap" / name
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text("raise SystemExit('run from the current folder')", encoding="utf-8")
+    command = [installed / "bin/qvl-edge", "fit", ROOT / "qvl_edge/demo/checkpoint", "--gpu", "12GB"]
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(command, cwd=installed.parent / "trap", env=environment, capture_output=True, text=True)
+    assert done.returncode == 0 and "12" in done.stdout, done.stdout + done.stderr
+
+
 def test_the_demo_runs_outside_the_tree(installed: Path) -> None:
     assert "--scenes" in run(installed, "qvl-edge", "demo", "--help")
     code = """

@@ -36,6 +36,7 @@ MAX_HEAD_BYTES, MAX_HEADERS = 32 << 10, 100
 HEAD_S = 10.0  # for the request line and the headers, from the connection or from their first byte
 WRITE_S = 60.0  # that an answer may wait in all for a client that reads slowly or not at all
 LINGER_S = 2.0  # what a refused client still sends is read for so long: else a reset would take the refusal from it
+ANSWERING = "qvl_edge.answering"  # in the state of a request's scope, once it has a place in the queue
 FREE_PIECES, PIECE_BYTES = 1000, 64  # a body in more pieces than these, of fewer bytes on average, only takes time
 
 
@@ -49,19 +50,20 @@ class Connections:
     by_address: Counter[str] = field(default_factory=Counter)
 
     def admit(self, new: "Connection") -> bool:
-        """Take a connection, in the place of the one that has been silent for longest if there are too many.
+        """Take a connection; if there are too many, in the place of one that waits for its client.
 
-        Silent are those whose request is not complete; one whose answer is being made keeps its place. So that whoever
-        opens connections and sends nothing loses them, and nobody else.
+        It goes from the address with most of these, and of its own the one that has waited for longest. One whose
+        answer is being made keeps its place. So that whoever opens connections loses them, and nobody else.
         """
         full, crowded = len(self.open) >= self.most, self.by_address[new.address] >= self.most_per_address
         if full or crowded:
             rivals = [each for each in self.open if each.silent and (not crowded or each.address == new.address)]
             if not rivals:
                 return False
-            oldest = min(rivals, key=lambda each: each.since)
-            self.remove(oldest)
-            oldest.transport.abort()
+            crowd = Counter(each.address for each in rivals)
+            loser = min(rivals, key=lambda each: (-crowd[each.address], each.since))
+            self.remove(loser)
+            loser.transport.abort()
         self.open[new] = None
         self.by_address[new.address] += 1
         return True
@@ -114,8 +116,10 @@ class Connection(H11Protocol):
 
     @property
     def silent(self) -> bool:
-        """Whether it waits for its client."""
-        return self.leaving or self.conn.their_state in (h11.IDLE, h11.SEND_BODY) or self.cycle.response_complete
+        """Whether no answer is being made for it that its client reads; whatever needs no engine is made at once."""
+        if self.leaving or self.scope is None or self.cycle.response_complete or self.flow.write_paused:
+            return True
+        return not self.scope["state"].get(ANSWERING)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """See asyncio.Protocol."""
@@ -160,6 +164,7 @@ class Connection(H11Protocol):
     def pause_writing(self) -> None:
         """See asyncio.Protocol."""
         super().pause_writing()
+        self.since = time.monotonic()
         self._paused = self.loop.time()
         self._within("write", max(self._write_left, 0.0), self.transport.abort)
 
@@ -235,4 +240,8 @@ def _network(address: str) -> str:
         parsed = ipaddress.ip_address(address.partition("%")[0])
     except ValueError:
         return address
-    return address if parsed.version == 4 else str(ipaddress.ip_network((parsed, 64), strict=False))
+    if isinstance(parsed, ipaddress.IPv4Address):
+        return address
+    if parsed.ipv4_mapped is not None:  # on a socket of both versions
+        return str(parsed.ipv4_mapped)
+    return str(ipaddress.ip_network((parsed, 64), strict=False))

@@ -18,6 +18,7 @@ from qvl_edge.engine.worker import Worker
 from qvl_edge.errors import EngineError, QueueFull, QvlError
 from qvl_edge.server import fields
 from qvl_edge.server.callers import Caller, Quotas
+from qvl_edge.server.connection import ANSWERING
 from qvl_edge.server.guard import Bodies, log_refusal, parse_json, read_body
 from qvl_edge.server.messages import Conversation
 from qvl_edge.server.metrics import Metrics
@@ -196,6 +197,7 @@ class Endpoint(Generic[Asked]):
             content = await read_body(request, backend.settings.max_body_bytes, backend.bodies, body)
             places.enter_context(backend.quotas.place(caller))
             places.enter_context(backend.place())
+            request.scope.setdefault("state", {})[ANSWERING] = True
             # what takes long is done off the event loop
             asked = await asyncio.to_thread(self._parse, content)
             wanted, reply = await self.read(asked)

@@ -18,10 +18,10 @@ def whole(body: bytes = ASK, *lines: bytes) -> bytes:
 
 
 @contextlib.contextmanager
-def connected(server: Server, sent: bytes = b"") -> Iterator[socket.socket]:
-    """A connection that has sent something."""
+def connected(server: Server, sent: bytes = b"", source: str = "127.0.0.1") -> Iterator[socket.socket]:
+    """A connection from an address, which has sent something."""
     host, port = server.url[7:].split(":")
-    with socket.create_connection((host, int(port)), timeout=WAIT_S) as connection:
+    with socket.create_connection((host, int(port)), timeout=WAIT_S, source_address=(source, 0)) as connection:
         connection.sendall(sent)
         yield connection
 
@@ -42,10 +42,10 @@ def to_end(connection: socket.socket) -> bytes:
 
 
 @contextlib.contextmanager
-def crowd(server: Server, count: int, sent: bytes = b"") -> Iterator[list[socket.socket]]:
+def crowd(server: Server, count: int, sent: bytes = b"", source: str = "127.0.0.1") -> Iterator[list[socket.socket]]:
     """So many connections, each of which has sent something."""
     with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(connected(server, sent)) for _ in range(count)]
+        yield [stack.enter_context(connected(server, sent, source)) for _ in range(count)]
 
 
 def statuses(said: bytes) -> list[int]:

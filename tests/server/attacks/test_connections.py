@@ -5,6 +5,7 @@ import contextlib
 import json
 import logging
 import socket
+import sys
 import threading
 import time
 from unittest.mock import Mock
@@ -18,7 +19,7 @@ from qvl_edge.server.guard import Bodies, Body
 from qvl_edge.server.logs import MOST, Sparing
 
 from ..harness import MODEL, ScriptedWorker, serving, until
-from .raw import ASK, POST, answer, connected, statuses, to_end, whole
+from .raw import ASK, POST, answer, connected, crowd, statuses, to_end, whole
 
 pytestmark = pytest.mark.slow
 
@@ -231,3 +232,32 @@ def test_connections_that_come_and_go_leave_nothing() -> None:
                     pass
         until(lambda: not limits.open and not limits.by_address)
         assert server.ask("a").status_code == 200
+
+
+@pytest.mark.skipif(sys.platform == "darwin", reason="127.0.0.2 is no address there")
+def test_a_crowd_from_elsewhere_takes_nobody_the_place_of_a_slow_upload() -> None:
+    said, limits = whole(ASK, b"Connection: close\r\n"), Connections(most=16, most_per_address=8)
+    with serving(ScriptedWorker("x"), connections=limits) as server, connected(server, said[:-5]) as honest:
+        with crowd(server, 40, source="127.0.0.2"), crowd(server, 40, said[:-5], source="127.0.0.3"):
+            httpx.get(f"{server.url}/health")  # all before it were taken
+            honest.sendall(said[-5:])
+            assert statuses(to_end(honest)) == [200]
+
+
+def test_who_asks_for_files_and_does_not_read_them_keeps_no_place() -> None:
+    with serving(ScriptedWorker("x"), connections=Connections(most=8)) as server:
+        sent = b"GET /app.js HTTP/1.1\r\nHost: localhost\r\n\r\n" * 500
+        with crowd(server, 12, sent):
+            time.sleep(0.5)  # until the buffers are full
+            assert [server.ask("a").status_code for _ in range(3)] == [200] * 3
+
+
+@pytest.mark.parametrize(
+    ("address", "counted"),
+    [
+        ("192.0.2.7", "192.0.2.7"), ("::ffff:192.0.2.7", "192.0.2.7"), ("::1", "::/64"), ("fe80::1%eth0", "fe80::/64"),
+        ("2001:db8:1:2:3:4:5:6", "2001:db8:1:2::/64"), ("", ""),
+    ],
+)  # fmt: skip
+def test_an_address_is_counted_as_what_one_client_can_have(address: str, counted: str) -> None:
+    assert connection._network(address) == counted
