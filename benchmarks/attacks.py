@@ -13,6 +13,7 @@ import contextlib
 import hashlib
 import io
 import json
+import logging
 import os
 import random
 import socket
@@ -37,6 +38,7 @@ from qvl_edge.memory import resident_bytes, trim_heap
 from qvl_edge.options import LoadOptions
 from qvl_edge.server.callers import Caller
 from qvl_edge.server.guard import Access
+from qvl_edge.server.logs import spare
 
 HONEST, ATTACKER = "honest-key", "attacker-key"
 ATTACKERS_REQUESTS = 4  # at once, of the attackers' key
@@ -271,6 +273,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--slots", type=int, default=8)
     parser.add_argument("--cases", type=int, default=60, help="different requests")
     args = parser.parse_args(arguments)
+    logging.basicConfig(format="%(message)s")
+    spare(logging.getLogger())  # as `qvl-edge serve` does
     runtime = Runtime.from_pretrained(args.path, **LoadOptions.given(args))
     found = measure(runtime, clients=args.clients, seconds=args.seconds, baseline=args.baseline, requests=args.cases)
     for name in ("alone", "beside"):
