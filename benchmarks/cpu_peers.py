@@ -1,106 +1,182 @@
-"""The decoder on a CPU beside llama.cpp: python -m benchmarks.cpu_peers PATH --python PYTHON --gguf FILE [--json FILE]
+"""A CPU's decoder beside llama.cpp's, of the published shapes and random weights.
 
-PATH is a checkpoint of benchmarks.synthetic --int4, of all layers or fewer. PYTHON has llama-cpp-python and gguf
-installed; the GGUF, of the same shapes, is written if it is not there (benchmarks/llama_peer.py). Each runs in a
-process of its own, one after another: a prompt, tokens after it, and tokens at many positions, in milliseconds.
+    python -m benchmarks.cpu_peers FOLDER [--layers 8] [--json FILE]
+
+FOLDER gets a synthetic Int4 checkpoint and GGUF files as llama-quantize makes them for Q4_0 (lm_head in Q6_K), and
+keeps them. Needs `pip install llama-cpp-python gguf`. Both run with the same number of threads, in turns, on 1 and on
+--layers layers; what the published 32 take is extrapolated from the two. int8 head and cache here, float16 cache there.
+The checkpoint has two layers, which are run in turn: 216 MB, which no cache holds.
 """
 
-import json
-import statistics
-import subprocess
-import sys
+import ctypes
 import time
 from collections.abc import Callable
-from typing import Any
+from dataclasses import replace
+from pathlib import Path
+from statistics import median
+from typing import Any, cast
 
+import numpy as np
 import torch
 
-from benchmarks import llama_peer, report
-from kernels import Activations
+from benchmarks.report import add_save, command, exits_with_its_message, save, say, table
+from benchmarks.synthetic import write_synthetic
 from qvl_edge.checkpoint import Checkpoint
+from qvl_edge.config import Config
+from qvl_edge.engine.threads import use_threads
 from qvl_edge.model.cache import KVCache
-from qvl_edge.model.decoder import place_sequence
 from qvl_edge.model.loading import load_decoder
+from qvl_edge.options import Activations
+from qvl_edge.published import CONFIG
 
-OURS: dict[str, tuple[Activations, torch.dtype]] = {  # activations of the products, and the cache
-    "float": ("float", torch.float32),
-    "float, int8 cache": ("float", torch.int8),
-    "int8": ("int8", torch.float32),
-    "int8, int8 cache": ("int8", torch.int8),
-}
-FIGURES = ("prompt_ms", "decode_ms", "decode_at_positions_ms")
-
-
-@torch.inference_mode()
-def measure(path: str, activations: Activations, prompt: int, positions: int) -> dict[str, dict[str, float]]:
-    """Figures of our decoder with an int8 head, by the dtype of its cache."""
-    model = load_decoder(Checkpoint(path), dtype=torch.float32, head="int8", embeddings="host", activations=activations)
-    ids = torch.randint(0, 3000, (1, prompt), generator=torch.Generator().manual_seed(1))
-
-    def at(cache: KVCache, start: int, tokens: int) -> Callable[[], float]:
-        def step() -> float:
-            cache.lengths.fill_(start)
-            cache.filled.fill_(start)
-            began = time.perf_counter()
-            model(model.embed(ids[:, :tokens]), cache)
-            return 1e3 * (time.perf_counter() - began)
-
-        return step
-
-    found = {}
-    for name, (kind, dtype) in OURS.items():
-        if kind != activations:
-            continue
-        cache = KVCache(model.config, 1, positions + 1, dtype=dtype)
-        for tensor in (cache.k, cache.v, cache.k_scales, cache.v_scales):
-            if tensor is not None:
-                tensor.fill_(1)
-        place_sequence(model.config, cache, 0, prompt)
-        at(cache, 0, 16)()
-        steps = at(cache, 0, prompt), at(cache, prompt, 1), at(cache, positions, 1)
-        counts = 1, llama_peer.DECODED, llama_peer.DECODED
-        found[name] = {
-            figure: statistics.median(step() for _ in range(count))
-            for figure, step, count in zip(FIGURES, steps, counts, strict=True)
-        }
-    return found
+LAYERS = CONFIG["num_hidden_layers"]
+CASES = {"decode": (1, 293), "decode at 2,000": (1, 2000), "prompt of 293": (293, 0)}  # tokens, position of the first
+ROUNDS = {1: 12, 293: 3}
+CONTEXT = 2048
+Run = Callable[[int, int], float]
+"""Computes so many tokens from a position on; returns the seconds."""
 
 
-def _run(*command: str) -> Any:
-    """The last line, JSON, of a process. SystemExit with what it wrote if it fails."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{command[0]} failed:\n{done.stderr[-2000:]}")
-    report.say(line := done.stdout.splitlines()[-1])
-    return json.loads(line)
+def ours(checkpoint: Path, layers: int, activations: Activations) -> Run:
+    """The runtime's decoder, its layers in turn until there are `layers`."""
+    model = load_decoder(
+        Checkpoint(checkpoint), dtype=torch.float32, head="int8", embeddings="host", activations=activations
+    )
+    stored = list(model.transformer.h)
+    model.transformer.h = torch.nn.ModuleList(stored[index % len(stored)] for index in range(layers))
+    cache = KVCache(replace(model.config, num_hidden_layers=layers), 1, CONTEXT, dtype=torch.int8)
+    for tensor in (cache.k, cache.v, cache.k_scales, cache.v_scales):
+        cast(torch.Tensor, tensor).fill_(1)
+
+    @torch.inference_mode()
+    def run(tokens: int, start: int) -> float:
+        cache.clear()
+        cache.advance(start)
+        began = time.perf_counter()
+        model(model.embed(torch.arange(tokens)[None]), cache)
+        return time.perf_counter() - began
+
+    return run
 
 
+def llama(path: Path, threads: int) -> Run:
+    """llama.cpp over a GGUF; its cache holds 2,000 positions of the same prompt."""
+    import llama_cpp as ll
+
+    ll.llama_backend_init()
+    options = ll.llama_model_default_params()
+    model = ll.llama_model_load_from_file(str(path).encode(), options)
+    settings = ll.llama_context_default_params()
+    settings.n_ctx, settings.n_batch, settings.n_ubatch = CONTEXT, 512, 512
+    settings.n_threads = settings.n_threads_batch = threads
+    context = ll.llama_init_from_model(model, settings)
+    memory = ll.llama_get_memory(context)
+
+    def compute(tokens: int) -> None:
+        batch = ll.llama_batch_get_one((ctypes.c_int32 * tokens)(*range(tokens)), tokens)
+        if ll.llama_decode(context, batch):
+            raise RuntimeError(f"llama.cpp could not decode {tokens} tokens")
+
+    def run(tokens: int, start: int) -> float:
+        ll.llama_memory_seq_rm(memory, 0, start, -1)
+        while (there := ll.llama_memory_seq_pos_max(memory, 0) + 1) < start:
+            compute(min(500, start - there))
+        began = time.perf_counter()
+        compute(tokens)
+        return time.perf_counter() - began
+
+    return run
+
+
+def write_gguf(path: Path, config: Config, layers: int) -> None:
+    """Random Q4_0 weights in the architecture "qwen", without a vocabulary."""
+    import gguf
+
+    writer = gguf.GGUFWriter(path, "qwen")
+    hidden, inner = config.hidden_size, config.ffn_size
+    writer.add_context_length(CONTEXT)
+    writer.add_embedding_length(hidden)
+    writer.add_block_count(layers)
+    writer.add_feed_forward_length(2 * inner)  # llama.cpp halves it, as the published intermediate_size
+    writer.add_rope_freq_base(config.rotary_emb_base)
+    writer.add_rope_dimension_count(config.kv_channels)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_layer_norm_rms_eps(config.layer_norm_epsilon)
+    writer.add_vocab_size(config.vocab_size)
+    writer.add_tokenizer_model("no_vocab")
+    generator = np.random.default_rng(0)
+
+    def matrix(name: str, outputs: int, inputs: int, kind: str = "Q4_0") -> None:
+        block, size, scale = (32, 18, 0) if kind == "Q4_0" else (256, 210, 208)  # where a block's float16 scale is
+        data = generator.integers(0, 256, (outputs, inputs // block, size), dtype=np.uint8)
+        data[..., scale : scale + 2] = np.frombuffer(np.float16(0.002).tobytes(), np.uint8)
+        writer.add_tensor(f"{name}.weight", data.reshape(outputs, -1), raw_dtype=gguf.GGMLQuantizationType[kind])
+
+    def vector(name: str, size: int, value: float) -> None:
+        writer.add_tensor(name, np.full(size, value, np.float32))
+
+    matrix("token_embd", config.vocab_size, hidden)
+    matrix("output", config.vocab_size, hidden, "Q6_K")
+    vector("output_norm.weight", hidden, 1)
+    for index in range(layers):
+        block = f"blk.{index}"
+        vector(f"{block}.attn_norm.weight", hidden, 1)
+        vector(f"{block}.ffn_norm.weight", hidden, 1)
+        vector(f"{block}.attn_qkv.bias", 3 * hidden, 0)
+        matrix(f"{block}.attn_qkv", 3 * hidden, hidden)
+        matrix(f"{block}.attn_output", hidden, hidden)
+        matrix(f"{block}.ffn_gate", inner, hidden)
+        matrix(f"{block}.ffn_up", inner, hidden)
+        matrix(f"{block}.ffn_down", hidden, inner)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@exits_with_its_message("benchmarks.cpu_peers")
 def main(arguments: list[str] | None = None) -> None:
-    parser = report.command("cpu_peers", __doc__)
-    parser.add_argument("path", metavar="PATH", help="a checkpoint of benchmarks.synthetic --int4")
-    parser.add_argument("--python", default=sys.executable, help="one with llama-cpp-python and gguf (default: this)")
-    parser.add_argument("--gguf", metavar="FILE", help="of the same layers; written if it is not there")
-    parser.add_argument("--prompt", type=int, default=293, help="tokens: an image and a question (default: 293)")
-    parser.add_argument("--positions", type=int, default=2000, help="that are filled (default: 2000)")
-    parser.add_argument("--activations", choices=("float", "int8"), help="measure this process's decoder only")
-    report.add_save(parser)
+    parser = command("cpu_peers", __doc__)
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="for the models: 6 GB")
+    parser.add_argument("--layers", type=int, default=8, help="of the larger model (default: 8)")
+    parser.add_argument("--threads", type=int, help="of both (default: the cores that this process may use)")
+    add_save(parser)
     args = parser.parse_args(arguments)
-    if args.activations is not None:
-        print(json.dumps(measure(args.path, args.activations, args.prompt, args.positions)))
-        return
-    layers = Checkpoint(args.path).config.num_hidden_layers
-    sizes = (str(args.prompt), str(args.positions))
-    peers: dict[str, dict[str, Any]] = {}
-    if args.gguf is not None:
-        threads = str(torch.get_num_threads())
-        peers["llama.cpp"] = _run(args.python, llama_peer.__file__, args.gguf, str(layers), *sizes, threads)
-    for activations in ("float", "int8"):
-        command = (sys.executable, "-m", "benchmarks.cpu_peers", args.path, "--activations", activations)
-        peers |= _run(*command, "--prompt", sizes[0], "--positions", sizes[1])
-    report.print_machine("cpu")
-    print(f"{layers} layers and the head, ms: a prompt of {args.prompt} tokens, a token, one at {args.positions}.\n")
-    print(report.table(["", *FIGURES], [[name, *(f"{peer[f]:.1f}" for f in FIGURES)] for name, peer in peers.items()]))
-    report.save(args.json, "cpu_peers", "cpu", layers=layers, prompt=args.prompt, positions=args.positions, peers=peers)
+    threads, folder = use_threads(args.threads), args.folder
+    folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = folder / "int4"
+    if not checkpoint.exists():
+        settings = CONFIG | {"num_hidden_layers": 2, "visual": CONFIG["visual"] | {"layers": 1}}
+        write_synthetic(checkpoint, settings, int4=True)
+    found: dict[str, dict[str, list[float]]] = {}
+    for layers in (1, args.layers):
+        path = folder / f"q4_0-{layers}.gguf"
+        if not path.exists():
+            write_gguf(path, Config.from_folder(checkpoint), layers)
+        runs = {
+            "llama.cpp, Q4_0": llama(path, threads),
+            "float activations": ours(checkpoint, layers, "float"),
+            "int8 activations": ours(checkpoint, layers, "int8"),
+        }
+        for case, (tokens, start) in CASES.items():
+            times: dict[str, list[float]] = {name: [] for name in runs}
+            for _ in range(ROUNDS[tokens]):
+                for name, run in runs.items():
+                    run(tokens, start)  # threads of the one before may still spin
+                    times[name].append(run(tokens, start))
+            for name, values in times.items():
+                found.setdefault(name, {}).setdefault(case, []).append(median(values))
+                say(f"{layers} layers, {case}, {name}: {median(values) * 1e3:.1f} ms")
+    rows: list[dict[str, Any]] = []
+    for name, cases in found.items():
+        for case, (one, more) in cases.items():
+            whole = one + (LAYERS - 1) * (more - one) / (args.layers - 1)
+            rows.append({"name": name, "case": case, "one_layer": one, "layers": more, "seconds": whole})
+    speeds = {
+        name: [f"{CASES[row['case']][0] / row['seconds']:.2f}" for row in rows if row["name"] == name] for name in found
+    }
+    print(table(["tokens/s", *CASES], [[name, *columns] for name, columns in speeds.items()]))
+    save(args.json, "cpu_peers", "cpu", layers_measured=[1, args.layers], rows=rows)
 
 
 if __name__ == "__main__":

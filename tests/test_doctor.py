@@ -247,7 +247,7 @@ def little_memory(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
 def wrong_kernel(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
     right = self_tests.int4_gemm
 
-    def wrong(x: torch.Tensor, weight: Any, *bias: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    def wrong(x: torch.Tensor, weight: Any, *bias: torch.Tensor, backend: str | None = None) -> torch.Tensor:
         return right(x, weight, *bias, backend=backend) * (1.0 if backend == "torch" else 1.001)
 
     monkeypatch.setattr(self_tests, "int4_gemm", wrong)
