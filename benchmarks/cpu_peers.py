@@ -18,12 +18,12 @@ from typing import Any, cast
 
 import numpy as np
 import torch
+from qvl_edge.engine.threads import use_threads
 
 from benchmarks.report import add_save, command, exits_with_its_message, save, say, table
 from benchmarks.synthetic import write_synthetic
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
-from qvl_edge.engine.threads import use_threads
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.loading import load_decoder
 from qvl_edge.options import Activations

@@ -30,6 +30,7 @@ LAYERS = (
     ("commands", "server", "evaluate", "__main__", "compat"),
     ("bench",),
     ("runtime", "batch"),
+    ("load",),
     ("vit_cache", "hub", "labels", "answer", "engine", "demo", "doctor"),
     ("model", "text", "vision"),
     ("bundle", "checkpoint", "lora", "shards"),

@@ -212,7 +212,7 @@ def test_a_tower_that_is_not_the_profiles_is_refused_with_the_command_that_makes
 
 def test_loading_refuses_before_it_allocates(small_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for loader in ("load_decoder", "load_fused", "exported_vit"):
-        monkeypatch.setattr(f"qvl_edge.runtime.{loader}", None)
+        monkeypatch.setattr(f"qvl_edge.load.{loader}", None)
     with pytest.raises(FitError, match=r"cpu has 0.01 GB free \(layers"):
         Runtime.from_pretrained(small_checkpoint, max_memory="10MB")
     monkeypatch.setattr("qvl_edge.memory.host_memory", lambda: Memory(2**30, 0))

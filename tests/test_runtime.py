@@ -21,9 +21,9 @@ from qvl_edge.engine.budget import estimate
 from qvl_edge.engine.device import find_device
 from qvl_edge.engine.request import Request
 from qvl_edge.errors import ContextError
+from qvl_edge.load import plan_for
 from qvl_edge.options import LoadOptions
 from qvl_edge.published import CONFIG, QUANTIZATION
-from qvl_edge.runtime import _plan
 from qvl_edge.vit_cache import exported_vit
 
 TOLERANCE = 1e-4  # nats: golden logits agree to 1e-4, and so do their log-probabilities
@@ -240,9 +240,9 @@ def test_the_vision_tower_is_exported_once_and_again_when_the_weights_change(tmp
     assert said and len(list(cache.glob("vit-*"))) == 2
 
 
-def test_int8_activations_are_part_of_the_plan(runtime: Runtime) -> None:
+def test_int8_activations_are_part_of_theplan_for(runtime: Runtime) -> None:
     asked, cpu = LoadOptions(activations="int8"), torch.device("cpu")
-    assert _plan(runtime.config, asked, cpu, cpu, None, print).activations == "int8"
+    assert plan_for(runtime.config, asked, cpu, cpu, None, print).activations == "int8"
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, make_checkpoint) -> None:
@@ -318,6 +318,6 @@ def test_a_vision_device_that_is_the_models_own_counts_in_its_budget(
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     place = find_device(device)
     encoding = place if vision_device is None else find_device(vision_device, option="vision_device", kernels=False)
-    plan = _plan(Config.from_dict(CONFIG, QUANTIZATION), LoadOptions(), place, encoding, None, lambda _: None)
+    plan = plan_for(Config.from_dict(CONFIG, QUANTIZATION), LoadOptions(), place, encoding, None, lambda _: None)
     assert plan.vision == "resident"
     assert estimate(Config.from_dict(CONFIG, QUANTIZATION), plan).vision > 3 * 10**9
