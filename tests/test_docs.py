@@ -6,10 +6,12 @@ the reason. The Chinese pages have the same code (test_translations.py).
 
 import argparse
 import base64
+import configparser
 import importlib
 import json
 import re
 import shutil
+import tomllib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -82,6 +84,12 @@ def shell_lines(page: Path) -> list[str]:
             continue
         if language == "jsonl":
             assert all(json.loads(line) for line in text.splitlines())
+            continue
+        if language == "toml":
+            assert tomllib.loads(text)
+            continue
+        if language == "ini":
+            assert configparser.ConfigParser(interpolation=None, strict=False).read_string(text) is None
             continue
         assert language in ("", "sh"), f"{page.name}: a block of {language} that no test knows: {first}"
         found += [line for line in text.replace("\\\n", " ").splitlines() if line.strip()]
