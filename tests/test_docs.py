@@ -62,6 +62,7 @@ ELSEWHERE = {
     "python -m examples.ray.serve --replicas 2 --max-replicas 4": "does not end; tests/test_ray.py runs it",
     'python -m examples.ray.batch IMAGES OUT --question "Describe the picture with boxes."': "as the line above",
     "QVL_EDGE_API_KEY=… MODEL=/path/to/BUNDLE docker compose up": "needs docker",
+    "git -C CHECKPOINT lfs pull": "needs git-lfs and the network",
     "apt-get install gcc python3-dev": "changes the machine",
     "pip uninstall -y onnxruntime onnxruntime-gpu": "changes the machine",
 }
@@ -81,6 +82,9 @@ def shell_lines(page: Path) -> list[str]:
             continue
         if language == "json":
             json.loads(text)
+            continue
+        if language == "toml":
+            tomllib.loads(text)
             continue
         if language == "jsonl":
             assert all(json.loads(line) for line in text.splitlines())
