@@ -94,7 +94,7 @@ class VariantBuilder:
             profile=profile,
             head=variant.head,  # type: ignore[arg-type]
             kv_cache=variant.kv_cache,  # type: ignore[arg-type]
-            activations=variant.activations,  # type: ignore[arg-type]
+            activations=variant.activations,
             slots=BATCH,
             max_context=1024,
             cache_dir=self.folder / "towers",

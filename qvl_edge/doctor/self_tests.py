@@ -22,6 +22,7 @@ from kernels import (
     quantize_int8,
     rotary_attention,
 )
+from kernels.cpu import gemm_cpu
 from kernels.ops import AnyInt4Weight
 
 ROWS = (3, 20)
@@ -137,7 +138,7 @@ def int8_activations_error(device: str, backend: str) -> float:
     """A CPU's x W^T with x rounded to int8."""
     make = Operands(device, backend)
     weight, x = make.weight(OUTPUTS), make.normal(max(ROWS), INPUTS)
-    return relative_error(int4_gemm(x, pack_for_cpu(weight, "int8")), int4_gemm(x, weight, backend="torch"))
+    return relative_error(gemm_cpu(x, pack_for_cpu(weight, "int8")), x @ weight.dequantize().T)
 
 
 KERNELS: dict[str, Callable[[str, str], float]] = {
