@@ -43,17 +43,15 @@ test-gptqmodel: .venv-gptqmodel/ready
 clean:
 	rm -rf .venv .venv-interop .venv-gptqmodel demo-output build dist *.egg-info
 
-# Without an NVIDIA driver torch comes from its own index of CPU builds: PyPI's pulls 3 GB of CUDA along on Linux. An index
-# that cannot be reached is passed over. torch goes first and alone: its newest version must not be taken, not even to build.
-CPU_TORCH := $(shell command -v nvidia-smi >/dev/null || \
-	echo --retries 1 --extra-index-url https://download.pytorch.org/whl/cpu)
-
+# PyPI's torch brings CUDA along on Linux. A machine without a GPU takes less from PyTorch's own index of CPU builds:
+# make demo TORCH_INDEX_URL=… (pytorch.org, Get Started). torch goes first and alone: its newest version must not be taken,
+# not even to build.
 .venv/demo: setup.py constraints.txt
 	@$(PYTHON) -c 'import sys; v = sys.version.split()[0]; \
 		sys.exit(0 if sys.version_info >= (3, 11) else f"Python 3.11 or newer is needed, {v} was found; make PYTHON=python3.12 …")'
-	@echo "installing torch $(if $(CPU_TORCH),for the CPU: about 300 MB to download,with CUDA: about 3 GB to download)"
+	@echo "installing torch$(if $(TORCH_INDEX_URL), from $(TORCH_INDEX_URL),: PyPI's has CUDA with it; TORCH_INDEX_URL=… takes another index)"
 	$(PYTHON) -m venv .venv || (echo "python3 needs its venv module: apt-get install python3-venv" && false)
-	$(BIN)/pip install --quiet --disable-pip-version-check $(CPU_TORCH) "$$(grep '^torch==' constraints.txt)"
+	$(BIN)/pip install --quiet --disable-pip-version-check $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL)) "$$(grep '^torch==' constraints.txt)"
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[cpu,quantize,export]'
 	touch $@
 
