@@ -5,6 +5,7 @@ import hashlib
 import ipaddress
 import logging
 import os
+import signal
 import socket
 import threading
 import time
@@ -145,6 +146,9 @@ def execute(args: argparse.Namespace) -> int:
     loading.say(f"serving {settings.model!r}: page http://{place}:{port}/  API http://{place}:{port}/v1")
     server = uvicorn.Server(config)
     threading.Thread(target=_stop_when_failed, args=(server, worker), daemon=True).start()
+    if threading.current_thread() is threading.main_thread():
+        # uvicorn lets what runs end, then raises SIGTERM again: its default end is a clean one to systemd, 143 is not
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     server.run(sockets=[listening])
     return 1 if worker.failed else 0
 

@@ -29,7 +29,7 @@ HONOURED: dict[str, tuple[Any, dict[str, Any] | None]] = {
     "model": ("small", None), "messages": ([{"role": "user", "content": "b"}], None), "prompt": ([1, 2], None),
     "continue_final_message": (False, None), "add_generation_prompt": (True, None), "input": ("b", None),
     "instructions": ("b", None), "logprobs": (True, {"logprobs": 0}), "n": (2, None), "stream": (True, None),
-    "stream_options": ({"include_usage": False}, None),
+    "stream_options": ({"include_usage": False}, None), "cache_salt": ("a", None),
     "max_tokens": (3, {"max_new_tokens": 3}), "max_completion_tokens": (3, {"max_new_tokens": 3}),
     "max_output_tokens": (3, {"max_new_tokens": 3}), "min_tokens": (2, {"min_new_tokens": 2}),
     "temperature": (0.5, {"temperature": 0.5}), "top_p": (0.5, {"top_p": 0.5}), "top_k": (-1, {"top_k": 0}),

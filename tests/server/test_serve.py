@@ -111,7 +111,7 @@ def test_the_description_names_exactly_the_fields_that_are_read() -> None:
         *("repetition_penalty", "n", "seed", "stream", "stream_options", "logprobs", "top_logprobs", "response_format"),
         *("presence_penalty", "frequency_penalty", "min_p", "logit_bias", "min_tokens", "ignore_eos", "stop_token_ids"),
         *("structured_outputs", "guided_json", "guided_regex", "guided_choice"),
-        *("continue_final_message", "add_generation_prompt"),
+        *("continue_final_message", "add_generation_prompt", "cache_salt"),
         *REQUEST.neutral,
         *REQUEST.ignored,
     }
