@@ -1,5 +1,7 @@
 """Tensor functions of qvl_edge: int4 and int8 GEMM and rotary attention. They know no model, no file and no config."""
 
+import os
+
 from kernels.cpu import CpuWeight, pack_for_cpu
 from kernels.gptq import Int4Weight, check_gptq, dequantize_gptq, pack_levels, pack_zeros, unpack_levels, unpack_zeros
 from kernels.gpu.weight import TritonWeight, interleave, pack_for_triton
@@ -15,6 +17,8 @@ from kernels.ops import (
     rotary_attention_rows,
 )
 from kernels.reference import MAX_DECODE_ROWS, AttentionArgs, Rows, rotate
+
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime writes a device id and events where it is imported
 
 __all__ = [
     "MAX_DECODE_ROWS",

@@ -1,5 +1,6 @@
 """Qwen-VL and Qwen-VL-Chat (first generation) on a small machine."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from qvl_edge.errors import (
@@ -15,6 +16,7 @@ from qvl_edge.errors import (
 )
 
 __version__ = "0.1.0"
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime writes a device id and events where it is imported
 
 if TYPE_CHECKING:
     from qvl_edge.answer import Answer

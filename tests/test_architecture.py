@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -164,3 +165,13 @@ def test_every_public_name_of_the_package_exists() -> None:
         assert getattr(qvl_edge, name).__doc__, name
     with pytest.raises(AttributeError, match="no attribute 'Nothing'"):
         _ = qvl_edge.Nothing
+
+
+@pytest.mark.parametrize("module", ["qvl_edge", "kernels"])
+def test_onnxruntime_leaves_no_telemetry(module: str, tmp_path: Path) -> None:
+    """It writes a device id and a database of events into the cache folder when it is imported, unless it is told."""
+    code = f"import {module}, onnxruntime; onnxruntime.SessionOptions()"
+    outside = {name: value for name, value in os.environ.items() if name not in ("CI", "ORT_DISABLE_TELEMETRY")}
+    homes = dict.fromkeys(("XDG_CACHE_HOME", "XDG_DATA_HOME", "HOME"), str(tmp_path))
+    subprocess.run([sys.executable, "-c", code], env=outside | homes, cwd=ROOT, check=True)
+    assert not list(tmp_path.rglob("*"))

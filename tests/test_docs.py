@@ -83,9 +83,6 @@ def shell_lines(page: Path) -> list[str]:
         if language == "json":
             json.loads(text)
             continue
-        if language == "toml":
-            tomllib.loads(text)
-            continue
         if language == "jsonl":
             assert all(json.loads(line) for line in text.splitlines())
             continue
