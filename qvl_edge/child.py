@@ -17,3 +17,19 @@ def start(module: str, *arguments: str, **options: Any) -> "subprocess.Popen[str
     search = [str(Path(__file__).parents[1]), *(path for path in inherited if path not in ("", "."))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
     return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], env=environment, text=True, **options)
+
+
+def limit(most_bytes: int, seconds: int | None = None) -> None:
+    """Bound the process that this runs in: its address space, its processor time, and after the answers in priority.
+
+    On Windows nothing is bounded; whoever started it ends it in time.
+    """
+    try:
+        import resource
+    except ImportError:
+        return
+    os.nice(10)
+    resource.setrlimit(resource.RLIMIT_AS, (most_bytes, most_bytes))
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if seconds is not None:
+        resource.setrlimit(resource.RLIMIT_CPU, (seconds, seconds))

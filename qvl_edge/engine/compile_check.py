@@ -6,7 +6,6 @@ of bytes will do.
 """
 
 import functools
-import os
 import subprocess
 import sys
 
@@ -44,14 +43,7 @@ def main() -> None:
     """Compile what stdin holds, and say on stdout what is wrong with it."""
     import llguidance
 
-    try:
-        import resource  # not on Windows, where the time is the only limit
-    except ImportError:
-        pass
-    else:
-        os.nice(10)  # after the answers
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-        resource.setrlimit(resource.RLIMIT_CPU, (LIMIT_S, LIMIT_S))
+    child.limit(MAX_BYTES, LIMIT_S)
     matcher = llguidance.LLMatcher(llguidance.LLTokenizer("byte"), sys.stdin.read(), log_level=0)
     if matcher.is_error():
         print(matcher.get_error().splitlines()[0][:300], end="")

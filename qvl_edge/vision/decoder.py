@@ -5,7 +5,6 @@ A process costs 0.3 s to start, once, and 45 MB; nothing of a large picture stay
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -104,14 +103,7 @@ class Decoders:
 
 def main() -> None:
     """Decode pictures, one after the other: a line of JSON and the file in; a line of JSON and the square out."""
-    try:
-        import resource  # not on Windows, where the time is the only limit
-    except ImportError:
-        pass
-    else:
-        os.nice(10)  # after the answers
-        resource.setrlimit(resource.RLIMIT_AS, (MAX_BYTES, MAX_BYTES))
-        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    child.limit(MAX_BYTES)
     while line := sys.stdin.buffer.readline():
         job = json.loads(line)
         content = sys.stdin.buffer.read(job["bytes"])
