@@ -18,10 +18,10 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from qvl_edge.engine.threads import use_threads
 
 from benchmarks.report import add_save, command, exits_with_its_message, save, say, table
 from benchmarks.synthetic import write_synthetic
+from kernels.sessions import set_threads
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
 from qvl_edge.model.cache import KVCache
@@ -142,7 +142,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, help="of both (default: the cores that this process may use)")
     add_save(parser)
     args = parser.parse_args(arguments)
-    threads, folder = use_threads(args.threads), args.folder
+    set_threads(args.threads)
+    threads, folder = torch.get_num_threads(), args.folder
     folder.mkdir(parents=True, exist_ok=True)
     checkpoint = folder / "int4"
     if not checkpoint.exists():
