@@ -44,7 +44,8 @@ def ours(checkpoint: Path, layers: int, activations: Activations) -> Run:
     )
     stored = list(model.transformer.h)
     model.transformer.h = torch.nn.ModuleList(stored[index % len(stored)] for index in range(layers))
-    cache = KVCache(replace(model.config, num_hidden_layers=layers), 1, CONTEXT, dtype=torch.int8)
+    config = replace(model.config, num_hidden_layers=layers)
+    cache = KVCache(config, 1, CONTEXT, dtype=torch.int8, block=model.cache_block)
     for tensor in (cache.k, cache.v, cache.k_scales, cache.v_scales):
         cast(torch.Tensor, tensor).fill_(1)
 

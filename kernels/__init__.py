@@ -3,6 +3,7 @@
 import os
 
 from kernels.cpu import CpuWeight, pack_for_cpu
+from kernels.cpu_attention import BLOCK
 from kernels.gptq import Int4Weight, check_gptq, dequantize_gptq, pack_levels, pack_zeros, unpack_levels, unpack_zeros
 from kernels.gpu.weight import TritonWeight, interleave, pack_for_triton
 from kernels.int8 import Int8Weight, dequantize_rows, quantize_int8, quantize_rows
@@ -19,8 +20,12 @@ from kernels.ops import (
 from kernels.reference import MAX_DECODE_ROWS, AttentionArgs, Rows, rotate
 
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime writes a device id and events where it is imported
+os.environ.setdefault(
+    "OMP_WAIT_POLICY", "PASSIVE"
+)  # read as torch loads: its waiting threads would take onnxruntime's cores
 
 __all__ = [
+    "BLOCK",
     "MAX_DECODE_ROWS",
     "Activations",
     "AttentionArgs",

@@ -74,7 +74,6 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return torch.round(x / scales.float().unsqueeze(-1)).to(torch.int8), scales
 
 
-def dequantize_rows(levels: Tensor, scales: Tensor, out: Tensor | None = None) -> Tensor:
-    """levels (..., D) int8 and scales (...) float16 -> (..., D) float32, in `out` where it is given."""
-    out = torch.empty(levels.shape, device=levels.device) if out is None else out
-    return out.copy_(levels).mul_(scales.float().unsqueeze(-1))
+def dequantize_rows(levels: Tensor, scales: Tensor) -> Tensor:
+    """levels (..., D) int8 and scales (...) float16 -> (..., D) float32."""
+    return levels.float() * scales.float().unsqueeze(-1)

@@ -11,14 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kernels.onnx_bytes import FLOAT, UINT8, one_node
 from kernels.sessions import session_options
 
 Activations = Literal["float", "int8"]
 BLOCKS = (128, 64, 32, 16)  # block sizes that the kernels are made for
 _ACCURACY: dict[Activations, int] = {"float": 0, "int8": 4}  # the operator's accuracy_level
-_FLOAT, _UINT8 = 1, 2  # onnx.TensorProto.DataType
-_INT, _EXTERNAL = 2, 1  # onnx.AttributeProto.AttributeType, onnx.TensorProto.DataLocation
-_IR_VERSION, _OPSET = 10, 21
 
 
 class MatMulNBits:
@@ -45,7 +43,17 @@ class MatMulNBits:
         options.add_external_initializers(list(tensors), values)
         self.nbytes = sum(tensor.nbytes for tensor in tensors.values())
         sizes = {"K": self.in_features, "N": self.out_features, "bits": bits, "block_size": block}
-        model = _model(sizes | {"accuracy_level": _ACCURACY[activations]}, tensors)
+        model = one_node(
+            "MatMulNBits",
+            {"x": (FLOAT, ("rows", self.in_features))},
+            {"y": (FLOAT, ("rows", self.out_features))},
+            initializers={
+                name: (UINT8 if tensor.dtype == torch.uint8 else FLOAT, tensor.shape)
+                for name, tensor in tensors.items()
+            },
+            attributes=sizes | {"accuracy_level": _ACCURACY[activations]},
+            domain="com.microsoft",
+        )
         self._session = ort.InferenceSession(model, options, providers=["CPUExecutionProvider"])
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -53,8 +61,8 @@ class MatMulNBits:
         x, y = x.contiguous(), x.new_empty(len(x), self.out_features)
         if len(x):
             binding = self._session.io_binding()
-            binding.bind_input("x", "cpu", 0, _FLOAT, x.shape, x.data_ptr())
-            binding.bind_output("y", "cpu", 0, _FLOAT, y.shape, y.data_ptr())
+            binding.bind_input("x", "cpu", 0, FLOAT, x.shape, x.data_ptr())
+            binding.bind_output("y", "cpu", 0, FLOAT, y.shape, y.data_ptr())
             self._session.run_with_iobinding(binding)
         return y
 
@@ -62,49 +70,3 @@ class MatMulNBits:
 def block_size(group_size: int) -> int:
     """The largest of BLOCKS that divides groups of so many channels, a multiple of 16."""
     return next(block for block in BLOCKS if group_size % block == 0)
-
-
-def _model(sizes: dict[str, int], tensors: dict[str, Tensor]) -> bytes:
-    """An onnx.ModelProto of the one node. It is written here because the runtime does without the package onnx."""
-    # NodeProto: 1 input, 2 output, 4 op_type, 5 attribute, 7 domain; AttributeProto: 1 name, 3 i, 20 type
-    node = b"".join(_field(1, name) for name in ("x", *tensors)) + _field(2, "y") + _field(4, "MatMulNBits")
-    node += _field(7, "com.microsoft")
-    node += b"".join(_field(5, _field(1, name) + _field(3, n) + _field(20, _INT)) for name, n in sizes.items())
-    # GraphProto: 1 node, 2 name, 5 initializer, 11 input, 12 output
-    graph = _field(1, node) + _field(2, "graph")
-    graph += b"".join(_field(5, _initializer(name, tensor)) for name, tensor in tensors.items())
-    graph += _field(11, _matrix("x", sizes["K"])) + _field(12, _matrix("y", sizes["N"]))
-    # ModelProto: 1 ir_version, 7 graph, 8 opset_import (1 domain, 2 version)
-    opsets = _field(8, _field(1, "") + _field(2, _OPSET)) + _field(8, _field(1, "com.microsoft") + _field(2, 1))
-    return _field(1, _IR_VERSION) + _field(7, graph) + opsets
-
-
-def _initializer(name: str, tensor: Tensor) -> bytes:
-    """TensorProto: 1 dims, 2 data_type, 8 name, 13 external_data (1 key, 2 value), 14 data_location."""
-    dtype = _UINT8 if tensor.dtype == torch.uint8 else _FLOAT
-    dims = b"".join(_field(1, size) for size in tensor.shape)
-    location = _field(13, _field(1, "location") + _field(2, "in memory"))  # the session is given the values
-    return dims + _field(2, dtype) + _field(8, name) + location + _field(14, _EXTERNAL)
-
-
-def _matrix(name: str, columns: int) -> bytes:
-    """ValueInfoProto of (rows, columns) float32: 1 name, 2 type (1 tensor_type: 1 elem_type, 2 shape)."""
-    shape = _field(1, _field(2, "rows")) + _field(1, _field(1, columns))  # a dimension is 1 a number or 2 a name
-    return _field(1, name) + _field(2, _field(1, _field(1, _FLOAT) + _field(2, shape)))
-
-
-def _field(number: int, value: int | str | bytes) -> bytes:
-    """A field of a protobuf message (protobuf.dev, Encoding): a varint, or bytes with their length."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    data = value.encode() if isinstance(value, str) else value
-    return _varint(number << 3 | 2) + _varint(len(data)) + data
-
-
-def _varint(value: int) -> bytes:
-    """Seven bits a byte, lowest first, the top bit set in all but the last."""
-    data = bytearray()
-    while value > 127:
-        data.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*data, value])

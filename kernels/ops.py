@@ -10,6 +10,7 @@ from torch import Tensor
 
 from kernels import reference
 from kernels.cpu import CpuWeight, gemm_cpu
+from kernels.cpu_attention import attention_cpu
 from kernels.gptq import Int4Weight
 from kernels.gpu.weight import TritonWeight
 from kernels.int8 import Int8Weight
@@ -129,8 +130,9 @@ def rotary_attention(args: AttentionArgs, *, backend: str | None = None, splits:
 
     Logits are scaled by 1 / sqrt(D). Returns (B, T, H, D) in q's dtype.
 
-    backend "torch" is the definition, on any device; "triton" takes float16 and bfloat16; None: "triton" on CUDA, else
-    "torch". Triton never waits for the device, so whether the positions fit is for the caller to check: a sequence
+    backend "torch" is the definition, on any device; "cpu" takes caches in blocks, whose keys and values it multiplies
+    as integers; "triton" takes float16 and bfloat16; None: "triton" on CUDA, "cpu" for caches in blocks, else "torch".
+    Triton never waits for the device, so whether the positions fit is for the caller to check: a sequence
     that does not fit gets NaN and writes nothing. One token is one launch, which splits each head's cache into
     `splits` shares (None: by capacity and device) and counts them in `args.locks`.
 
@@ -138,6 +140,13 @@ def rotary_attention(args: AttentionArgs, *, backend: str | None = None, splits:
     naming both numbers.
     """
     _check_attention(args)
+    if args.k_cache.dim() == 5:
+        if backend not in (None, "cpu"):
+            raise ValueError(
+                f'backend is {backend!r}, a cache in blocks has "cpu"; "torch" and "triton" take one piece'
+            )
+        _check_positions(args)
+        return attention_cpu(args)
     if _weightless_backend("rotary_attention", args.q, backend) == "torch":
         _check_positions(args)
         return reference.rotary_attention(args)
@@ -214,19 +223,18 @@ def _check_attention(args: AttentionArgs) -> None:
     if q.dim() != 4 or q.shape[1] == 0 or q.shape[3] % 2:
         raise ValueError(f"q has shape {tuple(q.shape)}, expected (B, T, H, D) with T of 1 or more and D even")
     batch, length, heads, dim = q.shape
-    capacity = args.k_cache.shape[2] if args.k_cache.dim() == 4 else 0
-    tokens, cache = (batch, length, heads, dim), (batch, heads, capacity, dim)
+    tokens, (k_cache, v_cache, of_scales) = (batch, length, heads, dim), _cache_shapes(args.k_cache, batch, heads, dim)
     expected: dict[str, tuple[tuple[int, ...], torch.dtype | None]] = {
         "k": (tokens, q.dtype),
         "v": (tokens, q.dtype),
         "cos": ((batch, length, dim), torch.float32),
         "sin": ((batch, length, dim), torch.float32),
-        "k_cache": (cache, None),
-        "v_cache": (cache, None),
+        "k_cache": (k_cache, None),
+        "v_cache": (v_cache, None),
         "start": ((batch,), torch.int64),
         "q_scale": ((batch, length), torch.float32),
-        "k_scales": (cache[:3], torch.float16),
-        "v_scales": (cache[:3], torch.float16),
+        "k_scales": (of_scales, torch.float16),
+        "v_scales": (of_scales, torch.float16),
         "locks": ((batch * heads,), torch.int32),
     }
     for name, (shape, dtype) in expected.items():
@@ -244,13 +252,29 @@ def _check_attention(args: AttentionArgs) -> None:
         if (of_cache.dtype == torch.int8) != (scales is not None):
             given = "missing" if scales is None else "given"
             raise ValueError(f"{name}_cache is {of_cache.dtype} but {name}_scales is {given}; only int8 has scales")
+    blocks = (args.k_cache, args.v_cache) if args.k_cache.dim() == 5 else ()
+    if any(cache.dtype != torch.int8 or not cache[:1].is_contiguous() for cache in blocks):
+        raise ValueError(
+            f"k_cache in blocks is {args.k_cache.dtype} with strides {args.k_cache.stride()}; blocks are int8 and each "
+            "sequence's are contiguous"
+        )
     if args.k_cache.dtype != args.v_cache.dtype and torch.int8 in (args.k_cache.dtype, args.v_cache.dtype):
         raise ValueError(f"k_cache is {args.k_cache.dtype} but v_cache is {args.v_cache.dtype}; both are int8 or none")
 
 
+def _cache_shapes(k_cache: Tensor, batch: int, heads: int, dim: int) -> tuple[tuple[int, ...], ...]:
+    """What k_cache, v_cache and their scales should have, with the capacity, or the blocks, of this k_cache."""
+    if k_cache.dim() == 5:
+        blocks, block = k_cache.shape[1], k_cache.shape[4]
+        return (batch, blocks, heads, dim, block), (batch, blocks, heads, block, dim), (batch, blocks, heads, block)
+    cache = (batch, heads, k_cache.shape[2] if k_cache.dim() == 4 else 0, dim)
+    return cache, cache, cache[:3]
+
+
 def _check_positions(args: AttentionArgs) -> None:
     """Waits for the device."""
-    start, length, capacity = args.start, args.q.shape[1], args.k_cache.shape[2]
+    start, length, shape = args.start, args.q.shape[1], args.k_cache.shape
+    capacity = shape[2] if len(shape) == 4 else shape[1] * shape[4]
     if len(start) and not 0 <= int(start.min()) <= int(start.max()) <= capacity - length:
         raise ValueError(
             f"start lies in [{int(start.min())}, {int(start.max())}] and {length} tokens are appended, but the cache "

@@ -1,7 +1,6 @@
 """The operands of the kernels, and the definition of every kernel in plain torch: backend "torch", on any device."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -14,7 +13,6 @@ from kernels.int8 import Int8Weight, dequantize_rows, quantize_rows
 
 SPAN = 32  # channels that share one of Rows.sums: the smallest group
 MAX_DECODE_ROWS = 16  # rows of one decode step: what one program of the decode kernel computes
-FLOATS_AT_ONCE = 1 << 19  # keys, and as many values, that int8 attention dequantizes at a time: 2 MB
 
 
 @dataclass(frozen=True, eq=False)
@@ -45,7 +43,9 @@ class AttentionArgs:
 
     q, k, v (B, T, H, D) in one float dtype, unrotated, views of one (B, T, 3, H, D) or not. cos, sin (B, T, D) float32,
     both halves of a head filled: the angles of pair i are at i and i + D / 2. k_cache, v_cache (B, H, capacity, D),
-    rotated keys, in a float dtype, or int8 with k_scales, v_scales (B, H, capacity) float16 (int8.quantize_rows).
+    rotated keys, in a float dtype, or int8 with k_scales, v_scales (B, H, capacity) float16 (int8.quantize_rows). For
+    "cpu" int8 lies in blocks of N positions: k_cache (B, blocks, H, D, N), v_cache (B, blocks, H, N, D), scales
+    (B, blocks, H, N), all finite.
     start (B,) int64: tokens already in each sequence's cache, so token t of sequence b gets position start[b] + t and
     sees positions up to its own. q_scale (B, T) float32 multiplies each token's query (log-n scaling). locks (B * H,)
     int32, for "triton": zero before and after, used by one call at a time (None: allocated).
@@ -132,12 +132,18 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return (x.float() * cos.unsqueeze(2) + rotated * sin.unsqueeze(2)).to(x.dtype)
 
 
-def rotary_attention(args: AttentionArgs) -> Tensor:
-    """See kernels.rotary_attention; writes into the caches and their scales."""
-    batch, length = args.q.shape[:2]
+def rotated(args: AttentionArgs) -> tuple[Tensor, Tensor]:
+    """q and k with their positions, q times q_scale."""
     q, k = rotate(args.q, args.cos, args.sin), rotate(args.k, args.cos, args.sin)
     if args.q_scale is not None:
         q = (q.float() * args.q_scale[:, :, None, None]).to(q.dtype)
+    return q, k
+
+
+def rotary_attention(args: AttentionArgs) -> Tensor:
+    """See kernels.rotary_attention; writes into the caches and their scales."""
+    q, k = rotated(args)
+    batch, length = q.shape[:2]
     positions = args.start[:, None] + torch.arange(length, device=q.device)  # (B, T)
     rows = torch.arange(batch, device=q.device)[:, None]
     caches = ((args.k_cache, args.k_scales), (args.v_cache, args.v_scales))
@@ -150,32 +156,14 @@ def rotary_attention(args: AttentionArgs) -> Tensor:
     # one sequence at a time, each over its own positions: a shorter one's cache may hold NaN where it is not filled,
     # and 0 * NaN is NaN; clearing that for a whole batch took longer than the attention itself
     for row, end in enumerate((positions[:, -1] + 1).tolist()):
-        one = slice(row, row + 1)
+        filled = (slice(row, row + 1), slice(None), slice(end))
+        keys, values = (
+            cache[filled] if scales is None else dequantize_rows(cache[filled], scales[filled])
+            for cache, scales in caches
+        )
         visible = None if length == 1 else torch.arange(end, device=q.device) <= positions[row, :, None]
-        for heads, keys, values in _floats(caches, one, end):
-            attended = F.scaled_dot_product_attention(
-                q[one, :, heads].transpose(1, 2), keys.to(q.dtype), values.to(q.dtype), attn_mask=visible
-            )
-            out[one, :, heads] = attended.transpose(1, 2)
+        attended = F.scaled_dot_product_attention(
+            q[row, None].transpose(1, 2), keys.to(q.dtype), values.to(q.dtype), attn_mask=visible
+        )
+        out[row] = attended[0].transpose(0, 1)
     return out
-
-
-def _floats(
-    caches: tuple[tuple[Tensor, Tensor | None], ...], one: slice, end: int
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """The heads' keys and values in a float dtype; of int8 as many heads at a time as stay in a core's cache.
-
-    At 2,000 positions a token takes 6 ms a layer that way, 9 ms over float32, and 21 ms where the whole layer is
-    dequantized at once (one thread of a Zen 4). A pair is overwritten by the next one.
-    """
-    (keys, k_scales), (values, v_scales) = caches
-    if k_scales is None or v_scales is None:
-        yield slice(None), keys[one, :, :end], values[one, :, :end]
-        return
-    count, dim = keys.shape[1], keys.shape[3]
-    at_once = max(2, FLOATS_AT_ONCE // (end * dim))
-    buffers = torch.empty(2, 1, min(at_once, count), end, dim, device=keys.device)
-    for first in range(0, count, at_once):
-        part = (one, slice(first, first + at_once), slice(end))
-        k, v = buffers[:, :, : count - first]
-        yield part[1], dequantize_rows(keys[part], k_scales[part], k), dequantize_rows(values[part], v_scales[part], v)

@@ -17,6 +17,7 @@ from qvl_edge.errors import (
 
 __version__ = "0.1.0"
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # onnxruntime writes a device id and events where it is imported
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's waiting threads keep cores from onnxruntime's
 
 if TYPE_CHECKING:
     from qvl_edge.answer import Answer

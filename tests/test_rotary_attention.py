@@ -1,6 +1,7 @@
 """rotary_attention: the definition against a float64 loop, and one cache filled in any number of steps."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,9 +10,9 @@ from torch import Tensor
 
 from kernels import (
     AttentionArgs,
+    cpu_attention,
     dequantize_rows,
     quantize_rows,
-    reference,
     rotary_attention,
     rotary_attention_rows,
     rotate,
@@ -20,6 +21,8 @@ from kernels import (
 # largest difference of outputs of size 1: float32 sums over at most 40 keys; bfloat16 and float16 round q, k, v and the
 # output, each by half a unit in the last place (2^-9, 2^-12)
 TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 3e-2, torch.float16: 4e-3}
+# of outputs of size 1 to 3 over 40 keys: queries are rounded by 2^-14 of their largest number, weights by 2^-15
+DIGITS_TOLERANCE = 5e-4
 HEADS, DIM, CAPACITY = 3, 8, 40
 
 
@@ -175,12 +178,8 @@ def test_a_row_in_int8_is_off_by_half_its_scale_at_most() -> None:
     assert bool((dequantize_rows(*quantize_rows(torch.zeros(2, 16))) == 0).all())
 
 
-@pytest.mark.parametrize("at_once", [1, reference.FLOATS_AT_ONCE])  # two of the three heads, or all
 @pytest.mark.parametrize("steps", [[9], [5, 1, 3]])
-def test_an_int8_cache_gives_what_its_numbers_give_in_float(
-    steps: list[int], at_once: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(reference, "FLOATS_AT_ONCE", at_once)
+def test_an_int8_cache_gives_what_its_numbers_give_in_float(steps: list[int]) -> None:
     q, k, v = make_inputs(2, 9)
     shape = (2, 2, HEADS, CAPACITY)
     k_cache, v_cache = torch.full((*shape, DIM), 99, dtype=torch.int8).unbind()
@@ -201,6 +200,53 @@ def test_an_int8_cache_gives_what_its_numbers_give_in_float(
     logits = rotate(q, cos, sin).transpose(1, 2) @ caches[0][:, :, :9].mT / math.sqrt(DIM)
     expected = logits.masked_fill(~seen, -math.inf).softmax(-1) @ caches[1][:, :, :9]
     assert (torch.cat(outs, 1) - expected.transpose(1, 2)).abs().max() < TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("at_once", [1, cpu_attention.FLOATS_AT_ONCE])  # two of the three heads, or all
+@pytest.mark.parametrize("steps", [[12, 1, 1, 1, 1], [3, 9, 4, 12, 12], [1, 2, 37]], ids=str)
+def test_blocks_give_what_one_piece_gives(steps: list[int], at_once: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu_attention, "FLOATS_AT_ONCE", at_once)
+    blocks, block, batch = 10, 4, 2
+    levels = {
+        "k": torch.full((batch, blocks, HEADS, DIM, block), 99, dtype=torch.int8),
+        "v": torch.full((batch, blocks, HEADS, block, DIM), 99, dtype=torch.int8),
+    }
+    scales = {f"{name}_scales": torch.full((batch, blocks, HEADS, block), 3.0).half() for name in levels}
+    q, k, v = make_inputs(batch, sum(steps))
+    q_scale = torch.rand(batch, sum(steps), generator=torch.Generator().manual_seed(1)) + 1
+    one_piece = torch.empty(2, batch, HEADS, CAPACITY, DIM, dtype=torch.int8)
+    its_scales = dict(zip(scales, torch.empty(2, batch, HEADS, CAPACITY).half(), strict=True))
+    done = 0
+    for step in steps:
+        part = slice(done, done + step)
+        start = torch.tensor([done, done])
+        cos, sin = tables(start[:, None] + torch.arange(step))
+        inputs = (q[:, part], k[:, part], v[:, part], cos, sin)
+        out = rotary_attention(
+            AttentionArgs(*inputs, levels["k"], levels["v"], start, q_scale=q_scale[:, part], **scales)
+        )
+        expected = rotary_attention(AttentionArgs(*inputs, *one_piece, start, q_scale=q_scale[:, part], **its_scales))
+        few = step <= cpu_attention.FEW_TOKENS
+        assert (out - expected).abs().max() < (DIGITS_TOLERANCE if few else TOLERANCE[torch.float32])
+        done += step
+    held = levels["k"].permute(0, 2, 1, 4, 3).flatten(2, 3), levels["v"].transpose(1, 2).flatten(2, 3)
+    for cache, blocked in zip(one_piece, held, strict=True):
+        assert torch.equal(cache[:, :, :done], blocked[:, :, :done])
+
+
+def test_blocks_of_numbers_that_are_none_give_none() -> None:
+    q, k, v = make_inputs(1, 1)
+    cache, scales = torch.zeros(1, 1, HEADS, DIM, 4, dtype=torch.int8), torch.zeros(1, 1, HEADS, 4).half()
+    cos, sin = tables(torch.zeros(1, 1))
+    args = AttentionArgs(q, k, v, cos, sin, cache, cache.mT.contiguous(), torch.tensor([0]), None, scales, scales)
+    for bad in (q * math.nan, q * math.inf):
+        assert not rotary_attention(replace(args, q=bad)).isfinite().any()
+    with pytest.raises(ValueError, match='a cache in blocks has "cpu"'):
+        rotary_attention(args, backend="torch")
+    with pytest.raises(ValueError, match="blocks are int8 and each sequence's are contiguous"):
+        rotary_attention(replace(args, k_cache=cache.mT.contiguous().mT))
+    with pytest.raises(ValueError, match="holds positions 0 to 3"):
+        rotary_attention(replace(args, start=torch.tensor([4])))
 
 
 def test_rows_are_the_heads_side_by_side_with_their_sums() -> None:

@@ -12,6 +12,7 @@ from math import ceil
 import torch
 
 from kernels.cpu import padded_group
+from kernels.cpu_attention import FLOATS_AT_ONCE
 from kernels.gpu.weight import CHUNK, TILE
 from kernels.matmul_nbits import block_size
 from qvl_edge.config import Config
@@ -142,8 +143,8 @@ def _prefill_bytes(config: Config, plan: Plan) -> int:
         kinds = 2 * len(counts_of(plan.slots)) * len(buckets_of(plan.context))  # greedy and as the model samples
         logits += min(kinds, MAX_GRAPHS) * GRAPH_BYTES
     attention = 0
-    if plan.kv_cache == "int8" and plan.device == "cpu":  # the definition turns a layer's keys and values into floats
-        attention = 2 * plan.context * hidden * 4
+    if plan.kv_cache == "int8" and plan.device == "cpu":  # a few heads' keys and values in float32, and their mask
+        attention = 2 * 4 * max(FLOATS_AT_ONCE, 2 * plan.context * config.kv_channels) + rows * plan.context
     if plan.device == "cpu":
         # residual, normed, qkv and its rotated copies, attended; w1, w2 and their product
         return logits + max(rows * hidden * 10 * size + attention, rows * (2 * hidden + 4 * inner) * size)

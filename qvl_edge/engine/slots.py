@@ -79,7 +79,9 @@ class Slots:
     def _allocate(self) -> KVCache:
         """The cache, and no graphs yet: they hold its addresses."""
         model, count = self.model, len(self._slots)
-        cache = KVCache(model.config, count, self.capacity, dtype=self._kv_cache, device=model.device)
+        cache = KVCache(
+            model.config, count, self.capacity, dtype=self._kv_cache, device=model.device, block=model.cache_block
+        )
         self._cache = cache
         for slot in range(count):
             place_sequence(model.config, cache, slot, 1)

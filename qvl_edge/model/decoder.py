@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kernels import AttentionArgs, rotary_attention
+from kernels import BLOCK, AttentionArgs, rotary_attention
 from qvl_edge.config import Config
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.linear import linear_for
@@ -34,6 +34,8 @@ class Decoder(Protocol):
     def dtype(self) -> torch.dtype: ...
     @property
     def embeddings_device(self) -> torch.device: ...
+    @property
+    def cache_block(self) -> int: ...
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor: ...
     def __call__(self, embeds: Tensor, cache: KVCache, *, all_logits: bool = False) -> Tensor: ...
 
@@ -220,6 +222,11 @@ class QWenLMHeadModel(nn.Module):
     def embeddings_device(self) -> torch.device:
         """Where the embedding table is: the model's device, or the CPU."""
         return self.transformer.wte.weight.device
+
+    @property
+    def cache_block(self) -> int:
+        """KVCache's `block` for the backend of this device."""
+        return BLOCK if self.device.type == "cpu" else 0
 
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """ids (B, T) int64 -> embeddings (B, T, hidden); the table may be in host memory and in the file's dtype.

@@ -132,6 +132,11 @@ class FusedDecoder:
         """Where the embedding table is: the model's device, or the CPU."""
         return self.wte.device
 
+    @property
+    def cache_block(self) -> int:
+        """KVCache's `block`: the Triton kernels take one piece."""
+        return 0
+
     def embed(self, ids: Tensor, out: Tensor | None = None) -> Tensor:
         """ids (B, T) int64 -> embeddings (B, T, hidden): into `out`, or a new tensor on the model's device."""
         return embed(ids, self.wte, self.ln_f, out)
