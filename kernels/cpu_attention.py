@@ -119,7 +119,7 @@ def _attend_floats(q: Tensor, keys: Tensor, k_scales: Tensor, values: Tensor, v_
     """As _attend_integers, over as many heads' keys and values in float32 as FLOATS_AT_ONCE says."""
     (heads, tokens, dim), block = q.shape, keys.shape[-1]
     end, held = start + tokens, len(keys) * block
-    visible = torch.arange(end) <= torch.arange(start, end)[:, None]
+    visible = torch.arange(end) <= torch.arange(start, end)[:, None] if start else None
     at_once = min(heads, max(2, FLOATS_AT_ONCE // (held * dim)))
     buffers = torch.empty(2, at_once, len(keys), block, dim)
     out = torch.empty_like(q)
@@ -129,5 +129,6 @@ def _attend_floats(q: Tensor, keys: Tensor, k_scales: Tensor, values: Tensor, v_
         k.copy_(keys[:, part].permute(1, 0, 3, 2)).mul_(k_scales[:, part].transpose(0, 1)[..., None])
         v.copy_(values[:, part].transpose(0, 1)).mul_(v_scales[:, part].transpose(0, 1)[..., None])
         k, v = (floats.flatten(1, 2)[None, :, :end] for floats in (k, v))
-        out[part] = F.scaled_dot_product_attention(q[None, part], k, v, attn_mask=visible)[0]
+        # is_causal skips what the mask would only hide: half of the time of a prompt's first part
+        out[part] = F.scaled_dot_product_attention(q[None, part], k, v, attn_mask=visible, is_causal=not start)[0]
     return out

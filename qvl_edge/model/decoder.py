@@ -96,8 +96,9 @@ class QWenBlock(nn.Module):
         self.mlp = QWenMLP(config)
 
     def forward(self, x: Tensor, attend: Attend) -> Tensor:
-        """x (B, T, hidden) -> (B, T, hidden)."""
-        x = x + self.attn(self.ln_1(x), attend)
+        """x (B, T, hidden) -> (B, T, hidden), or of the last positions only, if `attend` gives no more."""
+        attended = self.attn(self.ln_1(x), attend)
+        x = x[:, -attended.shape[1] :] + attended
         return x + self.mlp(self.ln_2(x))
 
 
@@ -243,8 +244,11 @@ class QWenLMHeadModel(nn.Module):
         """
         placement = place_tokens(self.config, embeds.shape[1], cache)
 
+        last = None if all_logits else len(self.transformer.h) - 1
+
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return rotary_attention(placement.attention(layer, q, k, v))
+            attended = rotary_attention(placement.attention(layer, q, k, v))
+            return attended[:, -1:] if layer == last else attended  # nothing reads the last layer's other positions
 
         x = embeds
         for index, block in enumerate(self.transformer.h):
