@@ -18,7 +18,7 @@ class LoadArguments(TypedDict, total=False):
     max_memory: str | int | None
     kv_cache: KVType | None
     head: Head | None
-    activations: Activations
+    activations: Activations | None
     threads: int | None
     embeddings: Embeddings
     vision_device: str | None

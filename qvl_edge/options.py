@@ -75,9 +75,10 @@ class LoadOptions(Options):
         None, "keys and values: auto or float16 (the compute dtype), or int8 (default: the profile's)"
     )
     head: Head | None = option(None, "lm_head: auto or float16 (the compute dtype), or int8 (default: the profile's)")
-    activations: Activations = option(
-        "float",
-        "on a CPU, what products with int4 layers and an int8 lm_head read: float (exact), or rounded to int8: faster",
+    activations: Activations | None = option(
+        None,
+        "on a CPU, what products with int4 layers and an int8 lm_head read: float (exact), or rounded to int8: faster "
+        "(default: int8 for int4 layers, float with --dtype float32)",
     )
     threads: int | None = option(
         None, "CPU threads (default: OMP_NUM_THREADS, or the cores that the process may use, at most a container's)",
