@@ -91,10 +91,10 @@ class VariantBuilder:
         return Runtime.from_pretrained(
             self.path(variant),
             device="cpu",
-            profile=profile,
+            profile=profile,  # type: ignore[arg-type]
             head=variant.head,  # type: ignore[arg-type]
             kv_cache=variant.kv_cache,  # type: ignore[arg-type]
-            activations=variant.activations,
+            activations=variant.activations,  # type: ignore[arg-type]
             slots=BATCH,
             max_context=1024,
             cache_dir=self.folder / "towers",
@@ -171,7 +171,7 @@ class Divergence:
 
     def _logprobs(self, runtime: Runtime, item: Item) -> torch.Tensor:
         """(T, vocab) float32, at the tokens of the reference answer."""
-        options = {"max_window_size": runtime.max_window_size, "markup_images": False}
+        options: dict[str, Any] = {"max_window_size": runtime.max_window_size, "markup_images": False}
         prompt = chat_prompt(runtime.tokenizer, content_of(item), [], SYSTEM, **options)
         ids, start = runtime.tokenizer.encode(item.reference["answer"]), len(prompt.ids)
         found: list[torch.Tensor] = []

@@ -9,6 +9,7 @@ The checkpoint has two layers, which are run in turn: 216 MB, which no cache hol
 """
 
 import ctypes
+import functools
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -65,6 +66,7 @@ def llama(path: Path, threads: int) -> Run:
     import llama_cpp as ll
 
     ll.llama_backend_init()
+    ll.llama_log_set(_quiet(), None)
     options = ll.llama_model_default_params()
     model = ll.llama_model_load_from_file(str(path).encode(), options)
     settings = ll.llama_context_default_params()
@@ -87,6 +89,14 @@ def llama(path: Path, threads: int) -> Run:
         return time.perf_counter() - began
 
     return run
+
+
+@functools.cache
+def _quiet() -> Any:
+    """What llama.cpp calls with each of its 150 lines; kept, for it calls it later too."""
+    import llama_cpp as ll
+
+    return ll.llama_log_callback(lambda *_: None)
 
 
 def write_gguf(path: Path, config: Config, layers: int) -> None:

@@ -39,8 +39,8 @@ def measure(runtimes: dict[str, Runtime], scenes: int, rounds: int) -> dict[str,
                 question = ask(scene, kind, "en", rng)
                 if question is None:
                     continue
-                query = [*([] if history else [{"image": scene.image}]), {"text": question.text}]
-                options = {"do_sample": False, "max_new_tokens": 160}
+                query: list[dict[str, Any]] = [*([] if history else [{"image": scene.image}]), {"text": question.text}]
+                options: dict[str, Any] = {"do_sample": False, "max_new_tokens": 160}
                 found = {name: runtime.answer(query, history, **options) for name, runtime in runtimes.items()}
                 if found["plain"].token_ids != found["lookup"].token_ids:
                     raise SystemExit(f"{found['plain'].text!r} without lookup, {found['lookup'].text!r} with it")

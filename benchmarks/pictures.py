@@ -12,6 +12,7 @@ import sys
 import time
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
@@ -73,8 +74,8 @@ def shoot(scene: Path, out: Path) -> None:
                 ("page-zh", 1000, "light", "zh-CN", "描述这张图并框出图形。"),
                 ("page-phone", 390, "light", "en-US", QUESTION),
             ):
-                size = {"width": width, "height": 800}
-                page = browser.new_context(viewport=size, color_scheme=scheme, locale=locale).new_page()
+                looks: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+                page = browser.new_context(**looks, locale=locale).new_page()
                 page.goto(url)
                 page.set_input_files("#files", scene)
                 page.wait_for_selector("#pictures li")

@@ -3,7 +3,7 @@
 For results of benchmarks.latency, gpu and compression, and for the log.jsonl of benchmarks.small_model.train.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +29,7 @@ def gpu(result: Result) -> "Figure | None":
     shape = [result["int4_gemm"][0][name] for name in ("in_features", "out_features")] if records else []
     first = [record for record in records if [record["in_features"], record["out_features"]] == shape]
     steps = [record for record in result.get("decode_step", []) if "tokens_per_s" in record and record["batch"] == 1]
-    every = [
+    every: list[tuple[Callable[..., None], tuple[Any, ...]]] = [
         (_layer, (result.get("layer"),)),
         (_peers, (first,)),
         (_roofline, (first, records, result.get("copy_gb_per_s"))),

@@ -23,7 +23,10 @@ GENERATED = {2048: 1792, 8192: 7934}  # tokens, by the column of the table
 SPEEDS = tuple(f"Speed ({total} tokens)" for total in GENERATED)
 MEMORIES = ("Peak Usage for Encoding 2048 Tokens", "Peak Usage for Generating 8192 Tokens")
 # QwenLM/Qwen-VL, README.md, "Inference Speed" and "GPU Memory Usage": A100-SXM4-80G, PyTorch 2.0.1, CUDA 11.4
-PUBLISHED = {"BF16, published": (28.87, 24.32, 22.60, 28.01), "Int4, published": (37.79, 34.34, 11.82, 17.23)}
+PUBLISHED: dict[str, tuple[float, ...]] = {
+    "BF16, published": (28.87, 24.32, 22.60, 28.01),
+    "Int4, published": (37.79, 34.34, 11.82, 17.23),
+}
 PUBLISHED_PARAMETERS, PUBLISHED_ON = "9.66 B", "A100-SXM4-80G"
 COUNTED = "host: this process; torch: allocated by torch; card: used by any program, as reported by the driver."
 

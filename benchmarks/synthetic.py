@@ -172,7 +172,8 @@ def write_synthetic(
     check_free_space(folder.absolute().parent, total)
     try:
         partial.mkdir()
-        shards, weight_map = split_layout(layout), {}
+        shards = split_layout(layout)
+        weight_map: dict[str, str] = {}
         with tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar:
 
             def pieces(name: str) -> Iterator[Tensor]:

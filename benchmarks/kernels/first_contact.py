@@ -172,7 +172,7 @@ def whole_model(path: str, device: str) -> Iterator[Record]:
     from qvl_edge.engine.budget import estimate
     from qvl_edge.model import fused
 
-    question = [
+    question: list[dict[str, Any]] = [
         {"image": torch.linspace(0, 255, 448 * 448 * 3).view(448, 448, 3).byte().numpy()},
         {"text": "Describe."},
     ]
@@ -181,7 +181,7 @@ def whole_model(path: str, device: str) -> Iterator[Record]:
     for place in dict.fromkeys(("cpu", device)):
         if place == "cuda":
             torch.cuda.reset_peak_memory_stats()
-        runtime = Runtime.from_pretrained(path, device=place, max_context=1024)
+        runtime = Runtime.from_pretrained(path, device=place, activations="float", max_context=1024)
         tokens[place] = runtime.answer(question, **options).token_ids
     shared = next((i for i, pair in enumerate(zip(*tokens.values(), strict=True)) if len(set(pair)) > 1), 24)
     yield _check("greedy tokens that differ from the CPU's, of 24", 24 - shared, 12.5)

@@ -196,15 +196,16 @@ def attention_launch(
 
     dtype = torch.float16 if cache == torch.int8 else cache
     scales = [meta(2, HEADS, CAPACITY) if cache == torch.int8 else None for _ in range(2)]
+    q, k, v = meta(2, length, 3, HEADS, HEAD_DIM, dtype=dtype).unbind(2)
+    cos, sin = (meta(2, length, HEAD_DIM, dtype=torch.float32) for _ in range(2))
+    k_cache, v_cache = (meta(2, HEADS, CAPACITY, HEAD_DIM, dtype=cache) for _ in range(2))
     args = AttentionArgs(
-        *meta(2, length, 3, HEADS, HEAD_DIM, dtype=dtype).unbind(2),
-        *(meta(2, length, HEAD_DIM, dtype=torch.float32) for _ in range(2)),
-        *(meta(2, HEADS, CAPACITY, HEAD_DIM, dtype=cache) for _ in range(2)),
+        q, k, v, cos, sin, k_cache, v_cache,
         meta(2, dtype=torch.int64),
         q_scale=meta(2, length, dtype=torch.float32) if logn else None,
         k_scales=scales[0],
         v_scales=scales[1],
-    )
+    )  # fmt: skip
     sums = meta(HEADS * HEAD_DIM // SPAN, MAX_DECODE_ROWS, dtype=torch.float32) if length == 1 else None
     return record_one(kernel, attention_triton, args, splits=splits, sums=sums)
 

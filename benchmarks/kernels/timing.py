@@ -88,7 +88,7 @@ def _one_after_another(calls: Sequence[Callable[[], object]], device: str) -> Ca
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         run()
-    return lambda kept=run: graph.replay()  # keeps the tensors that the graph reads
+    return lambda kept=run: graph.replay()  # type: ignore[misc]  # keeps the tensors that the graph reads
 
 
 def copy_gb_per_s(device: str) -> float | None:
