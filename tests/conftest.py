@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 if not torch.cuda.is_available():  # before triton is loaded: its kernels then run in its interpreter, on CPU tensors
     os.environ.setdefault("TRITON_INTERPRET", "1")
+    with contextlib.suppress(ImportError):
+        import triton_interpreter  # noqa: F401
 
 with contextlib.suppress(ImportError):  # the interop tests have an environment without it
     import hypothesis

@@ -2,6 +2,7 @@
 
 import importlib
 import json
+import os
 import subprocess
 import sys
 import time
@@ -42,6 +43,7 @@ class Finder:
         if name.split(".")[0] in {FORBIDDEN!r}:
             raise ImportError(name + " is not installed")
 sys.meta_path.insert(0, Finder())
+import triton_interpreter
 sys.argv = ["gpu", *sys.argv[1:]]
 runpy.run_module("benchmarks.gpu", run_name="__main__")
 """
@@ -49,7 +51,8 @@ runpy.run_module("benchmarks.gpu", run_name="__main__")
 
 def test_all_of_it_runs_with_torch_triton_and_numpy_only(tmp_path: Path) -> None:
     command = [sys.executable, "-W", "ignore", "-c", RUN, "--tiny", "--device", "cpu", "--out", str(tmp_path / "out")]
-    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((str(ROOT), str(ROOT / "tests")))}
+    run = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr[-2000:]
     result = json.loads((tmp_path / "out/gpu.json").read_text())
     assert result["finished"] and not result["failed"] and all(check["holds"] for check in result["checks"])
