@@ -221,7 +221,7 @@ def _line(record: Record) -> str:
 
 def tasks(device: str, tiny: bool, copy_rate: float | None, bundle: str | None, tiles: Path) -> list[Task]:
     """The benchmarks, the most informative first."""
-    rounds = 2 if tiny else 50
+    rounds, seconds = (2, 0.1) if tiny else (50, 1.0)
     if tiny:
         shapes, rows = [(256, 128)], [[1, 20]]
         layer: tuple[Gemm, ...] = (
@@ -237,13 +237,13 @@ def tasks(device: str, tiny: bool, copy_rate: float | None, bundle: str | None, 
     def layers() -> Iterator[Record]:
         for count in (1, 16, 4, 8) if not tiny else (1, 12):
             yield int4_gemm.bench_layer(
-                count, rounds=rounds, seconds=1.0, copy_rate=copy_rate, device=device, projections=layer
+                count, rounds=rounds, seconds=seconds, copy_rate=copy_rate, device=device, projections=layer
             )
 
     def peers(count: list[int]) -> Iterator[Record]:
         for shape in shapes:
             yield from int4_gemm.bench_shape(
-                shape, count, device=peers_on, rounds=rounds, seconds=1.0, copy_rate=copy_rate
+                shape, count, device=peers_on, rounds=rounds, seconds=seconds, copy_rate=copy_rate
             )
 
     shared: dict[str, Any] = {"tiny": tiny, "rounds": rounds, "copy_rate": copy_rate}
@@ -252,7 +252,7 @@ def tasks(device: str, tiny: bool, copy_rate: float | None, bundle: str | None, 
         ("layer", layers),
         ("decode_step", partial(decode_step.records, device, **shared)),
         ("int4_gemm", partial(peers, rows[0])),
-        ("rotary_attention", partial(rotary_attention.records, device, seconds=1.0, **shared)),
+        ("rotary_attention", partial(rotary_attention.records, device, seconds=seconds, **shared)),
     ]
     found += [("int4_gemm", partial(peers, more)) for more in rows[1:]]
     if bundle is not None:
