@@ -106,10 +106,10 @@ def vit_cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     from export.part import export_vit
 
-    cache, in_its_own_process = tmp_path_factory.mktemp("xdg") / "qvl_edge", vit_cache_module._export
+    cache, in_its_own_process = tmp_path_factory.mktemp("xdg").resolve() / "qvl_edge", vit_cache_module._export
 
     def export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Any) -> None:
-        if folder.parent == cache:
+        if folder.parent.resolve() == cache:
             export_vit(checkpoint, folder, dtype=dtype)
         else:
             in_its_own_process(checkpoint, folder, dtype, progress)

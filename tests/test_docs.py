@@ -144,8 +144,10 @@ def furnished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def home(furnished: Path, tmp_path: Path) -> Path:
-    return Path(shutil.copytree(furnished, tmp_path / "home"))
+def home(furnished: Path, tmp_path: Path, vit_cache: Path) -> Path:
+    folder = Path(shutil.copytree(furnished, tmp_path / "home"))
+    (folder / "cache").symlink_to(vit_cache.parent)  # exports in processes: tests/test_readme.py
+    return folder
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
