@@ -8,7 +8,8 @@ from typing import Any
 
 
 def start(module: str, *arguments: str, **options: Any) -> "subprocess.Popen[str]":
-    """Start `python -m module`; options are those of subprocess.Popen.
+    """Start `python -m module`; options are those of subprocess.Popen. What goes through pipes is UTF-8, whatever the
+    system's encoding is: a schema may have words that a Windows code page lacks.
 
     Nothing is imported from the current folder, which may be a model that somebody else made, with an `export` or an
     `onnx.py` of its own: -P keeps the folder off the search path, and so do the empty entries of PYTHONPATH.
@@ -16,7 +17,10 @@ def start(module: str, *arguments: str, **options: Any) -> "subprocess.Popen[str
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     search = [str(Path(__file__).parents[1]), *(path for path in inherited if path not in ("", "."))]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(search)}
-    return subprocess.Popen([sys.executable, "-P", "-m", module, *arguments], env=environment, text=True, **options)
+    if subprocess.PIPE in options.values():
+        environment["PYTHONIOENCODING"] = "utf-8"
+    command = [sys.executable, "-P", "-m", module, *arguments]
+    return subprocess.Popen(command, env=environment, encoding="utf-8", errors="replace", **options)
 
 
 def limit(most_bytes: int, seconds: int | None = None) -> None:

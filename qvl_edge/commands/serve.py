@@ -199,7 +199,8 @@ def _bind(host: str, port: int) -> socket.socket:
     except ValueError:
         version6 = False
     bound = socket.socket(socket.AF_INET6 if version6 else socket.AF_INET)
-    bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    if os.name == "posix":  # Windows would let another program take the port from this one
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
         bound.bind((host, port))
     except (OSError, OverflowError) as error:

@@ -8,7 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 from qvl_edge.errors import ImageError
 from qvl_edge.server.fetch import MAX_BYTES, Fetcher
@@ -22,7 +23,9 @@ from qvl_edge.vision.source import from_base64, from_data_uri, is_base64
 _DECODERS = Decoders()  # of the process, as its memory is
 # those that wait for a decoder must not take the threads that read other requests
 _WAITING = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qvl-edge-picture")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter is a drive of Windows
+# NOFOLLOW: it may have become a link since; NONBLOCK: opening a pipe would wait for a writer. Windows has BINARY alone
+_FLAGS = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "CLOEXEC", "BINARY"))
 
 
 @dataclass(frozen=True)
@@ -100,14 +103,13 @@ class Media:
             parts = urlsplit(url)
             if parts.netloc not in ("", "localhost") or parts.query or parts.fragment:
                 raise missing
-            path = unquote(parts.path)
+            path = url2pathname(parts.path)
         try:
             root = self.local_root.resolve(strict=True)
             real = (root / path).resolve(strict=True)
             if not real.is_relative_to(root):
                 raise missing
-            # NOFOLLOW: it may have become a link since; NONBLOCK: opening a pipe would wait for a writer
-            descriptor = os.open(real, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+            descriptor = os.open(real, os.O_RDONLY | _FLAGS)
             try:
                 if not stat.S_ISREG(os.fstat(descriptor).st_mode):
                     raise missing

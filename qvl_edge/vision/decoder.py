@@ -92,7 +92,10 @@ class Decoders:
                     pass
             try:
                 # its own session: Ctrl-C is the server's; the end of the pipe ends it
-                process = child.start(__name__, start_new_session=True, stderr=subprocess.DEVNULL, **pipes)
+                group = getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0)  # the same on Windows
+                process = child.start(
+                    __name__, start_new_session=True, creationflags=group, stderr=subprocess.DEVNULL, **pipes
+                )
             except OSError as error:
                 raise OutOfMemory(
                     f"no process can be started to decode the image ({error.strerror}); try later"
