@@ -21,7 +21,7 @@ from qvl_edge.__main__ import main
 from qvl_edge.bundle import MANIFEST, add_part
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.commands.doctor import line
-from qvl_edge.doctor import Finding, checks, examine, run, self_tests
+from qvl_edge.doctor import Finding, card, checks, examine, probe, run, self_tests
 from qvl_edge.engine import device
 from qvl_edge.text import font
 
@@ -43,18 +43,18 @@ def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def plain_machine(monkeypatch: Patch, tmp_path: Path) -> None:
     """A CPU, whatever these tests run on, and a cache folder of their own."""
-    monkeypatch.setattr(checks, "cuda", lambda: False)
+    monkeypatch.setattr(probe, "cuda", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(device, "nvidia_smi", lambda *_: [])
     versions = {"onnxruntime": "1.32.0", "triton": "3.7.1"}
-    monkeypatch.setattr(checks, "version", versions.get)
+    monkeypatch.setattr(probe, "version", versions.get)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 def with_card(monkeypatch: Patch, *, capability: tuple[int, int] = (8, 6), free: int = 10**10, **rows: Any) -> None:
     """A CUDA card, as far as anything can ask about it. rows: what nvidia-smi says, by query."""
-    monkeypatch.setattr(checks, "cuda", lambda: True)
+    monkeypatch.setattr(probe, "cuda", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: CARD)
@@ -127,7 +127,7 @@ def no_onnxruntime(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
 
 
 def both_onnxruntimes(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
-    monkeypatch.setattr(checks, "version", {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}.get)
+    monkeypatch.setattr(probe, "version", {"onnxruntime": "1.32.0", "onnxruntime-gpu": "1.31.1"}.get)
     return examine()
 
 
@@ -148,12 +148,12 @@ def cpu_onnxruntime_beside_a_card(monkeypatch: Patch, _: Path) -> Iterator[Findi
 
 
 def no_triton(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
-    monkeypatch.setattr(checks, "version", {}.get)
+    monkeypatch.setattr(probe, "version", {}.get)
     return broken_card(monkeypatch, "triton")
 
 
 def old_triton(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
-    monkeypatch.setattr(checks, "version", {"triton": "3.2.0"}.get)
+    monkeypatch.setattr(probe, "version", {"triton": "3.2.0"}.get)
     return broken_card(monkeypatch, "triton")
 
 
@@ -177,14 +177,14 @@ def no_python_header(monkeypatch: Patch, tmp_path: Path) -> Iterator[Finding]:
 
 
 def two_cudas(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
-    monkeypatch.setattr(checks, "version", {"onnxruntime-gpu": "1.31.1"}.get)
+    monkeypatch.setattr(probe, "version", {"onnxruntime-gpu": "1.31.1"}.get)
     with_card(monkeypatch)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     return examine_one("cuda row")
 
 
 def foreign_kernels(monkeypatch: Patch, _: Path) -> Iterator[Finding]:
-    monkeypatch.setattr(checks, "version", {"onnxruntime": "1.32.0", "kernels": "0.4.1"}.get)
+    monkeypatch.setattr(probe, "version", {"onnxruntime": "1.32.0", "kernels": "0.4.1"}.get)
     return examine()
 
 
@@ -422,5 +422,5 @@ def test_a_terminal_without_check_marks_gets_letters(capsys: pytest.CaptureFixtu
 
 def test_the_least_versions_are_those_that_setup_asks_for() -> None:
     setup = (Path(__file__).parent.parent / "setup.py").read_text()
-    for package, least in (("torch", checks.TORCH), ("triton", checks.TRITON), ("python_requires=", checks.PYTHON)):
+    for package, least in (("torch", checks.TORCH), ("triton", card.TRITON), ("python_requires=", checks.PYTHON)):
         assert re.search(rf'{package}"?>={".".join(map(str, least))}\b', setup), package

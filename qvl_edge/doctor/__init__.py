@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from qvl_edge.doctor.checks import CHECKS, Check, Failed, Skipped, one_line
+from qvl_edge.doctor.checks import CHECKS
+from qvl_edge.doctor.probe import Check, Failed, Skipped, one_line
 from qvl_edge.errors import QvlError
 
 

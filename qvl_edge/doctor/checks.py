@@ -8,29 +8,19 @@ import importlib.metadata
 import importlib.util
 import os
 import platform
-import re
 import shutil
-import subprocess
 import sys
-import sysconfig
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any
 
+from qvl_edge.doctor import card, probe
+from qvl_edge.doctor.probe import Check, Failed, Skipped, enough, numbers, one_line
 from qvl_edge.errors import BundleError
 
-if TYPE_CHECKING:
-    from qvl_edge.memory import Memory
-
-Check: TypeAlias = Callable[[Path | None], str]
-"""Takes the bundle or checkpoint that is examined, if there is one."""
-
-PYTHON, TORCH, TRITON = (3, 11), (2, 6), (3, 6)  # the least that setup.py asks for
-DRIVERS = {"12": 525, "13": 580}  # the first driver for each CUDA (NVIDIA, CUDA compatibility, minor versions)
+PYTHON, TORCH = (3, 11), (2, 6)  # the least that setup.py asks for
 TOWER = 4 * 10**9  # bytes of an exported float16 vision tower at full size, which is 3.9 GB
 LABEL = "红色的车 car 1"  # a label that the shipped font has to write
 REINSTALL = "pip install --force-reinstall --no-deps qvl-edge"
-COMPILER_FIX = "apt-get install gcc python3-dev"
 # relative norm error against the definition: float32 in another order of sums; float16 results and prefill weights
 # activations are rounded to 255 levels
 TOLERANCE = {"cpu": 1e-5, "triton": 2e-3, "int8_activations": 2e-2}
@@ -43,18 +33,6 @@ GRAPH = (
     b'\x08\x08:2\n\x0b\n\x01x\x12\x01y"\x03Neg\x12\x01gZ\x0f\n\x01x\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01b\x0f\n'
     b"\x01y\x12\n\n\x08\x08\x01\x12\x04\n\x02\x08\x01B\x04\n\x00\x10\r"
 )
-
-
-class Failed(Exception):
-    """What a check found, and one line that repairs it."""
-
-    def __init__(self, found: str, fix: str):
-        super().__init__(found)
-        self.found, self.fix = found, fix
-
-
-class Skipped(Exception):
-    """Why a check does not apply here."""
 
 
 def check_python(_: Path | None) -> str:
@@ -78,75 +56,6 @@ def check_torch(_: Path | None) -> str:
     return found
 
 
-def check_driver(_: Path | None) -> str:
-    """NVIDIA's driver, and whether torch can use it."""
-    import torch
-
-    from qvl_edge.engine.device import nvidia_smi
-
-    cards = nvidia_smi("gpu", "driver_version", "name")
-    if torch.cuda.is_available():
-        return cards[0][0] if cards else "nvidia-smi not found"
-    if not cards:
-        raise Skipped("no NVIDIA card: the CPU is used")
-    driver, card = cards[0]
-    hidden = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if hidden is not None and (not hidden or hidden.startswith("-")):
-        raise Skipped(f"{card} is hidden by CUDA_VISIBLE_DEVICES={hidden}")
-    if torch.version.cuda is None:
-        found = f"{driver}, but torch is built without CUDA: {card} is unused"
-        raise Failed(found, "install torch for CUDA (pytorch.org, Get Started)")
-    needed = DRIVERS.get(torch.version.cuda.partition(".")[0], max(DRIVERS.values()))
-    raise Failed(f"{driver} does not run CUDA {torch.version.cuda}", f"update the driver to {needed} or newer")
-
-
-def check_card_in_use(_: Path | None) -> str:
-    """Other programs that compute on the card: asked before this process is one of them."""
-    if not cuda():
-        raise Skipped("no CUDA device")
-    from qvl_edge.engine.device import programs_on_cards
-
-    programs = programs_on_cards()
-    import torch
-
-    uuid = str(torch.cuda.get_device_properties(torch.device("cuda:0")).uuid)
-    if others := [program for program in programs if program.card == uuid]:
-        fix = f"stop them if they are yours: kill {' '.join(other.pid for other in others)}"
-        raise Failed(f"other programs compute on it: {', '.join(map(str, others))}", fix)
-    return "by no other program"
-
-
-def check_card(_: Path | None) -> str:
-    """What the card is, and whether the kernels run on it and are tuned for it."""
-    if not cuda():
-        raise Skipped("no CUDA device")
-    import torch
-
-    from kernels.gpu.tiles import device_key, read_table
-    from qvl_edge.cards import family_of
-    from qvl_edge.engine.device import too_old
-
-    device = torch.device("cuda:0")
-    name, key = torch.cuda.get_device_properties(device).name, device_key(device)
-    if (old := too_old(name, key.capability)) is not None:
-        raise Failed(*old)
-    tuned = any(card.measured for card in read_table(key.family))
-    only = ", in float16 only" if key.turing else ""
-    return f"{name}, {family_of(key.capability)} ({key.family}){only}" + ("" if tuned else ", tiles not tuned for it")
-
-
-def check_card_memory(_: Path | None) -> str:
-    """Free memory of the card."""
-    if not cuda():
-        raise Skipped("no CUDA device")
-    import torch
-
-    from qvl_edge.memory import device_memory
-
-    memory = device_memory(torch.device("cuda:0"))
-    return enough(memory, "close the other programs on the card (nvidia-smi lists them)")
-
-
 def check_host_memory(_: Path | None) -> str:
     """Free memory of the host."""
     from qvl_edge.memory import host_memory
@@ -154,64 +63,13 @@ def check_host_memory(_: Path | None) -> str:
     return enough(host_memory(), "close other programs")
 
 
-def enough(memory: "Memory", fix: str) -> str:
-    """How much of a memory is free. Failed for too little."""
-    from qvl_edge.engine.device import MIN_FREE
-    from qvl_edge.memory import format_bytes
-
-    found = f"{format_bytes(memory.free)} of {format_bytes(memory.total)} free"
-    if memory.free < MIN_FREE:
-        raise Failed(found, fix)
-    return found
-
-
-def check_triton(_: Path | None) -> str:
-    """Only CUDA needs it."""
-    found = version("triton")
-    if not cuda():
-        raise Skipped(f"{found or 'none'}; only CUDA needs it")
-    if found is None or numbers(found) < TRITON:
-        raise Failed(found or "not installed", f"pip install 'triton>={TRITON[0]}.{TRITON[1]}'")
-    return found
-
-
-def check_compiler(_: Path | None) -> str:
-    """$CC, else gcc or clang, as Triton looks for one: its first launch on CUDA compiles a helper with Python.h."""
-    if not cuda():
-        raise Skipped("only CUDA needs it")
-    named = os.environ.get("CC")
-    compiler = next((name for name in (("gcc", "clang") if named is None else (named,)) if shutil.which(name)), None)
-    if compiler is None and named is not None:
-        raise Failed(f"CC={named} is not a program", "unset CC, or set it to a C compiler")
-    if compiler is None:
-        raise Failed("neither gcc nor clang is installed", COMPILER_FIX)
-    # not Debian's own scheme, whose folder has no headers
-    if wrong := compile_header(compiler, sysconfig.get_path("include", "posix_prefix")):
-        raise Failed(wrong, COMPILER_FIX)
-    return compiler
-
-
-@functools.cache  # every kernel asks
-def compile_header(compiler: str, folder: str) -> str | None:
-    """Why Python.h of `folder` does not compile, which also needs the C library's headers; None if it does."""
-    command = [compiler, "-fsyntax-only", f"-I{folder}", "-x", "c", "-"]
-    try:
-        run = subprocess.run(command, input="#include <Python.h>\n", capture_output=True, text=True, timeout=60)
-    except (OSError, subprocess.SubprocessError) as error:
-        return one_line(f"{compiler}: {error}")
-    if run.returncode == 0:
-        return None
-    first = next((line for line in run.stderr.splitlines() if "error" in line), run.stderr)
-    return one_line(f"{compiler}: {first}")[:200]
-
-
 def check_onnxruntime(_: Path | None) -> str:
     """One of its two packages, with the provider that this machine needs, and a graph that runs on it."""
-    kind = "cuda" if cuda() else "cpu"
-    packages = [name for name in ("onnxruntime", "onnxruntime-gpu") if version(name)]
+    kind = "cuda" if probe.cuda() else "cpu"
+    packages = [name for name in ("onnxruntime", "onnxruntime-gpu") if probe.version(name)]
     fix = f"pip uninstall -y onnxruntime onnxruntime-gpu; pip install 'qvl-edge[{kind}]'"
     if len(packages) == 2:
-        both = " + ".join(f"{package} {version(package)}" for package in packages)
+        both = " + ".join(f"{package} {probe.version(package)}" for package in packages)
         raise Failed(f"{both}: one overwrites the other", fix)
     try:
         import onnxruntime as ort
@@ -244,27 +102,13 @@ def run_graph(ort: Any, provider: str) -> str | None:
     return None if float(y[0]) == -1.0 else f"-1 comes out as {float(y[0])}"
 
 
-def check_cuda_row(_: Path | None) -> str:
-    """torch and onnxruntime-gpu have to be built for one CUDA."""
-    import torch
-
-    found = version("onnxruntime-gpu")
-    if torch.version.cuda is None or found is None:
-        raise Skipped("no CUDA packages")
-    from qvl_edge.vision.cuda_versions import cuda_mismatch
-
-    if (mismatch := cuda_mismatch(found, torch.version.cuda)) is not None:
-        raise Failed(*mismatch.rsplit("; ", 1))
-    return f"torch cu{torch.version.cuda.partition('.')[0]} + onnxruntime-gpu {found}"
-
-
 def check_kernels_package(_: Path | None) -> str:
     """A package on PyPI has the name of our folder `kernels`, and overwrites it."""
     import qvl_edge
 
     spec = importlib.util.find_spec("kernels")
     found = Path(spec.origin).parent if spec is not None and spec.origin else None
-    foreign = version("kernels")
+    foreign = probe.version("kernels")
     if foreign is None and found == Path(qvl_edge.__file__).parent.with_name("kernels"):
         return "qvl_edge's own"
     what = f"kernels {foreign}" if foreign else str(found)
@@ -302,10 +146,10 @@ def check_cache(path: Path | None) -> str:
 
 def check_kernel(name: str, _: Path | None) -> str:
     """A kernel against its definition: Triton's on CUDA, the CPU's elsewhere."""
-    device, backend = ("cuda", "triton") if cuda() else ("cpu", "cpu")
+    device, backend = ("cuda", "triton") if probe.cuda() else ("cpu", "cpu")
     if device == "cuda":
         try:
-            check_compiler(None)
+            card.check_compiler(None)
         except Failed:
             raise Skipped("needs a C compiler") from None
     from qvl_edge.doctor import self_tests
@@ -356,7 +200,7 @@ def check_vision(path: Path | None) -> str:
         raise Skipped("needs an intact bundle") from None
     from qvl_edge.vision.encoder import VisionEncoder, self_test
 
-    encoder = VisionEncoder(bundle.vit, bundle.config.visual, device="cuda" if cuda() else "cpu")
+    encoder = VisionEncoder(bundle.vit, bundle.config.visual, device="cuda" if probe.cuda() else "cpu")
     return f"cosine {self_test(encoder, bundle.parts['vit']):.6f} with its export"
 
 
@@ -371,14 +215,14 @@ KERNELS = (
 CHECKS: dict[str, Check] = {
     "python": check_python,
     "torch": check_torch,
-    "driver": check_driver,
-    "card in use": check_card_in_use,
-    "card": check_card,
-    "card memory": check_card_memory,
-    "triton": check_triton,
-    "C compiler": check_compiler,
+    "driver": card.check_driver,
+    "card in use": card.check_card_in_use,
+    "card": card.check_card,
+    "card memory": card.check_card_memory,
+    "triton": card.check_triton,
+    "C compiler": card.check_compiler,
     "onnxruntime": check_onnxruntime,
-    "cuda row": check_cuda_row,
+    "cuda row": card.check_cuda_row,
     "kernels": check_kernels_package,
     "font": check_font,
     "cache folder": check_cache,
@@ -387,30 +231,3 @@ CHECKS: dict[str, Check] = {
     "bundle": check_model,
     "vision tower": check_vision,
 }
-
-
-def cuda() -> bool:
-    """Whether torch sees a CUDA device; False without torch, which has a check of its own."""
-    try:
-        import torch
-    except (ImportError, OSError):
-        return False
-    return torch.cuda.is_available()
-
-
-def version(package: str) -> str | None:
-    """The version of an installed package."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def numbers(version: str) -> tuple[int, ...]:
-    """The first two numbers of a version."""
-    return tuple(int(number) for number in re.findall(r"\d+", version)[:2])
-
-
-def one_line(message: object) -> str:
-    """Text with its line breaks as spaces."""
-    return " ".join(str(message).split())
