@@ -7,7 +7,7 @@ it can be cut into stages. There is no Shape and no Resize: the batch is the onl
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import onnx
@@ -28,25 +28,18 @@ IR_VERSION = 9  # that of opset 20: the oldest that every reader of it supports
 MICROSOFT = "com.microsoft"
 
 
-class TensorSource(Protocol):
-    """Tensors by their names in a checkpoint: a `Checkpoint`, or a mapping."""
-
-    def __getitem__(self, name: str) -> Tensor: ...
-
-
 class VisualWeights:
     """The vision tower's weights as the graph needs them, float32, each read from `source` when asked for: q, k and v
     apart, position tables folded into what they are added to."""
 
-    def __init__(self, source: TensorSource, visual: VisualConfig):
+    def __init__(self, source: Checkpoint, visual: VisualConfig):
         self._source, self.visual = source, visual
 
     def __getitem__(self, name: str) -> Tensor:
         """A copy of the tensor at `transformer.visual.{name}`. CheckpointError if it holds NaN or infinity."""
         full = VISUAL + name
         tensor = self._source[full].to(torch.float32, copy=True)
-        if isinstance(self._source, Checkpoint):
-            self._source.release(full)
+        self._source.release(full)
         check_finite(full, tensor)
         return tensor
 

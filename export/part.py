@@ -11,7 +11,7 @@ from pathlib import Path
 
 import onnx
 
-from export.graph import OPSET, TensorSource, VisualWeights, build_vit
+from export.graph import OPSET, VisualWeights, build_vit
 from export.parity import Parity, compare, require
 from export.precision import ALIGNMENT, ExternalData, Precision
 from qvl_edge.bundle import VIT, VIT_DATA, add_part, check_same_source
@@ -34,13 +34,11 @@ def export_vit(
     block_size: int | None = None,
     progress: Callable[[str], None] = lambda _: None,
     on_parity: Callable[[Parity], None] | None = None,
-    weights: TensorSource | None = None,
 ) -> Parity:
     """Export the vision tower of `checkpoint` (float or Int4: it is float in both) as the part "vit" of `folder`.
 
     dtype: "float16", "float32", "int8" or "int4" (see export.precision); block_size of the last two. on_parity gets the
-    result before it is judged. weights: tensors to build the graph from instead of the checkpoint's own, under the same
-    names; the comparison is with the checkpoint all the same.
+    result before it is judged.
 
     `folder` is made if needed and may hold the decoder of the same model. Its files stay until the new ones have
     passed. ParityError, BundleError, CheckpointError and ConfigError leave nothing behind.
@@ -63,7 +61,7 @@ def export_vit(
             "output_dim": str(visual.output_dim),
         }
         with replacing(work / VIT_DATA) as partial, open(partial, "wb") as file:
-            source, data = VisualWeights(weights or checkpoint, visual), ExternalData(file, VIT_DATA)
+            source, data = VisualWeights(checkpoint, visual), ExternalData(file, VIT_DATA)
             model = build_vit(source, data, precision, metadata=metadata, progress=progress)
         _save(model, work / VIT)
         progress("comparing with the PyTorch model in float32")

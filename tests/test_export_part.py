@@ -5,7 +5,8 @@ import json
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -15,6 +16,8 @@ from safetensors.torch import load_file, save_file
 from test_vit import GOLDEN
 from torch import Tensor
 
+from export import part
+from export.graph import VisualWeights
 from export.part import export_vit
 from export.vit import main
 from qvl_edge.bundle import VIT, VIT_DATA, add_part
@@ -33,10 +36,21 @@ class Changed:
 
     def __init__(self, checkpoint: Checkpoint, name: str, change: Callable[[Tensor], Tensor]):
         self.checkpoint, self.name, self.change = checkpoint, VISUAL + name, change
+        self.release = checkpoint.release
 
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.checkpoint[name]
         return self.change(tensor) if name == self.name else tensor
+
+
+@contextmanager
+def changed(name: str, change: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """Graphs are built with this tensor changed; what they are compared with is the checkpoint all the same."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            part, "VisualWeights", lambda source, visual: VisualWeights(Changed(source, name, change), visual)
+        )
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -59,24 +73,24 @@ def test_rows_in_another_order_are_refused(long: Checkpoint, tmp_path: Path) -> 
     def not_interleaved(weight: Tensor) -> Tensor:
         return weight.view(3, 2, 104, 208).transpose(0, 1).reshape(624, 208)
 
-    changed = Changed(long, "transformer.resblocks.0.attn.in_proj.weight", not_interleaved)
-    with pytest.raises(ParityError, match=r"grows most in block 0"):
-        export_vit(long, tmp_path / "bundle", dtype="float32", weights=changed)
+    name = "transformer.resblocks.0.attn.in_proj.weight"
+    with changed(name, not_interleaved), pytest.raises(ParityError, match=r"grows most in block 0"):
+        export_vit(long, tmp_path / "bundle", dtype="float32")
 
 
 def test_a_wrong_weight_is_refused_and_nothing_is_written(long: Checkpoint, tmp_path: Path) -> None:
     for dtype in DTYPES:
         folder = tmp_path / dtype
-        with pytest.raises(ParityError, match=r"Nothing was written"):
-            export_vit(long, folder, dtype=dtype, weights=Changed(long, "proj", lambda weight: weight.T))
+        with changed("proj", lambda weight: weight.T), pytest.raises(ParityError, match=r"Nothing was written"):
+            export_vit(long, folder, dtype=dtype)
         assert not folder.exists()
 
 
 def test_a_refused_export_leaves_an_earlier_one_as_it_was(long: Checkpoint, tmp_path: Path) -> None:
     export_vit(long, tmp_path, dtype="int8")
     before = files_of(tmp_path)
-    with pytest.raises(ParityError):
-        export_vit(long, tmp_path, dtype="float32", weights=Changed(long, "proj", lambda weight: weight.T))
+    with changed("proj", lambda weight: weight.T), pytest.raises(ParityError):
+        export_vit(long, tmp_path, dtype="float32")
     assert files_of(tmp_path) == before
 
 
@@ -109,8 +123,8 @@ def test_a_full_disk_is_a_bundle_error_that_leaves_nothing(long: Checkpoint, tmp
     def no_space(_tensor: Tensor) -> Tensor:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with pytest.raises(BundleError, match=r"is full .* nothing was replaced"):
-        export_vit(long, tmp_path / "bundle", weights=Changed(long, "proj", no_space))
+    with changed("proj", no_space), pytest.raises(BundleError, match=r"is full .* nothing was replaced"):
+        export_vit(long, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 
@@ -176,9 +190,9 @@ def test_a_weight_past_float16_or_not_finite_is_named(long: Checkpoint, tmp_path
             weight[3, 4] = value
             return weight
 
-        changed = Changed(long, "transformer.resblocks.0.mlp.c_fc.weight", spoil)
-        with pytest.raises(CheckpointError, match=message):
-            export_vit(long, tmp_path / "bundle", weights=changed)
+        name = "transformer.resblocks.0.mlp.c_fc.weight"
+        with changed(name, spoil), pytest.raises(CheckpointError, match=message):
+            export_vit(long, tmp_path / "bundle")
     assert not (tmp_path / "bundle").exists()
 
 
