@@ -42,6 +42,7 @@ from benchmarks.kernels.problem import C_ATTN, GEMMS, HEAD, LAYER, Gemm, weight_
 from kernels.gpu.gemm import rows_triton
 from kernels.gpu.tiles import DECODE_ROWS, TURING_ROWS, Tile, read_table, tile_for
 from kernels.gpu.turing import dequantize
+from qvl_edge import markdown
 from qvl_edge.machine import describe_machine
 
 ARCHITECTURES = (75, 80, 86, 87, 89, 90, 120)
@@ -249,7 +250,7 @@ def table(records: list[dict[str, Any]]) -> str:
         cells.append(entry["bounds"].get("instructions a unit", {}).get("limit", ""))
         rows.append([*cells, "yes" if entry["holds"] else "NO: " + ", ".join(broken)])
     head = ["architecture", "kernel", "registers", "spilled", "shared", "loop", "per unit", "limit", "holds"]
-    return report.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from benchmarks import plot
-from benchmarks.report import command, exits_with_its_message, table
+from benchmarks.report import command, exits_with_its_message
 from export.part import export_vit
 from quantize.job import quantize_checkpoint
 from quantize.solver import FULL, PLAIN, Method
@@ -36,6 +36,7 @@ from qvl_edge.evaluate.synthetic import FILE, SYNTHETIC, write_scenes
 from qvl_edge.evaluate.task import Item
 from qvl_edge.files import read_jsonl, replacing, write_json, write_jsonl
 from qvl_edge.machine import commit, describe_machine
+from qvl_edge.markdown import table
 from qvl_edge.plot import optional
 from qvl_edge.text.conversations import read_samples
 from qvl_edge.text.prompt import chat_prompt

@@ -20,11 +20,12 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from benchmarks.report import add_save, command, exits_with_its_message, save, say, table
+from benchmarks.report import add_save, command, exits_with_its_message, save, say
 from benchmarks.synthetic import write_synthetic
 from kernels.sessions import set_threads
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
+from qvl_edge.markdown import table
 from qvl_edge.model.cache import KVCache
 from qvl_edge.model.loading import load_decoder
 from qvl_edge.options import Activations

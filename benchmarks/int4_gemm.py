@@ -21,6 +21,7 @@ from benchmarks import report
 from benchmarks.kernels.problem import LAYER, Gemm, Problem, expect_below, relative_error
 from benchmarks.kernels.timing import OUTGROWS_CACHES, Timing, measure
 from kernels import Int4Weight, Rows, TritonWeight, int4_gemm, pack_for_cpu, pack_for_triton
+from qvl_edge import markdown
 
 # K, N of Qwen-7B's projections: c_attn first, then attn.c_proj, w1 and w2, mlp.c_proj
 SHAPES = [(4096, 12288), (4096, 4096), (4096, 11008), (11008, 4096)]
@@ -253,7 +254,7 @@ def table(records: list[dict[str, Any]]) -> str:
         times = [str(Timing(*(peers[n][f] for f in fields))) if n in peers else "" for n in names]
         rates = [f"{peers[OURS]['gb_per_s']:.1f}", f"{peers[OURS]['speed']:.2f}"]
         rows.append([f"{record['in_features']} x {record['out_features']}", record["rows"], *times, *rates])
-    return report.table(["K x N", "rows", *(f"{name}, ms" for name in names), "int4 GB/s", "int4 speed"], rows)
+    return markdown.table(["K x N", "rows", *(f"{name}, ms" for name in names), "int4 GB/s", "int4 speed"], rows)
 
 
 def main(arguments: list[str] | None = None) -> None:

@@ -24,6 +24,7 @@ from benchmarks.kernels.offline import GPUS, HEAD_DIM, HEADS, Gpu, attention_lau
 from benchmarks.kernels.problem import HEAD, LAYER, Gemm
 from kernels.gpu.attention import decode_config, splits_for
 from kernels.gpu.tiles import tile_for
+from qvl_edge import markdown
 
 H100 = Gpu("NVIDIA H100 80GB HBM3", 90, 132, 3350, 1.70)  # takes the H200's tiles, as it has as many multiprocessors
 CARDS = (*GPUS, H100)
@@ -116,7 +117,7 @@ def table(records: list[dict[str, Any]]) -> str:
         for record in records
     ]
     head = ["card", "rows", "layer's products, us (of roofline)", *names, *records[0]["tokens_per_s"]]
-    return report.table(head, rows)
+    return markdown.table(head, rows)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -8,13 +8,14 @@ shorter context is faster and needs less memory. GB are 10^9 bytes.
 
 import time
 
-from benchmarks.report import exits_with_its_message, model_command, say, table
+from benchmarks.report import exits_with_its_message, model_command, say
 from qvl_edge.bench import Bench, Row
 from qvl_edge.commands.bench import parameters_text
 from qvl_edge.config import IMAGE_TOKENS
 from qvl_edge.errors import ConfigError
 from qvl_edge.files import write_json
 from qvl_edge.machine import describe_machine
+from qvl_edge.markdown import table
 from qvl_edge.options import LoadOptions
 
 IMAGE = IMAGE_TOKENS + 2  # with <img> and </img>

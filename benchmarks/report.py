@@ -52,12 +52,6 @@ def print_machine(device: str) -> None:
     print(f"{machine['device']}, {machine['threads']} of {machine['cores']} cores, torch {versions['torch']}\n")
 
 
-def table(head: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """Markdown."""
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines)
-
-
 @contextlib.contextmanager
 def exits_with_its_message(program: str) -> Iterator[None]:
     """Exit `python -m program` with the message of a QvlError and code 1; also a decorator."""

@@ -10,6 +10,7 @@ from dataclasses import Field, dataclass, field, fields
 from types import NoneType, UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from qvl_edge import markdown
 from qvl_edge.errors import ConfigError
 
 INT64 = (-(1 << 63), (1 << 63) - 1)
@@ -182,7 +183,7 @@ def _help(item: "Field[Any]", details: Option) -> str:
 
 def table(cls: type[Options]) -> str:
     """The options as rows of a Markdown table: name, flag, type, default, range, help."""
-    rows = ["| option | flag | type | default | range | meaning |", "| --- | --- | --- | --- | --- | --- |"]
+    rows = []
     for item in fields(cls):  # type: ignore[arg-type]
         details: Option = item.metadata["option"]
         kind, _ = kind_of(cls, item.name)
@@ -193,5 +194,5 @@ def table(cls: type[Options]) -> str:
             shown = {tuple: sequence, Mapping: "mapping"}.get(kind, getattr(kind, "__name__", str(kind)))
         flag = "" if details.flag is None else f"`{details.flag or '--' + item.name.replace('_', '-')}`"
         default = "" if item.default in (None, ()) else f"`{item.default}`"
-        rows.append(f"| `{item.name}` | {flag} | {shown} | {default} | {details.range} | {details.help} |")
-    return "\n".join(rows) + "\n"
+        rows.append([f"`{item.name}`", flag, shown, default, details.range, details.help])
+    return markdown.table(["option", "flag", "type", "default", "range", "meaning"], rows) + "\n"

@@ -11,6 +11,7 @@ from typing import Any
 
 from PIL import Image
 
+from qvl_edge import markdown
 from qvl_edge.evaluate.grounding import first_box
 from qvl_edge.evaluate.intervals import Estimate, difference_of, mean_of
 from qvl_edge.evaluate.task import Item, Metric, Prediction, Task
@@ -137,7 +138,7 @@ def table(report: Mapping[str, Any], language: str = "en") -> str:
     head = [words["metric"], "n", report["model"]["name"]]
     if both:
         head += [report["against"]["name"], words["difference"], words["better"], "p"]
-    lines = ["| " + " | ".join(head) + " |", "|---|" + "---:|" * (len(head) - 1)]
+    rows = []
     for row in report["rows"]:
         name = row["metric"] if row["group"] is None else f"{row['metric']}, {row['group']}"
         form = ".4f" if row["shown"] == "perplexity" else ".2f"
@@ -150,14 +151,14 @@ def table(report: Mapping[str, Any], language: str = "en") -> str:
                 f"{difference['better']} / {difference['worse']}",
                 "<0.001" if difference["p"] < 0.001 else f"{difference['p']:.3f}",
             ]
-        lines.append("| " + " | ".join(cells) + " |")
+        rows.append(cells)
     for name, value in report["totals"]["model"].items():
         cells = [name, "", f"{value:.2f}"]
         if both:
             other = report["totals"]["against"][name]
             cells += [f"{other:.2f}", f"{value - other:+.2f}", "", ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown.table(head, rows, numbers_from=1)
 
 
 WORDS = {
@@ -223,8 +224,8 @@ def page(
 """
 
 
-def _html_table(markdown: str) -> str:
-    head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in markdown.splitlines())
+def _html_table(text: str) -> str:
+    head, _, *body = ([cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines())
 
     def row(cells: Sequence[str], tag: str) -> str:
         return "<tr>" + "".join(f"<{tag}>{escape(cell)}</{tag}>" for cell in cells) + "</tr>"
