@@ -210,8 +210,8 @@ def estimate_all(gpus: Sequence[Gpu], gemms: Sequence[Gemm]) -> dict[Gpu, list[d
                 # in steps of 2 %; of equal candidates the first is taken
                 return 1.02 ** round(math.log(us, 1.02)) if math.isfinite(us) else us
 
-            tile, _ = search(candidates(gemm, block_m, gpu.key), cost)
-            entries[gpu].append(entry_of(gemm, tile))
+            # all of them: fewer stages leave room for more programs, which the search for measuring would not see
+            entries[gpu].append(entry_of(gemm, min(candidates(gemm, block_m, gpu.key), key=cost)))
     return entries
 
 
