@@ -18,7 +18,8 @@ from starlette.routing import Route
 from starlette.types import ASGIApp
 
 from qvl_edge.engine.worker import Worker
-from qvl_edge.server import protocol
+from qvl_edge.memory import device_memory, resident_bytes
+from qvl_edge.server import page, protocol
 from qvl_edge.server.callers import Caller
 from qvl_edge.server.chat import chat_endpoint
 from qvl_edge.server.completions import completion_endpoint
@@ -29,14 +30,6 @@ from qvl_edge.server.openapi import document
 from qvl_edge.server.refusal import SERVER, Refusal, engine_refusal
 from qvl_edge.server.responses import response_endpoint
 from qvl_edge.server.settings import Settings
-
-STATIC = Path(__file__).with_name("static")
-PAGE = {
-    "/": ("index.html", "text/html"),
-    "/app.js": ("app.js", "text/javascript"),
-    "/style.css": ("style.css", "text/css"),
-    "/favicon.svg": ("favicon.svg", "image/svg+xml"),
-}
 
 
 def create_app(worker: Worker, settings: Settings) -> ASGIApp:
@@ -72,7 +65,7 @@ class _Server:
             Route("/health", self.health),
             Route("/metrics", self.show_metrics),
             Route("/openapi.json", self.openapi),
-            *(Route(path, _file(name, kind)) for path, (name, kind) in PAGE.items()),
+            *(Route(path, _file(file)) for path, file in page.FILES.items()),
         ]
         self.paths = [route.path for route in routes]
         inside = Starlette(
@@ -133,16 +126,25 @@ class _Server:
         return json_response(card)
 
     async def show_metrics(self, request: Request) -> Response:
-        text = self.metrics.render(waiting=self.worker.waiting, running=self.worker.running)
+        device = self.worker.runtime.decoder.device
+        memory = {"process_resident_memory_bytes": ("Memory of the server's process.", resident_bytes())}
+        if device.type == "cuda":
+            card = await asyncio.to_thread(device_memory, device)
+            memory["qvl_edge_gpu_memory_used_bytes"] = (
+                "Memory in use on the GPU, by all programs.",
+                card.total - card.free,
+            )
+            memory["qvl_edge_gpu_memory_bytes"] = ("Memory of the GPU.", card.total)
+        text = self.metrics.render(waiting=self.worker.waiting, running=self.worker.running, memory=memory)
         return PlainTextResponse(text, media_type="text/plain; version=0.0.4")
 
     async def openapi(self, request: Request) -> Response:
         return JSONResponse(self.document)
 
 
-def _file(name: str, kind: str) -> Any:
+def _file(file: Path) -> Any:
     """An endpoint for one file of the page, which is read once: no path of a request ever reaches the disk."""
-    content = (STATIC / name).read_bytes()
+    content, kind = file.read_bytes(), page.KINDS[file.suffix]
 
     async def endpoint(request: Request) -> Response:
         return Response(content, media_type=kind, headers={"cache-control": "no-cache"})

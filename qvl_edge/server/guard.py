@@ -19,6 +19,7 @@ from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from qvl_edge.errors import ConfigError
+from qvl_edge.server import page
 from qvl_edge.server.callers import Caller
 from qvl_edge.server.refusal import AUTHENTICATION, RATE_LIMIT, Refusal, invalid
 
@@ -43,7 +44,7 @@ HEADERS = {
     "cross-origin-opener-policy": "same-origin",
 }
 # open without a key: the health check, and files that are public in the package
-OPEN_PATHS = frozenset({"/health", "/", "/app.js", "/style.css", "/favicon.svg"})
+OPEN_PATHS = frozenset({"/health", *page.FILES})
 LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "[::1]"})
 
 _ORIGIN = re.compile(r"https?://[A-Za-z0-9.\[\]:-]+")

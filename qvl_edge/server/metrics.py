@@ -2,7 +2,7 @@
 
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from qvl_edge.answer import Answer
 
@@ -55,8 +55,8 @@ class Metrics:
         self.images += usage.images
         self.cached_images += usage.cached_images
 
-    def render(self, *, waiting: int, running: int) -> str:
-        """The text of /metrics."""
+    def render(self, *, waiting: int, running: int, memory: Mapping[str, tuple[str, int]]) -> str:
+        """The text of /metrics. memory: what each gauge counts, and its bytes."""
         lines = [
             "# HELP qvl_edge_requests_total Requests by route and status.",
             "# TYPE qvl_edge_requests_total counter",
@@ -71,6 +71,8 @@ class Metrics:
                 lines += [f"# HELP qvl_edge_{family}_total {what}", f"# TYPE qvl_edge_{family}_total counter"]
             for (key, label), count in sorted(counts.items()):
                 lines.append(f'qvl_edge_{family}_total{{key="{key}",{second}="{label}"}} {count}')
+        for name, (what, value) in memory.items():
+            lines += [f"# HELP {name} {what}", f"# TYPE {name} gauge", f"{name} {value}"]
         for name, kind, value, what in (
             ("requests_waiting", "gauge", waiting, "Requests that have no slot yet."),
             ("requests_running", "gauge", running, "Requests that are being answered."),

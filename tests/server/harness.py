@@ -13,6 +13,7 @@ from typing import Any
 
 import httpx
 import openai
+import torch
 import uvicorn
 from PIL import Image
 
@@ -129,7 +130,7 @@ class ScriptedWorker:
         self.pieces = [Piece(piece) if isinstance(piece, str) else piece for piece in pieces]
         self.before, self.forgets = before, forgets
         decode = SimpleNamespace(decode_bytes=lambda ids: b"".join((tokens or {})[token] for token in ids))
-        self.runtime = SimpleNamespace(tokenizer=decode)
+        self.runtime = SimpleNamespace(tokenizer=decode, decoder=SimpleNamespace(device=torch.device("cpu")))
         self.requests: list[Request] = []
         self.cancelled = threading.Event()
 
