@@ -69,9 +69,9 @@ def shoot(scene: Path, out: Path) -> None:
                     time.sleep(0.5)
             browser = driver.chromium.launch(executable_path=shutil.which("chromium"), args=["--no-sandbox"])
             for name, width, scheme, locale, words in (
-                ("page", 1000, "light", "en-US", QUESTION),
-                ("page-dark", 1000, "dark", "en-US", QUESTION),
-                ("page-zh", 1000, "light", "zh-CN", "描述这张图并框出图形。"),
+                ("page", 1240, "light", "en-US", QUESTION),
+                ("page-dark", 1240, "dark", "en-US", QUESTION),
+                ("page-zh", 1240, "light", "zh-CN", "描述这张图并框出图形。"),
                 ("page-phone", 390, "light", "en-US", QUESTION),
             ):
                 looks: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}

@@ -82,8 +82,8 @@ function pinch(before, after) {
   const middle = ([one, other]) => [(one.clientX + other.clientX) / 2, (one.clientY + other.clientY) / 2];
   const apart = ([one, other]) => Math.hypot(one.clientX - other.clientX, one.clientY - other.clientY);
   const [fromX, fromY] = middle(before), [toX, toY] = middle(after);
-  moveBy(toX - fromX, toY - fromY);
-  if (apart(before) > 0) zoomBy(apart(after) / apart(before), toX, toY);
+  Object.assign(view, { x: view.x + toX - fromX, y: view.y + toY - fromY });
+  zoomBy(apart(after) / (apart(before) || 1), toX, toY);
 }
 
 room.addEventListener("pointerdown", (event) => {
