@@ -1,24 +1,30 @@
 """The pictures of the README, from the small model that ships: python -m benchmarks.pictures [--page]
 
 docs/images/answer.png is an answer with its boxes; a test makes it again and compares. With --page, page.png is the
-server's page with the same question, in Chromium (apt-get install chromium; playwright is among the test tools).
+server's page with the same question, in Chromium (apt-get install chromium; playwright is among the test tools); a
+test compares the hash of what it was made from, which it carries. --variants FOLDER: dark, Chinese and a phone, to look at.
 """
 
 import argparse
+import hashlib
+import io
 import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from qvl_edge import Runtime
 from qvl_edge.demo import SMALL_MODEL
 from qvl_edge.demo.scenes import make_scene
+from qvl_edge.server import page
 
 IMAGES = Path(__file__).parent.parent / "docs/images"
 SCENE = 2_000_000_024  # which the model has not seen; it finds all four shapes
@@ -29,17 +35,22 @@ def main(arguments: list[str] | None = None) -> int:
     """Write the pictures."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--page", action="store_true", help="the screenshot too")
+    parser.add_argument("--variants", type=Path, metavar="FOLDER", help="more screenshots, to look at")
     parser.add_argument("--out", type=Path, default=IMAGES, metavar="FOLDER", help="default: docs/images")
     args = parser.parse_args(arguments)
     args.out.mkdir(parents=True, exist_ok=True)
     with Runtime.from_pretrained(SMALL_MODEL, device="cpu") as runtime:
         draw(runtime).save(args.out / "answer.png")
     if args.page:
-        scene = args.out / "scene.png"
-        make_scene(SCENE).image.save(scene)
-        shoot(scene, args.out)
-        scene.unlink()
+        shoot(args.out / "page.png", args.variants)
     return 0
+
+
+def page_source() -> str:
+    """A hash of all that the screenshot shows: the page's files, the question and the answer's picture."""
+    parts = [path.encode() + file.read_bytes() for path, file in sorted(page.FILES.items())]
+    answer = Image.open(IMAGES / "answer.png").tobytes()
+    return hashlib.sha256(b"".join([*parts, QUESTION.encode(), answer])).hexdigest()
 
 
 def draw(runtime: Runtime) -> Image.Image:
@@ -47,8 +58,8 @@ def draw(runtime: Runtime) -> Image.Image:
     return runtime.ask(make_scene(SCENE).image, QUESTION, do_sample=False).draw()
 
 
-def shoot(scene: Path, out: Path) -> None:
-    """Screenshots of the page: page.png, and in dark, Chinese and on a phone beside it."""
+def shoot(picture: Path, variants: Path | None) -> None:
+    """The screenshot of the page, and of its variants into their folder."""
     from playwright.sync_api import sync_playwright
 
     with socket.socket() as free:
@@ -59,7 +70,10 @@ def shoot(scene: Path, out: Path) -> None:
     with (
         subprocess.Popen([*command, "--greedy", "--served-model-name", "small"]) as server,
         sync_playwright() as driver,
+        tempfile.TemporaryDirectory() as folder,
     ):
+        scene = Path(folder) / "scene.png"
+        make_scene(SCENE).image.save(scene)
         try:
             for _ in range(120):
                 try:
@@ -73,16 +87,24 @@ def shoot(scene: Path, out: Path) -> None:
                 ("page-dark", 1240, "dark", "en-US", QUESTION),
                 ("page-zh", 1240, "light", "zh-CN", "描述这张图并框出图形。"),
                 ("page-phone", 390, "light", "en-US", QUESTION),
-            ):
-                looks: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
-                page = browser.new_context(**looks, locale=locale).new_page()
-                page.goto(url)
-                page.set_input_files("#files", scene)
-                page.wait_for_selector("#pictures li")
-                page.fill("#question", words)
-                page.click("#send")
-                page.wait_for_selector(".answer[aria-busy=false] polygon")
-                page.screenshot(path=out / f"{name}.png")
+            )[: None if variants else 1]:
+                size = {"width": width, "height": 800}
+                tab = browser.new_context(viewport=size, color_scheme=scheme, locale=locale).new_page()
+                tab.goto(url)
+                tab.set_input_files("#files", scene)
+                tab.wait_for_selector("#pictures li")
+                tab.fill("#question", words)
+                tab.click("#send")
+                tab.wait_for_selector(".answer[aria-busy=false] polygon")
+                tab.wait_for_function("document.querySelector('#memory').textContent")
+                shot = Image.open(io.BytesIO(tab.screenshot())).convert("RGB")
+                if variants:
+                    variants.mkdir(parents=True, exist_ok=True)
+                    shot.save(variants / f"{name}.png")
+                if name == "page":
+                    note = PngInfo()
+                    note.add_text("Source", page_source())
+                    shot.quantize(256, dither=Image.Dither.NONE).save(picture, pnginfo=note, optimize=True)
         finally:
             server.terminate()
 

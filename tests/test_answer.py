@@ -129,3 +129,10 @@ def test_the_picture_of_the_readme_is_what_the_model_answers_today(vit_cache: Pa
     with Runtime.from_pretrained(SMALL_MODEL, device="cpu", cache_dir=str(vit_cache)) as runtime:
         made = draw(runtime)
     assert made.tobytes() == Image.open(IMAGES / "answer.png").convert("RGB").tobytes()
+
+
+def test_the_screenshot_of_the_readme_is_of_todays_page() -> None:
+    """Made with: python -m benchmarks.pictures --page."""
+    from benchmarks.pictures import IMAGES, page_source
+
+    assert Image.open(IMAGES / "page.png").text["Source"] == page_source()

@@ -51,7 +51,7 @@ export function card(turn, { live, again, changed }) {
   made.append(text);
   if (said.problem) made.append(element("p", { className: "problem", role: "alert", textContent: said.problem }));
   const palette = colours(said.text, boxes);
-  if (boxes.length) made.append(figures(turn, boxes, palette, made, changed), list(turn, boxes, palette, made));
+  if (boxes.length) made.append(element("div", { className: "seen" }, figures(turn, boxes, palette, made, changed), list(turn, boxes, palette, made)));
   if (!live) made.append(tools(turn, again));
   return made;
 }
@@ -81,7 +81,7 @@ function list(turn, boxes, palette, scope) {
     const row = element("button", { type: "button" }, element("b", { textContent: name || t("box") }), element("span", { className: "quiet", textContent: `${x1}, ${y1} – ${x2}, ${y2}` }));
     return element("li", {}, pointable(tint(row, palette.get(name)), scope, name, box.number));
   });
-  const head = element("div", { className: "row" }, element("span", { className: "quiet", textContent: `${t("boxes")}: ${boxes.length}` }),
+  const head = element("div", { className: "row" }, element("span", { className: "quiet", textContent: `${t("boxCount")} ${boxes.length}` }),
     copyButton("copyJson", () => JSON.stringify(turn.answer.boxes), "json"), copyButton("copyCoco", () => JSON.stringify(coco(turn.sent, turn.answer.boxes)), "coco"));
   return element("section", { className: "boxes", label: t("boxes") }, head, element("ul", {}, ...rows));
 }

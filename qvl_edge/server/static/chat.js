@@ -1,7 +1,7 @@
 // The conversation on the page: its turns, what is sent of them, and the answer that is being made.
 
 import { asked, card, complete, writeInto } from "./answer.js";
-import { settled } from "./boxes.js";
+import { parts, settled } from "./boxes.js";
 import { fill } from "./composer.js";
 import { $, button, download, say } from "./dom.js";
 import { KeyNeeded, chunks, findModel, memory } from "./server.js";
@@ -112,7 +112,8 @@ export function stop() { running?.abort(); }
 
 async function kept(changed) {
   const [first] = changed.turns;
-  const head = { id: changed.id, title: first?.text.slice(0, 100) || first?.images[0]?.name || "", changed: Date.now() };
+  const words = parts(first?.text ?? "").map((part) => part.text ?? (part.phrase || "▢")).join("");
+  const head = { id: changed.id, title: words.slice(0, 100) || first?.images[0]?.name || "", changed: Date.now() };
   sessionStorage.setItem("qvl-edge.chat", changed.id); // a reload of this tab opens it again
   await keep(head, changed.turns);
   on.kept();
