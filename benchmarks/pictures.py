@@ -2,7 +2,7 @@
 
 docs/images/answer.png is an answer with its boxes; a test makes it again and compares. With --page, page.png is the
 server's page with the same question, in Chromium (apt-get install chromium; playwright is among the test tools); a
-test compares the hash of what it was made from, which it carries. --variants FOLDER: dark, Chinese and a phone, to look at.
+test compares the hash of what it was made from, which it carries. --variants FOLDER: dark, Chinese, phone, to look at.
 """
 
 import argparse

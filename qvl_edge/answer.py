@@ -106,8 +106,9 @@ class Answer:
 
         if image is None:
             image = self.boxes[-1].image if self.boxes else len(self.sources) - 1
-        if not 0 <= image < len(self.sources):
-            raise ImageError(f"image is {image}, and the question has {len(self.sources)} pictures; the first one is 0")
+        count = len(self.sources)
+        if image not in range(count):
+            raise ImageError(f"image is {image!r}, and the question has {count} pictures; the first one is 0")
         return draw_boxes(load_image(self.sources[image]), [box for box in self.boxes if box.image == image])
 
     def _repr_html_(self) -> str:

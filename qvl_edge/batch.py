@@ -36,6 +36,8 @@ def answer_each(
     question, other pictures or other options. progress: a bar on stderr; None: on a terminal only.
     """
     kept: list[Answer | QvlError] = []
+    if not isinstance(output, str | PathLike | None):
+        raise ConfigError(f"output is a {type(output).__name__}, expected the path of a JSON lines file")
     path = None if output is None else Path(output)
     names = [] if path is None else [_name(image) for image in images]
     asked = {"question": question, "options": {name: value for name, value in generation.items() if value is not None}}

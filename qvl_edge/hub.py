@@ -56,6 +56,10 @@ def local_folder(
     wrong hash; ConfigError for an unknown source, QvlError for a client that is not installed, BundleError if the disk
     is too small.
     """
+    if not isinstance(path, str | PathLike):
+        raise CheckpointError(
+            f"the model is a {type(path).__name__}, expected a folder or the name of a model on a hub"
+        )
     if os.path.exists(path):  # Path.exists raises for a name that is too long
         return Path(path)
     if not isinstance(path, str) or not _NAME.fullmatch(path):

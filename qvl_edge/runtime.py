@@ -1,7 +1,7 @@
 """Runtime: a loaded model that answers about images."""
 
 import gc
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from os import PathLike
@@ -206,6 +206,8 @@ class Runtime:
         """
         from qvl_edge.batch import answer_each
 
+        if isinstance(images, str | bytes | Mapping) or not isinstance(images, Iterable):
+            raise PromptError(f"images is a {type(images).__name__}, expected a list of images; ask takes a single one")
         for answer in answer_each(self, list(images), question, output=output, progress=progress, **generation):
             if isinstance(answer, QvlError):
                 raise answer
@@ -256,6 +258,8 @@ class Runtime:
         self, query: Query, continuation: str, history: History | None = None, *, chat_format: str | None = None
     ) -> list[float]:
         """Natural-log probability of each token of `continuation` as the answer to `query`."""
+        if not isinstance(continuation, str):
+            raise PromptError(f"continuation is a {type(continuation).__name__}, expected a string")
         ids = self.tokenizer.encode(continuation)
         if not ids:
             raise PromptError("continuation is empty; there is nothing to score")
@@ -338,6 +342,8 @@ class Runtime:
     @staticmethod
     def draw_bbox_on_latest_picture(response: str, history: History | None = None) -> Image.Image | None:
         """The latest picture of `history` with the boxes of `response` drawn on it; None if there is neither."""
+        if not isinstance(response, str):
+            raise PromptError(f"response is a {type(response).__name__}, expected a string")
         picture = latest_picture(history or [])
         if picture is None:
             return None

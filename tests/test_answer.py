@@ -36,6 +36,8 @@ def test_an_answer_shows_itself() -> None:
     assert answer.draw().size == (100, 60) and answer.draw().getpixel((50, 15)) == (230, 25, 75)
     shown = answer._repr_html_()
     assert "See a &lt;b&gt;car&lt;/b&gt;." in shown and shown.count("data:image/jpeg;base64,") == 1
+    with pytest.raises(ImageError, match="image is 'x', and the question has 1 pictures"):
+        answer.draw("x")  # type: ignore[arg-type]
     with pytest.raises(ImageError, match="image is 1, and the question has 1 pictures"):
         answer.draw(1)
 

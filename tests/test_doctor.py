@@ -409,6 +409,12 @@ def test_without_onnxruntime_the_hashes_of_a_bundle_are_checked_still(bundle: Pa
 
 def test_an_untouched_checkpoint_is_checked_by_its_tensors(small_checkpoint: Path) -> None:
     assert all(finding.status != "failed" for finding in examine(small_checkpoint))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, "onnx", None)  # which exports its tower
+        (failed,) = [finding for finding in examine(small_checkpoint) if finding.status == "failed"]
+        assert failed.name == "onnx" and "qvl-edge[export]" in failed.fix
+        (finding,) = examine_one("onnx")
+        assert finding.status == "skipped" and "qvl-edge[export]" in finding.found
     (small_checkpoint / "config.json").unlink()
     (failed,) = [finding for finding in examine(small_checkpoint) if finding.status == "failed"]
     assert "config.json is missing" in failed.found

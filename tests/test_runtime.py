@@ -3,6 +3,7 @@
 import dataclasses
 import itertools
 import json
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -13,7 +14,7 @@ import torch
 from conftest import GOLDEN, GOLDEN_MODELS
 from PIL import Image
 
-from qvl_edge import BundleError, CheckpointError, ConfigError, ImageError, PromptError, Runtime
+from qvl_edge import BundleError, CheckpointError, ConfigError, ImageError, PromptError, QvlError, Runtime
 from qvl_edge.answer import Answer
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config
@@ -321,3 +322,29 @@ def test_a_vision_device_that_is_the_models_own_counts_in_its_budget(
     plan = plan_for(Config.from_dict(CONFIG, QUANTIZATION), LoadOptions(), place, encoding, None, lambda _: None)
     assert plan.vision == "resident"
     assert estimate(Config.from_dict(CONFIG, QUANTIZATION), plan).vision > 3 * 10**9
+
+
+WRONG: list[tuple[Callable[[Runtime], object], str]] = [
+    (lambda runtime: runtime.answer(5), "the query is a int"),  # type: ignore[arg-type]
+    (lambda runtime: runtime.answer("q", 5), "history is a int"),  # type: ignore[arg-type]
+    (lambda runtime: runtime.answer("q", [5]), r"history\[0\] is 5"),  # type: ignore[list-item]
+    (lambda runtime: runtime.answer("q", [(1, 2)]), r"history\[0\] is \(1, 2\)"),  # type: ignore[list-item]
+    (lambda runtime: runtime.answer("q", system=5), "system is a int"),  # type: ignore[arg-type]
+    (lambda runtime: runtime.score("q", None), "continuation is a NoneType"),  # type: ignore[arg-type]
+    (lambda runtime: next(runtime.map("scene.png", "q")), "images is a str, expected a list"),
+    (lambda runtime: next(runtime.map(5, "q")), "images is a int"),  # type: ignore[arg-type]
+    (lambda runtime: next(runtime.map([b""], "q", output=5)), "output is a int"),  # type: ignore[arg-type]
+    (lambda runtime: runtime.from_list_format(5), "the elements are a int"),  # type: ignore[arg-type]
+    (lambda runtime: runtime.to_list_format(5), "the text is a int"),  # type: ignore[arg-type]
+    (lambda runtime: runtime.draw_bbox_on_latest_picture("q", 5), "history is a int"),  # type: ignore[arg-type]
+    (lambda runtime: runtime.draw_bbox_on_latest_picture(5), "response is a int"),  # type: ignore[arg-type]
+    (lambda runtime: Runtime.from_pretrained(None), "the model is a NoneType"),  # type: ignore[arg-type]
+]
+
+
+@pytest.mark.parametrize(("call", "message"), WRONG, ids=[message for _, message in WRONG])
+def test_a_value_of_another_type_is_refused_by_name(
+    runtime: Runtime, call: Callable[[Runtime], object], message: str
+) -> None:
+    with pytest.raises(QvlError, match=message):
+        call(runtime)

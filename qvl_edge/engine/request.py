@@ -2,7 +2,7 @@
 
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Self
 
@@ -154,12 +154,9 @@ class Request:
     def characters(self) -> int:
         """Of the longest text in what was asked."""
         asked = [self.query, self.system, *(message.content for message in self.messages)]
-        asked += [text for turn in self.history for text in turn]
-        texts = (
-            element.get("text") if isinstance(element, Mapping) else element
-            for one in asked
-            for element in ([one] if isinstance(one, str) else one or ())
-        )
+        asked += [text for turn in _parts(self.history) for text in _parts(turn)]
+        elements = (element for one in asked for element in _parts(one))
+        texts = (element.get("text") if isinstance(element, Mapping) else element for element in elements)
         return max((len(text) for text in texts if isinstance(text, str)), default=0)
 
     @property
@@ -268,3 +265,8 @@ def common_prefix(held: Sequence[Element], wanted: Sequence[Element]) -> int:
         if one != other:
             return index
     return min(len(held), len(wanted))
+
+
+def _parts(value: Any) -> Iterable[Any]:
+    """Text as one part; none of what is no sequence, which the prompt refuses."""
+    return [value] if isinstance(value, str) else value if isinstance(value, Iterable) else ()

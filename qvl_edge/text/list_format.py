@@ -26,6 +26,8 @@ def from_list_format(elements: Sequence[Mapping[str, Any]]) -> str:
     to_list_format gives. PromptError: an element that is none of these, or an image that is neither a path nor a data
     URI (such an image has no place in text; give the list itself as the query).
     """
+    if not isinstance(elements, list | tuple):
+        raise PromptError(f"the elements are a {type(elements).__name__}, expected a list of them")
     pieces, pictures = [], 0
     for element in elements:
         if check_element(element) == {"image"}:
@@ -42,6 +44,8 @@ def to_list_format(text: str) -> list[dict[str, str]]:
     PromptError: a tag left open, or a box or quad without its two or four points (upstream fails on the same text with
     ValueError or AssertionError; parse_boxes is the one that skips what is malformed).
     """
+    if not isinstance(text, str):
+        raise PromptError(f"the text is a {type(text).__name__}, expected a string")
     text = unicodedata.normalize("NFC", text)
     elements = []
     end = 0

@@ -198,6 +198,8 @@ def stop_token_ids(tokenizer: Tokenizer, chat_format: str) -> frozenset[int]:
 
 def _checked(history: History) -> Iterable[tuple[Query, str | None]]:
     """The turns of `history` from the newest back."""
+    if not isinstance(history, Sequence):
+        raise PromptError(f"history is a {type(history).__name__}, expected a list of pairs of query and response text")
     for index in range(len(history) - 1, -1, -1):
         turn = history[index]
         if not isinstance(turn, tuple | list) or len(turn) != 2 or not isinstance(turn[1], str | None):
