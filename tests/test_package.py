@@ -1,5 +1,6 @@
 """The wheel holds all of the four rooms and nothing else, and runs outside the source tree."""
 
+import email
 import os
 import shutil
 import subprocess
@@ -41,6 +42,21 @@ def test_the_wheel_holds_every_file_of_the_rooms_and_nothing_else(tree: Path) ->
     assert names == files_of_rooms(tree)
     assert {name.partition("/")[0] for name in names} == set(ROOMS)
     assert "qvl_edge/py.typed" in names and any(name.endswith("sm_86.json") for name in names)
+
+
+def test_the_wheels_metadata_has_licence_classifiers_and_extras(tree: Path) -> None:
+    (wheel,) = (tree / "dist").glob("*.whl")
+    archive = zipfile.ZipFile(wheel)
+    (info,) = {name.partition("/")[0] for name in archive.namelist() if ".dist-info/" in name}
+    said = email.message_from_bytes(archive.read(f"{info}/METADATA"))
+    assert said["License-Expression"] == "Apache-2.0 AND OFL-1.1"
+    assert len(said.get_all("License-File")) == 2
+    assert {f"{info}/licenses/{name}" for name in said.get_all("License-File")} <= set(archive.namelist())
+    assert "Topic :: Scientific/Engineering :: Image Recognition" in said.get_all("Classifier")
+    assert said.get_all("Project-URL") and (ROOT / "CHANGELOG.md").read_text().count(f"## {said['Version']} ") == 1
+    needed = said.get_all("Requires-Dist")
+    assert 'onnxruntime>=1.23; extra == "cpu"' in needed
+    assert not [one for one in needed if one.startswith("onnx") and "extra" not in one]
 
 
 def test_the_sdist_holds_what_the_wheel_is_built_from(tree: Path) -> None:
