@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from qvl_edge.runtime import Runtime
 
 CALIBRATION_SCENES = 48
-FIRST_SCENE = 2_000_000_011  # past UNSEEN: no scene from here on is used for training or calibration
+FIRST_SCENE = 2_000_000_012  # past UNSEEN: no scene from here on is used for training or calibration
 
 EXAMPLES = """examples:
   qvl-edge demo
@@ -134,18 +134,27 @@ def _memory_table(source: Path, bundle: Path) -> str:
     return "\n".join([f"{'':16}{'float16':>12}{'bundle':>12}", *lines])
 
 
-def _page(memory: str, scenes: list[tuple[str, list[tuple[str, str]]]]) -> str:
+SHEET = """<!doctype html><html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width">
+<title>qvl-edge demo</title><style>
+:root{color-scheme:light dark}body{font:16px/1.5 system-ui,sans-serif;margin:2rem auto;padding:0 1rem;max-width:60rem}
+section{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(20rem,100%),1fr));gap:1rem 1.5rem;margin:1.5rem 0}
+img{width:100%;border-radius:8px}dl{margin:0}dt{font-weight:600}dd{margin:0 0 .7rem}small{color:#c43}
+pre{overflow:auto;font-size:.8rem}
+</style>"""
+
+
+def _page(memory: str, scenes: list[tuple[str, list[tuple[str, str, str]]]]) -> str:
     """The sheet: each picture with its questions and answers, and the memory table. It needs no other file but them."""
     figures = []
     for picture, asked in scenes:
-        rows = "".join(f"<dt>{html.escape(question)}</dt><dd>{html.escape(said)}</dd>" for question, said in asked)
-        figures.append(f'<section><img src="{picture}" alt="{picture}" width="448"><dl>{rows}</dl></section>')
-    return (
-        '<!doctype html><html lang="en"><meta charset="utf-8"><title>qvl-edge demo</title>'
-        "<style>body{font:16px/1.5 system-ui;margin:2rem auto;max-width:60rem;color-scheme:light dark}"
-        "section{display:flex;flex-wrap:wrap;gap:1.5rem;margin:1.5rem 0}dt{font-weight:600}img{max-width:100%}</style>"
-        f"<h1>qvl-edge demo</h1><pre>{html.escape(memory)}</pre>{''.join(figures)}</html>\n"
-    )
+        rows = "".join(
+            f"<dt>{html.escape(question)}</dt><dd>{html.escape(said)}"
+            f"{f' <small>exact answer: {html.escape(wanted)}</small>' if wanted else ''}</dd>"
+            for question, said, wanted in asked
+        )
+        figures.append(f'<section><img src="{picture}" alt="{picture}"><dl>{rows}</dl></section>')
+    note = "Answers of the small model, quantized to int4, about pictures that it has never seen."
+    return f"{SHEET}<h1>qvl-edge demo</h1><p>{note}</p>{''.join(figures)}<pre>{html.escape(memory)}</pre></html>\n"
 
 
 def _questions(scene: "Scene", index: int) -> list["Question"]:
@@ -160,25 +169,25 @@ def _questions(scene: "Scene", index: int) -> list["Question"]:
     return [question for question in asked if question is not None]
 
 
-def _answers(bundle: Path, output: Path, count: int) -> list[tuple[str, list[tuple[str, str]]]]:
-    """Ask, print and draw; (file of the picture, its questions and answers) of each scene."""
+def _answers(bundle: Path, output: Path, count: int) -> list[tuple[str, list[tuple[str, str, str]]]]:
+    """Ask, print and draw; of each scene the picture's file, the questions, answers and, if other, exact ones."""
     from qvl_edge.demo.scenes import make_scene
     from qvl_edge.runtime import Runtime
-    from qvl_edge.text.boxes import Box
+    from qvl_edge.text.boxes import Box, plain_text
     from qvl_edge.text.draw import draw_boxes
 
     runtime = Runtime.from_pretrained(bundle)
     exact: list[bool] = []
-    scenes: list[tuple[str, list[tuple[str, str]]]] = []
+    scenes: list[tuple[str, list[tuple[str, str, str]]]] = []
     for index in range(count):
         scene = make_scene(FIRST_SCENE + index)
-        picture, boxes, asked = output / f"scene-{index + 1}.png", list[Box](), list[tuple[str, str]]()
+        picture, boxes, asked = output / f"scene-{index + 1}.png", list[Box](), list[tuple[str, str, str]]()
         print(f"\nscene {index + 1}")
         for question in _questions(scene, index):
             answer = runtime.ask(scene.image, question.text, do_sample=False)
             exact.append(answer.text == question.answer)
             boxes += answer.boxes
-            asked.append((question.text, answer.plain_text))
+            asked.append((question.text, answer.plain_text, "" if exact[-1] else plain_text(question.answer)))
             note = "" if exact[-1] else f"   (exact answer: {question.answer})"
             print(f"  {question.text}\n    {answer.text}{note}")
             timing, cached = answer.timing, " (cached)" if answer.usage.cached_images else ""
