@@ -364,6 +364,14 @@ def test_the_answer_grows_stops_is_no_history_and_is_made_again(script) -> None:
     page.wait_for_selector(f"{DONE} >> nth=1")
     assert page.locator(".answer").count() == 2 and "3 tokens" in page.locator(".tools").last.text_content()
     assert [len(request.messages) for request in engine.requests] == [1, 1, 1]
+    engine.before = Gate()
+    titles = page.locator("#chat-list .enter").all_text_contents()
+    ask(page, "three", answers=0)
+    shows(page, ".said >> nth=2", "One ")
+    engine.cancelled.clear()
+    page.locator("#chat-list li:has([aria-current]) .remove").click()  # while it is answered
+    assert engine.cancelled.wait(10) and page.locator("#welcome").is_visible()
+    playwright.expect(page.locator("#chat-list .enter")).to_have_text(titles[1:])
 
 
 def test_what_the_model_and_the_user_write_is_never_html(script) -> None:
@@ -391,8 +399,11 @@ def test_errors_are_shown_in_the_readers_language_and_the_next_question_works(sc
     page.click("#language")
     shows(page, ".answer .problem >> nth=1", "服务器正忙，请稍后重试（full）")
     page.unroute(path)
+    page.evaluate("() => { opens = IDBFactory.prototype.open; IDBFactory.prototype.open = () => { throw 'full' } }")
     ask(page, "three", answers=3)
     shows(page, ".said >> nth=2", "fine")
+    shows(page, "#status", "This browser has no room to keep the conversation; export it.")
+    page.evaluate("() => { IDBFactory.prototype.open = opens }")
 
 
 ERROR_STREAM = 'data: {"error": {"message": "no memory"}}\n\ndata: [DONE]\n\n'
@@ -528,10 +539,15 @@ def test_a_phone_photo_is_sent_small_and_the_seventeenth_picture_drops_the_oldes
 
 def test_it_fits_every_width_and_everything_has_a_name(page, files) -> None:
     ask(page, "Find the red diamond. " + "W" * 200, files[0])
-    for width in (320, 390, 1000):
+    for width in (1000, 390, 320):
         page.set_viewport_size({"width": width, "height": 700})
         assert page.evaluate("document.documentElement.scrollWidth") <= width
         assert page.evaluate("document.querySelector('main').scrollWidth") <= width
+    for shown in (False, True, False):  # the list lies over the page; a click beside it takes it away
+        playwright.expect(page.locator("#chats")).to_be_visible(visible=shown)
+        assert page.get_attribute("#chats-toggle", "aria-expanded") == str(shown).lower()
+        page.click("main", position={"x": 312, "y": 250}) if shown else page.click("#chats-toggle")
+    page.click("#chats-toggle")
     for opener in ("#settings", ".asked .enlarge"):
         page.click(opener)
         assert page.evaluate("document.querySelector('dialog[open]').scrollWidth <= innerWidth")

@@ -5,7 +5,7 @@ import { parts, settled } from "./boxes.js";
 import { fill } from "./composer.js";
 import { $, button, download, say } from "./dom.js";
 import { KeyNeeded, chunks, findModel, memory } from "./server.js";
-import { keep, settings } from "./store.js";
+import { forget, keep, settings } from "./store.js";
 import { t } from "./words.js";
 
 const MOST_IMAGES = 16; // of a request, as --max-images has it by default
@@ -112,10 +112,11 @@ export function stop() { running?.abort(); }
 
 async function kept(changed) {
   const [first] = changed.turns;
+  if (!first) { await forget(changed.id); return on.kept(); } // edited away, or deleted while it was answered
   const words = parts(first?.text ?? "").map((part) => part.text ?? (part.phrase || "▢")).join("");
   const head = { id: changed.id, title: words.slice(0, 100) || first?.images[0]?.name || "", changed: Date.now() };
-  sessionStorage.setItem("qvl-edge.chat", changed.id); // a reload of this tab opens it again
-  await keep(head, changed.turns);
+  if (changed === chat) sessionStorage.setItem("qvl-edge.chat", changed.id); // a reload of this tab opens it again
+  if (!(await keep(head, changed.turns))) say(t("notKept"), true);
   on.kept();
 }
 

@@ -20,7 +20,7 @@ export async function showList() {
 
 async function choose(id) {
   if (narrow.matches) toggleList(false);
-  open(id, await turnsOf(id));
+  if (id !== current().id) open(id, await turnsOf(id));
   await showList();
 }
 
@@ -33,7 +33,7 @@ export async function fresh() {
 async function removeChat(head) {
   const turns = await turnsOf(head.id);
   await forget(head.id);
-  if (head.id === current().id) open();
+  if (head.id === current().id) { current().turns.length = 0; open(); }
   await showList();
   say(t("deleted"), false, " ", button("undo", async () => { await keep(head, turns); await choose(head.id); }));
 }
@@ -44,6 +44,8 @@ export function toggleList(shown = $("chats").hidden) {
 }
 
 $("column").addEventListener("pointerdown", () => narrow.matches && toggleList(false));
+
+narrow.addEventListener("change", () => toggleList(!narrow.matches));
 
 // The list, and the conversation that this tab had.
 export async function restore() {

@@ -15,7 +15,7 @@ const WORDS = {
     tokensWord: "tokens", perSecond: "tokens/s", first: "first after", memory: "Memory", thinking: "Answering …", ready: "Answer complete", edit: "Edit",
     move: "Boxes to the next picture", copyJson: "Copy JSON", copyCoco: "Copy COCO", broken: "broken off: later questions do not see it",
     dropped: "The oldest turns were left out: one request has at most 16 pictures.", offline: "The server cannot be reached.", ended: "The answer ended early.",
-    deleted: "Conversation deleted.", undo: "Undo", enlarge: "Enlarge", zoomIn: "Zoom in", zoomOut: "Zoom out", fit: "Fit", mark: "Mark a region", close: "Close",
+    deleted: "Conversation deleted.", notKept: "This browser has no room to keep the conversation; export it.", undo: "Undo", enlarge: "Enlarge", zoomIn: "Zoom in", zoomOut: "Zoom out", fit: "Fit", mark: "Mark a region", close: "Close",
     viewHint: "Wheel, pinch or + and − zoom; drag or arrow keys move the picture.",
     markHint: "Drag over what your question is about. By keyboard: arrow keys move the region, with Shift they resize it, Enter takes it.",
   },
@@ -31,7 +31,7 @@ const WORDS = {
     tokensWord: "token", perSecond: "token/秒", first: "首字", memory: "内存", thinking: "正在回答……", ready: "回答完成", edit: "编辑",
     move: "框移到下一张图", copyJson: "复制 JSON", copyCoco: "复制 COCO", broken: "未完成：后续提问不包含它",
     dropped: "已略去最早的几轮：每次请求最多 16 张图片。", offline: "无法连接服务器。", ended: "回答提前中断。",
-    deleted: "对话已删除。", undo: "撤销", enlarge: "放大查看", zoomIn: "放大", zoomOut: "缩小", fit: "适应窗口", mark: "标出区域", close: "关闭",
+    deleted: "对话已删除。", notKept: "浏览器没有空间保存对话，请导出。", undo: "撤销", enlarge: "放大查看", zoomIn: "放大", zoomOut: "缩小", fit: "适应窗口", mark: "标出区域", close: "关闭",
     viewHint: "滚轮、双指或 + − 缩放；拖动或方向键移动图片。",
     markHint: "拖动框出您要问的区域。键盘：方向键移动区域，按住 Shift 调整大小，Enter 确定。",
     problems: {
