@@ -133,7 +133,8 @@ def plan_for(
     )
     total = estimate(config, plan).total
     say(
-        f"{profile}: vision tower {plan.vit}, head {plan.head}, cache {plan.kv_cache}, {plan.context} positions; "
+        f"{profile}: vision tower {plan.vit}, head {plan.precision('head')}, cache {plan.precision('kv_cache')}, "
+        f"{plan.context} positions; "
         f"{total / 1e9:.2f} GB" + (f" of the {memory / 1e9:.2f} GB free on {place}" if memory is not None else "")
     )
     return plan

@@ -246,6 +246,16 @@ def test_int8_activations_are_part_of_theplan_for(runtime: Runtime) -> None:
     assert plan_for(runtime.config, asked, cpu, cpu, None, print).activations == "int8"
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [({}, "head float32, cache float32"), ({"dtype": "bfloat16", "kv_cache": "int8"}, "head bfloat16, cache int8")],
+)
+def test_loading_says_the_precision_that_is_computed_in(runtime: Runtime, options: dict[str, str], words: str) -> None:
+    said, cpu = list[str](), torch.device("cpu")
+    plan_for(runtime.config, LoadOptions(**options), cpu, cpu, None, said.append)  # type: ignore[arg-type]
+    assert words in said[0]
+
+
 def test_a_tokenizer_of_another_model_is_refused(tmp_path: Path, make_checkpoint) -> None:
     folder = make_checkpoint("b")
     (folder / "qwen.tiktoken").write_bytes((GOLDEN / "tiny-a/checkpoint/qwen.tiktoken").read_bytes())

@@ -174,7 +174,6 @@ def table(title: str, rows: list[tuple[str, "Plan", "Budget", int]], memory: int
         over = budget.total - memory
         tail = f" {over / 1e9:.2f} GB over" if over > 0 else f"{' ' * gap}▏"
         lines.append(f"{name:>4} {bar}{tail}")
-        exact = str(plan.dtype).removeprefix("torch.") if plan.head == "float16" else plan.head
-        lines.append(f"     vision tower {plan.vit}, lm_head and cache {exact}")
+        lines.append(f"     vision tower {plan.vit}, lm_head and cache {plan.precision('head')}")
     text = "\n".join(lines)
     return text if fills == FILLS else text.translate(PLAIN)

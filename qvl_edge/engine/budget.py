@@ -8,6 +8,7 @@ from bisect import bisect_right
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from math import ceil
+from typing import Literal
 
 import torch
 
@@ -49,6 +50,11 @@ class Plan:
     images: int = 1
     slots: int = 1
     turing: bool = False  # a card whose prompts go through one dequantized projection at a time
+
+    def precision(self, part: Literal["head", "kv_cache"]) -> str:
+        """What a part is in, for people: float16 stands for the compute dtype, which is float32 on most CPUs."""
+        named: str = getattr(self, part)
+        return str(self.dtype).removeprefix("torch.") if named == "float16" else named
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,8 @@ from qvl_edge.engine.request import Piece, Request
 from qvl_edge.errors import QueueFull, Stopped
 
 if TYPE_CHECKING:
+    import torch
+
     from qvl_edge.text.tokenizer import Tokenizer
 
 PREPARERS = 2
@@ -63,6 +65,11 @@ class Worker:
     def running(self) -> int:
         """Requests in slots."""
         return self._engine.running
+
+    @property
+    def device(self) -> "torch.device":
+        """Where the decoder runs."""
+        return self._engine.slots.model.device
 
     @property
     def healthy(self) -> bool:

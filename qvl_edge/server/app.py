@@ -126,7 +126,7 @@ class _Server:
         return json_response(card)
 
     async def show_metrics(self, request: Request) -> Response:
-        device = self.worker.runtime.decoder.device
+        device = self.worker.device
         memory = {"process_resident_memory_bytes": ("Memory of the server's process.", resident_bytes())}
         if device.type == "cuda":
             card = await asyncio.to_thread(device_memory, device)

@@ -119,6 +119,7 @@ class ScriptedWorker:
 
     waiting = running = 0
     healthy = True
+    device = torch.device("cpu")
 
     def __init__(
         self,
@@ -130,7 +131,7 @@ class ScriptedWorker:
         self.pieces = [Piece(piece) if isinstance(piece, str) else piece for piece in pieces]
         self.before, self.forgets = before, forgets
         decode = SimpleNamespace(decode_bytes=lambda ids: b"".join((tokens or {})[token] for token in ids))
-        self.runtime = SimpleNamespace(tokenizer=decode, decoder=SimpleNamespace(device=torch.device("cpu")))
+        self.runtime = SimpleNamespace(tokenizer=decode)
         self.requests: list[Request] = []
         self.cancelled = threading.Event()
 

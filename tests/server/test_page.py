@@ -12,12 +12,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from pytest import approx
 
 from qvl_edge.demo.scenes import Scene
 from qvl_edge.engine.request import Piece
 from qvl_edge.labels import Labelled, to_coco
+from qvl_edge.memory import Memory
 from qvl_edge.runtime import Runtime
 from qvl_edge.text.boxes import parse_boxes
 from qvl_edge.text.prompt import Message
@@ -372,6 +374,14 @@ def test_the_answer_grows_stops_is_no_history_and_is_made_again(script) -> None:
     page.locator("#chat-list li:has([aria-current]) .remove").click()  # while it is answered
     assert engine.cancelled.wait(10) and page.locator("#welcome").is_visible()
     playwright.expect(page.locator("#chat-list .enter")).to_have_text(titles[1:])
+
+
+def test_the_memory_of_a_gpu_is_shown(script, monkeypatch: pytest.MonkeyPatch) -> None:
+    page, engine = script
+    monkeypatch.setattr(engine, "device", torch.device("cuda"))
+    monkeypatch.setattr("qvl_edge.server.app.device_memory", lambda device: Memory(12 * 10**9, 48 * 10**8))
+    ask(page, "q")
+    shows(page, "#memory", "GPU 7.2 / 12.0 GB")
 
 
 def test_what_the_model_and_the_user_write_is_never_html(script) -> None:
