@@ -69,7 +69,7 @@ ELSEWHERE = {
 # Options that pages name and that are those of other programs
 OTHERS_OPTIONS = set(
     "--share --inbrowser --use_lora --trust-remote-code --max-num-seqs --gpu-memory-utilization --kv-cache-dtype "
-    "--limit-mm-per-prompt --tensor-parallel-size".split()
+    "--limit-mm-per-prompt --tensor-parallel-size --from --pip-args --constraints".split()
 )
 
 
