@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -17,8 +18,10 @@ from kernels import Int4Weight, pack_for_cpu, pack_for_triton, pack_zeros, quant
 from quantize.job import quantize_checkpoint
 from qvl_edge import Runtime
 from qvl_edge.__main__ import main
+from qvl_edge.bundle import FORMAT_VERSION, MANIFEST
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import Config, QuantConfig
+from qvl_edge.demo import SMALL_MODEL
 from qvl_edge.engine import budget as budgets
 from qvl_edge.engine.budget import Plan, choose, does_not_fit, estimate, longest_context, remedies
 from qvl_edge.errors import ConfigError, FitError
@@ -254,6 +257,15 @@ def test_fit_answers_for_a_model_that_is_not_there(name: str, capsys: pytest.Cap
     assert "too large" in shown and "longest context" in shown and ("quantize.gptq" in shown) == ("Int4" not in name)
     assert max(len(line) for line in shown.splitlines()) <= 100
     assert main(["fit", name, "--gpu", "2GB"]) == 1
+
+
+def test_fit_says_which_profiles_a_bundles_tower_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    shutil.copy(SMALL_MODEL / "config.json", tmp_path)
+    for tower, profile in (("float16", "12g"), ("float32", "12g"), ("int8", "8g"), ("int4", "6g")):
+        vit = {"fingerprint": "x", "files": {}, "dtype": tower}
+        (tmp_path / MANIFEST).write_text(json.dumps({"format_version": FORMAT_VERSION, "parts": {"vit": vit}}))
+        assert main(["fit", str(tmp_path), "--cpu", "4GB"]) == 0
+        assert f"its vision tower is in {tower}: profile {profile};" in capsys.readouterr().out
 
 
 def test_fit_names_what_is_wrong(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def execute(args: argparse.Namespace) -> int:
         }
         print(json.dumps({"memory": memory, "device": device, "profiles": found}))
     else:
-        title = f"{args.path}{note}\n{args.context:,} positions"
+        title = f"{args.path}{note}{tower_note(Path(args.path))}\n{args.context:,} positions"
         title += f" in each of {args.slots} slots" if args.slots > 1 else ""
         title += f", {args.images} image{'s' if args.images > 1 else ''} at once, {device.upper()}"
         print(table(title, rows, memory))
@@ -122,6 +122,17 @@ def read_config(path: str, *, source: "Source" = "hf", revision: str | None = No
     if config.quantization is not None:
         return config, ""
     return replace(config, quantization=QuantConfig()), "\nas quantized by quantize.gptq, 4 bits in groups of 128"
+
+
+def tower_note(path: Path) -> str:
+    """Which profiles a bundle's vision tower is for; nothing for any other model, whose tower is made as they ask."""
+    from qvl_edge.bundle import read_manifest
+    from qvl_edge.engine.budget import towers
+
+    if not (tower := read_manifest(path).get("vit", {}).get("dtype")):
+        return ""
+    fitting = ", ".join(name for name in PROFILES if tower in towers(name))
+    return f"\nits vision tower is in {tower}: profile {fitting}; another one needs another export"
 
 
 def memory_of(args: argparse.Namespace) -> tuple[str, int, bool]:
