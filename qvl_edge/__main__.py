@@ -38,6 +38,8 @@ class Parser(argparse.ArgumentParser):
         if message.startswith("unrecognized arguments: -"):
             word = message.split()[2].partition("=")[0]
             message += _meant(word, [option for one in [self, *self.commands] for option in one._option_string_actions])
+        elif message.startswith("unrecognized arguments: "):
+            message += "; several values take the option again: --image a.png --image b.png"
         elif found := re.match(r"argument COMMAND: invalid choice: '(.*?)'", message):
             message = f"there is no command {found[1]!r}{_meant(found[1], COMMANDS)}; qvl-edge --help lists them"
         super().error(message)

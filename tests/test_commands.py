@@ -171,6 +171,10 @@ def test_a_warning_is_one_line_of_stderr_and_said_once(tmp_path: Path, capsys: p
     [
         (["rnu"], "did you mean run"),
         (["run", CHECKPOINT, "hi", "--imge", "x"], "did you mean --image"),
+        (
+            ["run", CHECKPOINT, "hi", "--image", "a.png", "b.png"],
+            "b.png; several values take the option again: --image",
+        ),
         (["label", CHECKPOINT], "required: FOLDER, QUESTION"),
     ],
 )
