@@ -34,7 +34,7 @@ from benchmarks.report import exits_with_its_message, model_command, save, say
 from benchmarks.serve_load import Case, cases, serving
 from qvl_edge import Runtime
 from qvl_edge.engine.worker import Worker
-from qvl_edge.memory import resident_bytes, trim_heap
+from qvl_edge.memory import resident_bytes, return_buffers, trim_heap
 from qvl_edge.options import LoadOptions
 from qvl_edge.server.callers import Caller
 from qvl_edge.server.guard import Access
@@ -274,7 +274,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cases", type=int, default=60, help="different requests")
     args = parser.parse_args(arguments)
     logging.basicConfig(format="%(message)s")
-    spare(logging.getLogger())  # as `qvl-edge serve` does
+    spare(logging.getLogger())  # as `qvl-edge serve` does, and the next
+    return_buffers()
     runtime = Runtime.from_pretrained(args.path, **LoadOptions.given(args))
     found = measure(runtime, clients=args.clients, seconds=args.seconds, baseline=args.baseline, requests=args.cases)
     for name in ("alone", "beside"):

@@ -1,6 +1,8 @@
 """Memory of the host: what is free, also inside a control group, and what this process uses."""
 
 import mmap
+import subprocess
+import sys
 from pathlib import Path
 
 import psutil
@@ -49,6 +51,23 @@ def test_the_peak_is_no_less_than_what_was_resident() -> None:
     assert resident_bytes() - before > 60e6
     block.close()
     assert peak_host_bytes() >= before + 60e6
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="of glibc")
+def test_large_buffers_that_threads_have_freed_go_back_to_the_system() -> None:
+    code = """
+import threading
+from qvl_edge.memory import resident_bytes, return_buffers
+return_buffers()
+before = resident_bytes()
+threads = [threading.Thread(target=lambda: [len(b"x" * (20 << 20)) for _ in range(4)]) for _ in range(4)]
+for each in threads:
+    each.start()
+for each in threads:
+    each.join()
+print(resident_bytes() - before)
+"""
+    assert int(subprocess.check_output([sys.executable, "-c", code])) < 10e6  # 40 to 60 MB without
 
 
 @pytest.mark.parametrize(("count", "text"), [(12_340_000_000, "12.34 GB"), (1e8, "0.10 GB"), (1_250_000, "1.2 MB")])

@@ -100,6 +100,25 @@ def test_past_the_bound_requests_are_refused(worker: Worker) -> None:
     asyncio.run(scenario())
 
 
+def test_answers_that_are_asked_for_together_count_each_and_have_their_turn_where_none_waits(worker: Worker) -> None:
+    async def scenario() -> None:
+        many = [asyncio.create_task(everything(worker, *(request(**LONG) for _ in range(5))))]  # of 2 that may wait
+        await until(lambda: (worker.running, worker.waiting) == (2, 3))
+        many[0].cancel()
+        await until(lambda: (worker.running, worker.waiting) == (0, 0))
+        for waiting in (0, 0, 1):
+            many.append(asyncio.create_task(everything(worker, request(**LONG))))
+            await until(lambda waiting=waiting: worker.running == min(len(many) - 1, 2) and worker.waiting == waiting)
+        with pytest.raises(QueueFull, match="1 requests are waiting"):
+            await everything(worker, request(), request())
+        for task in many:
+            task.cancel()
+        await asyncio.wait(many)
+        await until(lambda: (worker.running, worker.waiting) == (0, 0))
+
+    asyncio.run(scenario())
+
+
 def test_closing_the_iterator_frees_the_slot(worker: Worker) -> None:
     async def scenario() -> None:
         events = worker.stream([request(**LONG)])

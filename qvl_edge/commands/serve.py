@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from qvl_edge import __version__
 from qvl_edge.commands import loading
 from qvl_edge.errors import ConfigError, QvlError
+from qvl_edge.memory import return_buffers
 from qvl_edge.options import LoadOptions
 
 if TYPE_CHECKING:
@@ -122,6 +123,7 @@ def execute(args: argparse.Namespace) -> int:
     listening = _bind(args.host, args.port)  # before the model is loaded: an error about the port comes at once
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     spare(logging.getLogger())
+    return_buffers()
     runtime = loading.load(path, options)
     runtime.options = runtime.options.with_overrides(generation)
     runtime.warm_up()  # or the first caller waits for the compiler

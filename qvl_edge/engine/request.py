@@ -182,7 +182,6 @@ class Request:
 
     def start(self) -> None:
         """Prefill begins."""
-        self._created = time.monotonic()
         self._began = self._first = self._last = time.perf_counter()
 
     def push(self, token: int, logprob: TokenLogprob | None = None) -> None:

@@ -40,12 +40,13 @@ class Model(Protocol):
 class Worker:
     """Answers requests for others until `close`.
 
-    At most max_waiting requests wait for a slot, each has time_limit_s seconds from its submission to its end.
+    At most max_waiting requests wait for a slot, or more if they were submitted together while none waited; each has
+    time_limit_s seconds from its creation to its end.
     """
 
     def __init__(self, runtime: Model, *, max_waiting: int = 32, time_limit_s: float = 300.0):
         self.runtime, self._engine = runtime, runtime.engine
-        self._max_waiting, self._time_limit_s = max_waiting, time_limit_s
+        self._max_waiting, self.time_limit_s = max_waiting, time_limit_s
         self._submitted, self._with_schema = queue.SimpleQueue[Request | None](), queue.SimpleQueue[Request | None]()
         self._unprepared = 0
         self._changed = threading.Condition()
@@ -87,17 +88,18 @@ class Worker:
         QueueFull, Stopped or EngineFailed if they cannot be taken. What is wrong with one of them becomes its `error`,
         an EngineError or a QvlError.
         """
-        if self.waiting >= self._max_waiting:
-            raise QueueFull(self.waiting)
         if self._engine.broken is not None:
             raise self._engine.broken
         with self._changed:
             if self._closed:
                 raise _stopped()
+            # where nothing waits, all are taken: a request for more answers than max_waiting has its turn too
+            if self.waiting and self.waiting + len(requests) > self._max_waiting:
+                raise QueueFull(self.waiting)
             self._unprepared += len(requests)
             for index, request in enumerate(requests):
                 request.notify = functools.partial(notify, index)
-                request.time_limit_s = min(request.time_limit_s, self._time_limit_s)
+                request.time_limit_s = min(request.time_limit_s, self.time_limit_s)
                 constrained = request.generation.get("response_format") is not None
                 (self._with_schema if constrained else self._submitted).put(request)
 
@@ -163,7 +165,7 @@ class Worker:
             if error is not None:
                 request.fail(error)
                 request.notify()
-            request = None  # else it stays until the next one comes
+            request = error = None  # else they stay until the next one comes
 
     def _error_in_preparing(self, request: Request) -> Exception | None:
         try:

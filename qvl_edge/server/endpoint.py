@@ -2,9 +2,10 @@
 
 import asyncio
 import contextlib
+import hashlib
 import time
 from abc import ABC, abstractmethod
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterable, Sequence
+from collections.abc import AsyncGenerator, Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, ClassVar, Generic, TypeAlias, TypeVar
 
 from pydantic import BaseModel
@@ -13,9 +14,10 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from qvl_edge.answer import Answer, TokenLogprob
+from qvl_edge.engine.engine import engine_error
 from qvl_edge.engine.request import Piece, Request
 from qvl_edge.engine.worker import Worker
-from qvl_edge.errors import EngineError, QueueFull, QvlError
+from qvl_edge.errors import EngineError, QueueFull, QvlError, TimeLimit
 from qvl_edge.server import fields
 from qvl_edge.server.callers import Caller, Quotas
 from qvl_edge.server.connection import ANSWERING
@@ -34,6 +36,7 @@ STREAM_HEADERS = [
 ]
 Event: TypeAlias = tuple[int, Piece | Answer]
 Asked = TypeVar("Asked", bound=fields.Request)
+Made = TypeVar("Made")
 
 
 class Disconnected(Exception):
@@ -66,7 +69,8 @@ class Backend:
     def salt(self, caller: Caller | None, asked: fields.Request) -> str:
         """What separates the caches of this request from those of others: the same prompt says nothing of theirs."""
         apart = self.settings.access.separate and not self.settings.share_cache and caller is not None
-        return f"{caller.name if apart and caller else ''}\0{asked.cache_salt or ''}"
+        salt = f"{caller.name if apart and caller else ''}\0{asked.cache_salt or ''}"
+        return hashlib.sha256(salt.encode()).hexdigest()  # its own may have 30 MB, and the caches keep it
 
     async def load_images(self, conversation: Conversation, param: str) -> None:
         """Put the images in the place of their URLs. Refusal for all of them and of the text that cannot be taken."""
@@ -79,7 +83,7 @@ class Backend:
             try:
                 element["image"] = loaded = await self.settings.media.load(element["image"], where)
             except Refusal as refusal:
-                found.append(refusal)
+                found.append(refusal.with_traceback(None))  # which has this list: a cycle with all pictures
                 continue
             pixels += loaded.frame.width * loaded.frame.height
             if pixels > most:
@@ -184,10 +188,14 @@ class Endpoint(Generic[Asked]):
             self.backend.check_room()  # refused before the body is read, if that is known already
             with contextlib.ExitStack() as places:
                 await self._answer(requests.Request(scope, receive), send, scope.get("caller"), places)
+            return
         except Disconnected:
             await Response(status_code=CLIENT_CLOSED)(scope, receive, send)
-        except (QvlError, EngineError) as error:
-            raise engine_refusal(error) from None
+            return
+        except (QvlError, EngineError, MemoryError) as error:
+            # whose traceback would keep the request, and the request it: a cycle with all of its text and pictures
+            refusal = engine_refusal(engine_error(error).with_traceback(None))
+        raise refusal
 
     async def _answer(
         self, request: requests.Request, send: Send, caller: Caller | None, places: contextlib.ExitStack
@@ -198,11 +206,14 @@ class Endpoint(Generic[Asked]):
             places.enter_context(backend.quotas.place(caller))
             places.enter_context(backend.place())
             request.scope.setdefault("state", {})[ANSWERING] = True
-            # what takes long is done off the event loop
-            asked = await asyncio.to_thread(self._parse, content)
-            wanted, reply = await self.read(asked)
+            began, limit_s = time.monotonic(), backend.worker.time_limit_s
+            try:
+                async with asyncio.timeout(limit_s):
+                    asked, wanted, reply = await _unless_gone(self._read(content), request.receive)
+            except TimeoutError:
+                raise TimeLimit(f"the request exceeded its time limit of {limit_s:g} s while it was read") from None
         for each in wanted:
-            each.cache_salt = backend.salt(caller, asked)
+            each.cache_salt, each.time_limit_s = backend.salt(caller, asked), limit_s - (time.monotonic() - began)
         streamed = bool(asked.stream)
         del content, asked  # with the pictures' files
         events = backend.events(wanted, not streamed, request.receive, caller)
@@ -215,8 +226,10 @@ class Endpoint(Generic[Asked]):
                     reply.add(*event)
         await json_response(reply.whole())(request.scope, request.receive, send)
 
-    def _parse(self, content: bytes) -> Asked:
-        return self.model.parse(parse_json(content))
+    async def _read(self, content: bytes) -> tuple[Asked, list[Request], Reply]:
+        # what takes long is done off the event loop
+        asked = await asyncio.to_thread(lambda: self.model.parse(parse_json(content)))
+        return asked, *await self.read(asked)
 
 
 async def _stream(reply: Reply, events: AsyncGenerator[Event | None, None], send: Send) -> None:
@@ -235,7 +248,7 @@ async def _stream(reply: Reply, events: AsyncGenerator[Event | None, None], send
             raise
         if isinstance(error, Disconnected):
             return
-        refusal = engine_refusal(error)
+        refusal = engine_refusal(error.with_traceback(None))
         log_refusal(refusal, "POST")
         lines = sse([reply.error(refusal)])
     await send({"type": "http.response.body", "body": f"{lines}{reply.end}".encode()})
@@ -256,6 +269,20 @@ def sse(bodies: Iterable[BaseModel]) -> str:
 
 def _json(body: BaseModel) -> str:
     return body.model_dump_json(exclude_unset=True, by_alias=True)
+
+
+async def _unless_gone(work: Coroutine[Any, Any, Made], receive: Receive) -> Made:
+    """What `work` returns. Disconnected as soon as the caller has left, and nothing is worked for him any more."""
+    doing, gone = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(receive))
+    try:
+        await asyncio.wait({doing, gone}, return_when=asyncio.FIRST_COMPLETED)
+        if not doing.done():
+            raise Disconnected
+        return doing.result()
+    finally:
+        gone.cancel()
+        doing.cancel()
+        del doing  # its error has it in the traceback
 
 
 async def _disconnected(receive: Receive) -> None:

@@ -4,7 +4,6 @@ import asyncio
 import os
 import re
 import stat
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,11 +20,7 @@ from qvl_edge.vision.rgb import BACKGROUND
 from qvl_edge.vision.source import from_base64, from_data_uri, is_base64
 
 _DECODERS = Decoders()  # of the process, as its memory is
-# those that wait for a decoder must not take the threads that read other requests
-_WAITING = ThreadPoolExecutor(max_workers=64, thread_name_prefix="qvl-edge-picture")
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter is a drive of Windows
-# NOFOLLOW: it may have become a link since; NONBLOCK: opening a pipe would wait for a writer. Windows has BINARY alone
-_FLAGS = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "CLOEXEC", "BINARY"))
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
 
 
 @dataclass(frozen=True)
@@ -48,11 +43,8 @@ class Media:
     async def load(self, url: str, param: str) -> Picture:
         """The picture, decoded: once for all answers to a request, and its file is not kept. Refusal 400 at `param`."""
         content = await self._read(url.strip(), param)
-        return await asyncio.get_running_loop().run_in_executor(_WAITING, self._decode, content, param)
-
-    def _decode(self, content: bytes, param: str) -> Picture:
         try:
-            return _DECODERS.decode(content, self.image_size, self.background, served_formats())
+            return await _DECODERS.decode(content, self.image_size, self.background, served_formats())
         except ImageError as error:
             raise invalid(param, str(error), code="bad_image") from None
 

@@ -3,6 +3,7 @@
 A process costs 0.3 s to start, once, and 45 MB; nothing of a large picture stays in it.
 """
 
+import asyncio
 import contextlib
 import json
 import subprocess
@@ -30,6 +31,8 @@ class _Slow(Exception):
 class Decoders:
     """Two quick decoders and one for what takes long, so that nobody's large pictures delay a small one.
 
+    So at most 2 x QUICK_PIXELS + MAX_PIXELS are decoded at once, whoever asks; other pictures wait as their files.
+
     A process is started when it is first needed, and again after one that was killed.
     """
 
@@ -38,19 +41,20 @@ class Decoders:
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="qvl-edge-decode-large")
         self._local = threading.local()  # each thread has its process
 
-    def decode(self, content: bytes, image_size: int, background: str, accepted: Sequence[str]) -> Picture:
+    async def decode(self, content: bytes, image_size: int, background: str, accepted: Sequence[str]) -> Picture:
         """As load_picture of these bytes. ImageError also for what takes too long; OutOfMemory."""
+        loop = asyncio.get_running_loop()  # a picture that waits takes no thread, and leaves when it is cancelled
         job = {"image_size": image_size, "background": background, "accepted": list(accepted), "bytes": len(content)}
 
-        def on(pool: Executor, limit_s: float, most_pixels: int | None) -> Picture:
-            return pool.submit(self._run, {**job, "most_pixels": most_pixels}, content, limit_s).result()
+        async def on(pool: Executor, limit_s: float, most_pixels: int | None) -> Picture:
+            return await loop.run_in_executor(pool, self._run, {**job, "most_pixels": most_pixels}, content, limit_s)
 
         try:
-            return on(self._quick, QUICK_S, QUICK_PIXELS)
+            return await on(self._quick, QUICK_S, QUICK_PIXELS)
         except _Slow:
             pass
         try:
-            return on(self._slow, LIMIT_S, None)
+            return await on(self._slow, LIMIT_S, None)
         except _Slow:
             words = (
                 f"the image takes more than {LIMIT_S:g} s or {MAX_BYTES >> 20} MiB to decode; save it as a plain JPEG"

@@ -1,5 +1,6 @@
 """What callers and whoever watches /health see when decoding fails: once, or for good."""
 
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +13,11 @@ from conftest import write_small_checkpoint
 
 from qvl_edge import Runtime
 from qvl_edge.engine.worker import Worker
+from qvl_edge.server import endpoint
+from qvl_edge.server.media import Media
 
-from .harness import ScriptedWorker, serving
+from .attacks.raw import connected, whole
+from .harness import MODEL, WAIT_S, ScriptedWorker, Server, for_ever, picture, serving, until
 
 pytestmark = pytest.mark.slow
 
@@ -54,6 +58,50 @@ def test_memory_that_runs_out_in_a_step_is_a_503_for_who_runs_and_the_next_reque
         armed.clear()
         said = server.ask("hello", temperature=0).json()
     assert said["choices"][0]["message"]["content"] == before.text
+
+
+@pytest.mark.parametrize("at", ["reading", "preparing"])
+@pytest.mark.parametrize("stream", [False, True])
+def test_memory_that_runs_out_before_a_step_is_a_503_and_the_next_request_works(
+    runtime: Runtime, server: Server, monkeypatch: pytest.MonkeyPatch, at: str, stream: bool
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*(endpoint, "parse_json") if at == "reading" else (runtime, "prepare"), fail)
+        refused = server.ask("hello", stream=stream)
+    assert refused.status_code == 503 and refused.json()["error"]["code"] == "out_of_memory"
+    assert "does not fit into memory; send fewer" in refused.json()["error"]["message"]
+    assert server.ask("hello", max_tokens=1).status_code == 200
+
+
+@pytest.mark.parametrize("ends", ["late", "gone"])
+def test_a_request_that_is_still_read_ends_by_the_time_limit_or_when_its_client_leaves(
+    monkeypatch: pytest.MonkeyPatch, ends: str
+) -> None:
+    worker, begun, cancelled = ScriptedWorker("x"), threading.Event(), threading.Event()
+
+    async def load(*_: Any) -> None:
+        begun.set()
+        try:
+            await for_ever()
+        finally:
+            cancelled.set()
+
+    monkeypatch.setattr(Media, "load", load)
+    if ends == "late":
+        worker.time_limit_s = 0.1
+    with serving(worker, max_concurrent=1) as server:
+        if ends == "late":
+            late = server.ask([picture("data:,")])
+            assert late.status_code == 503 and late.json()["error"]["code"] == "time_limit"
+        else:
+            content = [{"role": "user", "content": [picture("data:,")]}]
+            with connected(server, whole(json.dumps({"model": MODEL, "messages": content}).encode())):
+                assert begun.wait(WAIT_S)
+        assert cancelled.wait(WAIT_S)
+        until(lambda: server.ask("a").status_code == 200)  # its place is free
 
 
 def test_a_device_that_fails_for_good_ends_requests_with_an_error_and_turns_health_to_503(

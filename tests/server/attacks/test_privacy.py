@@ -56,6 +56,15 @@ def test_nothing_of_anothers_prompt_is_recovered_by_cached_tokens(shared: Server
     assert cached(ask(shared, "bob", SECRET)) == 0
 
 
+def test_a_long_salt_is_kept_nowhere_as_it_is() -> None:
+    worker = ScriptedWorker("x")
+    with serving(worker) as server:
+        for salt in ("a" * 1_000_000, "a" * 1_000_001, "a" * 1_000_000):
+            assert server.ask("a", cache_salt=salt).status_code == 200
+    salts = [request.cache_salt for request in worker.requests]
+    assert salts[0] == salts[2] != salts[1] and max(map(len, salts)) <= 64
+
+
 def test_whether_a_picture_was_seen_says_nothing_of_others(shared: Server, runtime: Runtime, scenes: list) -> None:
     shown = [picture(data_uri(scenes[1].image)), text("a")]
     encoded: list[int] = []
