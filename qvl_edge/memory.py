@@ -104,7 +104,7 @@ def trim_heap() -> None:
 
 
 def return_buffers() -> None:
-    """Have glibc return large buffers, and the free end of a thread's arena, as they are freed. Elsewhere nothing happens.
+    """Have glibc return large buffers, and the free ends of threads' arenas, once freed. Elsewhere nothing happens.
 
     Its limits grow with what is freed, to 32 MiB of a buffer and twice as much of each arena's end, which malloc_trim
     leaves: after requests of 20 MB a server kept up to 110 MB. A limit that is set stays.

@@ -60,6 +60,12 @@ class Server:
         return float(next(line for line in lines if line.startswith(name + " ")).split()[-1])
 
 
+class _Quick(uvicorn.Server):
+    async def main_loop(self) -> None:  # which looks every 0.1 s whether it is to end
+        while not self.should_exit:
+            await asyncio.sleep(0.005)
+
+
 @contextlib.contextmanager
 def serving(
     worker: "Worker | ScriptedWorker",
@@ -72,7 +78,7 @@ def serving(
     """Serve `worker` on a free port; it is closed at the end."""
     given = {"model": MODEL, "max_model_len": 8192, "access": Access(host, key), **settings}
     app = create_app(worker, Settings(**given))
-    server = uvicorn.Server(configure(app, connections, host=host, port=0, timeout_graceful_shutdown=1))
+    server = _Quick(configure(app, connections, host=host, port=0, timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, daemon=True)
     thread.start()
     until(lambda: server.started)
