@@ -4,25 +4,32 @@ from pathlib import Path
 
 from setuptools import find_packages, setup
 
+# Floors have no known hole that can be reached from here; from the next major version on, nothing was tried.
 RUNTIME = [
-    "torch>=2.6",
-    "numpy>=1.26",
-    "pillow>=11",
-    "safetensors>=0.4.5",
-    "tiktoken>=0.7",
-    "regex>=2024.4.16",  # which tiktoken needs too
-    "filelock>=3.14",
-    "tqdm>=4.66",
-    "psutil>=5.9",
+    "torch>=2.6,<3",  # torch.load could run code before (CVE-2025-32434)
+    "numpy>=1.26,<3",
+    "pillow>=13,<14",  # CVE-2026-96641
+    "safetensors>=0.4.5,<1",
+    "tiktoken>=0.14,<1",  # up to 0.12 a run of spaces takes quadratic time
+    "regex>=2024.4.16",  # which tiktoken needs too; its versions are dates
+    "filelock>=3.20.3,<5",  # CVE-2026-22701
+    "tqdm>=4.66.3,<5",  # CVE-2024-34062
+    "psutil>=5.9,<8",
 ]
-EXPORT = ["onnx>=1.17"]
-DOWNLOAD = ["huggingface_hub>=1.0"]
-MODELSCOPE = ["modelscope-hub>=0.5"]  # the client inside the package modelscope, without the rest of it
-SERVE = ["starlette>=0.40", "uvicorn>=0.30", "h11>=0.16", "pydantic>=2.12", "llguidance>=1.0"]
-EVALUATE = ["openai>=1.60"]  # the judge's client
-PLOT = ["matplotlib>=3.9"]
-TRITON = "triton>=3.6; platform_system == 'Linux'"
-TRITON_WINDOWS = "triton-windows>=3.6; platform_system == 'Windows'"  # not run by us
+EXPORT = ["onnx>=1.21,<2"]  # CVE-2026-27489
+DOWNLOAD = ["huggingface_hub>=1.0,<3"]
+MODELSCOPE = ["modelscope-hub>=0.5,<1"]  # the client inside the package modelscope, without the rest of it
+SERVE = [
+    "starlette>=1.3.1,<2",  # CVE-2026-48710, and PYSEC-2026-248
+    "uvicorn>=0.30,<0.55",  # its connections are subclassed: another version may lose their limits
+    "h11>=0.16,<0.17",  # CVE-2025-43859; subclassed too
+    "pydantic>=2.12,<3",
+    "llguidance>=1.7,<2",
+]
+EVALUATE = ["openai>=1.60,<4"]  # the judge's client
+PLOT = ["matplotlib>=3.9,<4"]
+TRITON = "triton>=3.6,<4; platform_system == 'Linux'"
+TRITON_WINDOWS = "triton-windows>=3.6,<4; platform_system == 'Windows'"  # not run by us
 
 setup(
     name="qvl-edge",
@@ -62,8 +69,8 @@ setup(
     install_requires=RUNTIME,
     extras_require={
         # one of the two runs the vision tower; installing both breaks either
-        "cpu": ["onnxruntime>=1.23"],
-        "cuda": ["onnxruntime-gpu>=1.23", TRITON, TRITON_WINDOWS],
+        "cpu": ["onnxruntime>=1.23,<2"],
+        "cuda": ["onnxruntime-gpu>=1.23,<2", TRITON, TRITON_WINDOWS],
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         "serve": SERVE,

@@ -8,12 +8,15 @@ import sys
 import sysconfig
 import tarfile
 import zipfile
+from email.parser import Parser
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 
 ROOT = Path(__file__).parent.parent
 ROOMS = ("kernels", "qvl_edge", "quantize", "export")
+ELSEWHERE = ("onnxruntime-gpu", "triton-windows")  # not on this machine
 BUILT_FROM = ("setup.py", "pyproject.toml", "MANIFEST.in", "README.md", "LICENSE")
 
 pytestmark = pytest.mark.slow
@@ -65,6 +68,21 @@ def test_the_sdist_holds_what_the_wheel_is_built_from(tree: Path) -> None:
         names = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     made = {name for name in names if name.startswith("qvl_edge.egg-info/")} | {"PKG-INFO", "setup.cfg"}
     assert names - made == files_of_rooms(tree) | set(BUILT_FROM)
+
+
+def test_dependencies_are_bounded_above_what_was_tested(tree: Path) -> None:
+    (wheel,) = (tree / "dist").glob("*.whl")
+    (name,) = (name for name in zipfile.ZipFile(wheel).namelist() if name.endswith("METADATA"))
+    asked = Parser().parsestr(zipfile.ZipFile(wheel).read(name).decode()).get_all("Requires-Dist", [])
+    lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
+    pins = [Requirement(line) for line in lines if not line.startswith("#")]
+    tested = {pin.name: next(iter(pin.specifier)).version for pin in pins}
+    for needed in map(Requirement, asked):
+        if "interop" in str(needed.marker) or (needed.name not in tested and "dev" in str(needed.marker)):
+            continue
+        bounds = {each.operator for each in needed.specifier}
+        assert needed.specifier.contains(tested.get(needed.name, "")) or needed.name in ELSEWHERE, needed
+        assert bounds & {"<", "=="} or needed.name == "regex" or "dev" in str(needed.marker), needed
 
 
 @pytest.fixture(scope="module")
