@@ -7,6 +7,7 @@
 Both parts carry the fingerprint of their source, so halves of two models cannot be mixed.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -36,7 +37,7 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
     BundleError for another format_version, and if anything of this is missing or of another type.
     """
     path = folder / MANIFEST
-    if not path.exists():
+    if not os.path.lexists(path):
         return {}
     content = read_json(path, error=BundleError)
     if content.get("format_version") != FORMAT_VERSION:

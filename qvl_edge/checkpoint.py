@@ -1,6 +1,7 @@
 """A published checkpoint on disk: its settings, and its tensors by name, memory-mapped, one at a time."""
 
 import hashlib
+import os
 import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator
@@ -111,14 +112,16 @@ class Checkpoint:
 
 
 def _read_generation(folder: Path) -> dict[str, Any]:
-    """generation_config.json, where there is one. ConfigError for a chat_format that does not exist."""
+    """generation_config.json, where there is one. ConfigError for a chat_format or a window that makes no sense."""
     file = folder / GENERATION
-    generation = read_json(file) if file.exists() else {}
+    generation = read_json(file) if os.path.lexists(file) else {}  # a link to nothing is an error
     if (found := generation.get("chat_format")) not in (None, "chatml", "raw"):
         raise ConfigError(
             f"{file}: chat_format is {found!r}, known are 'chatml' and 'raw'; copy the file from the model that "
             "this one was trained from"
         )
+    if (window := generation.get("max_window_size")) is not None and (type(window) is not int or window < 1):
+        raise ConfigError(f"{file}: max_window_size is {window!r:.80}, expected a number of tokens from 1 on")
     return generation
 
 

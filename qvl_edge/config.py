@@ -1,5 +1,6 @@
 """The model's settings as published in config.json and quantize_config.json: frozen, upstream field names, checked."""
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -11,6 +12,12 @@ from qvl_edge.files import read_json
 HEAD_DIM = 128  # resampler heads are output_dim // 128 (Qwen-VL visual.py)
 QUERY_GRID = 16  # the resampler's queries and both position tables are 16 x 16 (Qwen-VL visual.py)
 IMAGE_TOKENS = QUERY_GRID * QUERY_GRID
+# far above what a model has, and what would take for ever, or overflow, before its weights show that it is not so
+_MOST = {
+    **dict.fromkeys(("num_hidden_layers", "layers", "mlp_ratio"), 1 << 10),
+    **dict.fromkeys(("vocab_size", "max_position_embeddings", "seq_length", "rotary_emb_base"), 1 << 30),
+    "image_size": 1 << 14,
+}
 _KINDS: dict[Any, str] = {int: "an integer", bool: "true or false", float: "a number"}
 
 # of GPTQModel, and of transformers: other values change what the tensors are
@@ -47,8 +54,9 @@ def _build(section: Mapping[str, Any], cls: type, where: str) -> Any:
 
 def _positive(owner: Any, *names: str) -> None:
     for name in names:
-        if getattr(owner, name) <= 0:
-            raise ConfigError(f"{name} is {getattr(owner, name)}, expected more than 0")
+        value, most = getattr(owner, name), _MOST.get(name, 1 << 20)
+        if not 0 < value <= most:  # nor is NaN
+            raise ConfigError(f"{name} is {value}, expected more than 0 and at most {most}")
 
 
 @dataclass(frozen=True)
@@ -158,6 +166,9 @@ class Config:
     def __post_init__(self) -> None:
         _positive(self, "hidden_size", "intermediate_size", "kv_channels", "num_attention_heads")
         _positive(self, "num_hidden_layers", "vocab_size", "seq_length", "max_position_embeddings")
+        _positive(self, "layer_norm_epsilon", "rotary_emb_base")
+        if self.kv_channels % 2:
+            raise ConfigError(f"kv_channels is {self.kv_channels}, expected an even number: channels turn in pairs")
         if self.num_attention_heads * self.kv_channels != self.hidden_size:
             raise ConfigError(
                 f"{self.num_attention_heads} heads of {self.kv_channels} channels make "
@@ -215,4 +226,4 @@ class Config:
         folder = Path(folder)
         section = read_json(folder / "config.json")
         quantize = folder / "quantize_config.json"
-        return cls.from_dict(section, read_json(quantize) if quantize.exists() else None)
+        return cls.from_dict(section, read_json(quantize) if os.path.lexists(quantize) else None)

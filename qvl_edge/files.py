@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from stat import S_ISDIR, S_ISREG
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from qvl_edge.errors import BundleError, ConfigError, QvlError
@@ -44,6 +45,7 @@ _REMEDIES = {
         "give a folder that you may write to; the one for caches is that of XDG_CACHE_HOME",
     ),
 }
+MAX_SETTINGS = 256 << 20  # bytes of a file of settings or words; the published vocabulary has 2.6 MB
 _LFS = b"version https://git-lfs.github.com/spec/v1"
 
 
@@ -91,16 +93,30 @@ def check_free_space(folder: Path, needed: int) -> None:
         )
 
 
-def read_text(path: Path, *, error: type[QvlError] = ConfigError) -> str:
+def read_bytes(path: Path, *, error: type[QvlError] = ConfigError, most: float = MAX_SETTINGS) -> bytes:
+    """A file of at most so many bytes; an `error` for anything else, as a pipe would be waited for."""
+    try:
+        found = path.stat()
+        plain = S_ISREG(found.st_mode) or S_ISDIR(found.st_mode)  # of which the system says what it is
+        content = path.read_bytes() if plain and found.st_size <= most else None
+    except (OSError, ValueError) as reason:  # ValueError: a NUL in the path
+        raise error(f"{path} cannot be read: {getattr(reason, 'strerror', None) or reason}") from None
+    if content is None:
+        large = f"has {found.st_size} bytes, at most {most:.0f} are read"
+        what = large if found.st_size > most else "is a pipe or a device"
+        raise error(f"{path} {what}; copy it from the model")
+    if content.startswith(_LFS):
+        raise error(POINTER.format(path=path, folder=path.parent))
+    return content
+
+
+def read_text(path: Path, *, error: type[QvlError] = ConfigError, most: float = math.inf) -> str:
     """The text of a UTF-8 file without its byte order mark; an `error` naming the file if there is none."""
     try:
-        if is_pointer(path):
-            raise error(POINTER.format(path=path, folder=path.parent))
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as reason:
-        raise error(f"{path} cannot be read: {reason.strerror or reason}") from None
+        text = read_bytes(path, error=error, most=most).decode("utf-8-sig")
     except UnicodeDecodeError as reason:
         raise error(f"{path} is not UTF-8 text: {reason}") from None
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 def parse_json(text: str, where: object, *, error: type[QvlError] = ConfigError) -> Any:
@@ -115,7 +131,7 @@ def read_json(path: Path, *, error: type[QvlError] = ConfigError) -> dict[str, A
     """A JSON object from `path`; a missing, broken or non-object file is an `error` naming it."""
     if not path.exists():
         raise error(f"{path} is missing; is {path.parent} the folder of a checkpoint or bundle?")
-    value = parse_json(read_text(path, error=error), path, error=error)
+    value = parse_json(read_text(path, error=error, most=MAX_SETTINGS), path, error=error)
     if not isinstance(value, dict):
         raise error(f"{path} holds a {type(value).__name__}, expected an object")
     return value

@@ -70,7 +70,7 @@ class Runtime:
         self.generation_config, self._checkpoint = generation_config, checkpoint
         self.options = GenerationOptions.from_config(generation_config)
         self.chat_format = str(generation_config.get("chat_format") or "raw")
-        self.max_window_size = int(generation_config.get("max_window_size", 6144))
+        self.max_window_size = generation_config.get("max_window_size") or 6144
         kv_cache = torch.int8 if plan.kv_cache == "int8" else None
         self.engine = Engine(Slots(decoder, capacity=plan.context, count=plan.slots, kv_cache=kv_cache, lookup=lookup))
 

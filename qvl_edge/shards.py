@@ -83,8 +83,12 @@ class BinShard:
         self.path = path
         try:
             self.mapped = zipfile.is_zipfile(path)
+            if self.mapped:
+                _check_archive(path)
             with warnings.catch_warnings(action="ignore"):  # about protocols of pickle, whose remedy is not the user's
                 tensors = torch.load(path, map_location="cpu", weights_only=True, mmap=self.mapped)
+        except CheckpointError:
+            raise
         except Exception as error:  # of a damaged file nearly any
             # not pickle's own text, which advises to load the file in a way that runs what it holds
             known = isinstance(error, OSError | RuntimeError) and str(error)
@@ -117,6 +121,16 @@ class BinShard:
 
     def tensor(self, name: str) -> Tensor:
         return self._tensors[name]
+
+
+def _check_archive(path: Path) -> None:
+    """CheckpointError for what torch.save does not write, and what takes long to read."""
+    with zipfile.ZipFile(path) as archive:
+        for entry in archive.infolist():
+            if entry.compress_type != zipfile.ZIP_STORED:  # 0.3 MB may become 300
+                raise CheckpointError(f"{path} is compressed, which torch.save never does; save the model again")
+            if entry.filename.endswith("/data.pkl") and entry.file_size > _MAX_HEADER:
+                raise CheckpointError(f"{path} has {entry.file_size} bytes of names, at most {_MAX_HEADER} are read")
 
 
 Shard: TypeAlias = SafetensorsShard | BinShard

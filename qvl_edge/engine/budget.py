@@ -189,9 +189,11 @@ def _packing_bytes(config: Config, plan: Plan) -> int:
 def longest_context(config: Config, plan: Plan, memory: int) -> int:
     """The largest context, a multiple of 64 or the model's own, whose estimate fits into `memory` bytes; 0 if none."""
     most = config.max_position_embeddings
-    contexts = [*range(64, most, 64), most]
-    fitting = bisect_right(contexts, memory, key=lambda context: estimate(config, replace(plan, context=context)).total)
-    return contexts[fitting - 1] if fitting else 0
+    contexts = range(64, most + 64, 64)  # the last one may be more than the model's
+    fitting = bisect_right(
+        contexts, memory, key=lambda context: estimate(config, replace(plan, context=min(context, most))).total
+    )
+    return min(contexts[fitting - 1], most) if fitting else 0
 
 
 def remedies(config: Config, plan: Plan, memory: int) -> Iterator[str]:

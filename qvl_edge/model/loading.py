@@ -24,6 +24,8 @@ OnBytes = Callable[[int], None]
 """Called with the bytes of each tensor that was read."""
 _TRIMMED_AFTER = 200_000_000  # bytes that are read
 _WTE, _HEAD = "transformer.wte.weight", "lm_head.weight"
+_INTEGERS = (".qweight", ".qzeros", ".g_idx")
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _IGNORED = ("rotary_emb.inv_freq", "attn.masked_bias", "attn.bias")  # buffers that some fine-tuning tools save along
 
 
@@ -90,6 +92,9 @@ def check_tensors(checkpoint: Checkpoint, *, decoder: bool = True, visual: bool 
     ]
     shapes = {name: checkpoint.shape(name) for name in sorted(found & set(expected))}
     wrong = [name for name, shape in shapes.items() if shape != expected[name]]
+    other = [name for name in shapes if not name.endswith(_INTEGERS) and checkpoint[name].dtype not in _FLOATS]
+    if other:  # booleans would be taken for zeros and ones
+        problems.append(f"{other[0]} is {checkpoint[other[0]].dtype}, expected a float of 16, 32 or 64 bits")
     if wrong:
         problems.append(f"{wrong[0]} has shape {shapes[wrong[0]]}, config.json asks for {expected[wrong[0]]}")
     if any(".lora_" in name or ".base_layer." in name for name in unknown):

@@ -16,7 +16,7 @@ import tiktoken
 
 from qvl_edge.config import Config
 from qvl_edge.errors import CheckpointError, ConfigError
-from qvl_edge.files import POINTER, is_pointer
+from qvl_edge.files import read_bytes
 
 VOCAB_FILE = "qwen.tiktoken"
 ENDOFTEXT, IM_START, IM_END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -69,14 +69,7 @@ class Tokenizer:
     def from_file(cls, path: str | Path) -> "Tokenizer":
         """Read qwen.tiktoken (lines "BASE64 RANK"). CheckpointError names the line that cannot be read."""
         path = Path(path)
-        try:
-            lines = path.read_bytes().splitlines()
-        except OSError as error:
-            raise CheckpointError(
-                f"{path} cannot be read ({error.strerror}); copy {VOCAB_FILE} from the model"
-            ) from None
-        if is_pointer(path):
-            raise CheckpointError(POINTER.format(path=path, folder=path.parent))
+        lines = read_bytes(path, error=CheckpointError).splitlines()
         ranks: dict[bytes, int] = {}
         for number, line in enumerate(lines, 1):
             if not line:
