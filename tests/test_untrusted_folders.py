@@ -2,15 +2,17 @@
 
 import json
 import os
+import shutil
 import struct
 import subprocess
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from quantize.job import quantize_checkpoint
 from qvl_edge import child
@@ -18,9 +20,11 @@ from qvl_edge.__main__ import main
 from qvl_edge.bundle import MANIFEST, WORK, read_manifest
 from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
-from qvl_edge.errors import BundleError, CheckpointError
+from qvl_edge.errors import BundleError, CheckpointError, ConfigError
 from qvl_edge.files import replacing
+from qvl_edge.model.loading import check_tensors
 from qvl_edge.shards import open_shard
+from qvl_edge.text.tokenizer import Tokenizer
 
 
 @pytest.fixture
@@ -90,6 +94,81 @@ def test_a_command_of_ours_imports_nothing_of_the_current_folder(
     with child.start("export.vit", "--help", stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
         said, _ = process.communicate(timeout=60)
     assert process.returncode == 0 and "parity report" in said, said
+
+
+SETTINGS = ("config.json", "generation_config.json", "quantize_config.json", "qwen.tiktoken")
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "link to nothing", "large"])
+@pytest.mark.parametrize("name", SETTINGS)
+def test_settings_that_are_no_plain_file_are_neither_waited_for_nor_passed_over(
+    tmp_path: Path, small_checkpoint: Path, name: str, kind: str
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_checkpoint, folder)
+    (folder / name).unlink(missing_ok=True)
+    if kind == "pipe":
+        os.mkfifo(folder / name)
+    elif kind == "large":
+        with (folder / name).open("wb") as file:
+            file.truncate(1 << 40)
+    else:
+        (folder / name).symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    with pytest.raises((ConfigError, CheckpointError), match=name):
+        Tokenizer.from_folder(folder, Checkpoint(folder).config)
+
+
+@pytest.mark.parametrize(
+    ("section", "name", "value"),
+    [
+        ("config", "num_hidden_layers", 10**12),
+        ("config", "max_position_embeddings", 2**60),
+        ("config", "vocab_size", 2**50),
+        ("config", "rotary_emb_base", float("inf")),
+        ("config", "layer_norm_epsilon", float("nan")),
+        ("config", "kv_channels", 1),
+        ("visual", "layers", 10**9),
+        ("visual", "width", 2**40),
+        ("visual", "mlp_ratio", float("nan")),
+        ("visual", "mlp_ratio", 1e300),
+        ("generation", "max_window_size", "a"),
+        ("generation", "max_window_size", -5),
+    ],
+)
+def test_a_number_that_no_model_has_is_an_error_before_anything_is_made_of_it(
+    tmp_path: Path, small_checkpoint: Path, section: str, name: str, value: Any
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_checkpoint, folder)
+    path = folder / ("generation_config.json" if section == "generation" else "config.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    (settings["visual"] if section == "visual" else settings)[name] = value
+    if name == "kv_channels":
+        settings["num_attention_heads"] = settings["hidden_size"]
+    path.write_text(json.dumps(settings), encoding="utf-8")
+    with pytest.raises(ConfigError, match=name):
+        Checkpoint(folder)
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.float8_e4m3fn])
+def test_weights_that_are_no_floats_are_not_taken_for_some(
+    tmp_path: Path, small_checkpoint: Path, dtype: torch.dtype
+) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(small_checkpoint, folder)
+    tensors = load_file(folder / "model.safetensors")
+    torch.save({name: tensor.to(dtype) for name, tensor in tensors.items()}, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(CheckpointError, match=f"is {dtype}, expected a float"):
+        check_tensors(Checkpoint(folder))
+
+
+def test_an_archive_that_grows_when_it_is_read_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "pytorch_model.bin"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("archive/data.pkl", b"\x80\x02" + b"(" * (100 << 20))
+    with pytest.raises(CheckpointError, match="is compressed"):
+        open_shard(path)
 
 
 def safetensors(header: bytes, data: bytes = b"") -> bytes:
