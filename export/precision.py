@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from onnx import TensorProto, helper
 from torch import Tensor
 
+from qvl_edge.bundle import VIT_DTYPES
 from qvl_edge.errors import ConfigError
 
 # Relative error of the weights (normal random; trained small model), scales in float16:
@@ -28,7 +29,6 @@ from qvl_edge.errors import ConfigError
 BLOCK_SIZES = {"int8": 128, "int4": 32}
 ALLOWED_BLOCK_SIZES = (16, 32, 64, 128, 256)  # MatMulNBits: a power of two, 16 or more
 BITS = {"int8": 8, "int4": 4}
-DTYPES = ("float16", "float32", "int8", "int4")
 # An accuracy_level of MatMulNBits (onnxruntime, ContribOperators.md): the CPU provider also rounds the activations to
 # 8 bits, each block with a scale of its own; the CUDA provider ignores it. Without it every product first converts its
 # weights to float32. Four blocks and the resampler at full width, CPU seconds per image (onnxruntime 1.32, AVX-512 with
@@ -50,8 +50,8 @@ class Precision:
     @classmethod
     def of(cls, dtype: str, block_size: int | None = None) -> "Precision":
         """The precision called `dtype`; ConfigError if there is none or `block_size` does not go with it."""
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(DTYPES)}")
+        if dtype not in VIT_DTYPES:
+            raise ConfigError(f"dtype is {dtype!r}, known are {', '.join(VIT_DTYPES)}")
         if block_size is not None and dtype not in BITS:
             raise ConfigError(f"block_size is {block_size}, but {dtype} has no blocks; leave it out or use int8, int4")
         if block_size is not None and block_size not in ALLOWED_BLOCK_SIZES:

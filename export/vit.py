@@ -10,8 +10,8 @@ import sys
 from pathlib import Path
 
 from export.part import export_vit
-from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES, DTYPES
-from qvl_edge.bundle import VIT, VIT_DATA
+from export.precision import ALLOWED_BLOCK_SIZES, BLOCK_SIZES
+from qvl_edge.bundle import VIT, VIT_DATA, VIT_DTYPES
 from qvl_edge.commands.loading import add_source, any_console, run_command, say
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import open_checkpoint
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("bundle", type=Path, metavar="BUNDLE", help="folder to write to; made if needed")
     add_source(parser)
     parser.add_argument("--lora", metavar="DIR", help="merge this PEFT adapter (quantize.gptq needs it too)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float16", help="of the weights (default: float16)")
+    parser.add_argument("--dtype", choices=VIT_DTYPES, default="float16", help="of the weights (default: float16)")
     blocks = ", ".join(f"{size} for {dtype}" for dtype, size in BLOCK_SIZES.items())
     parser.add_argument(
         "--block-size",

@@ -20,6 +20,7 @@ from qvl_edge.files import POINTER, is_plain_name, is_pointer, read_json, sha256
 FORMAT_VERSION = 1
 MANIFEST = "bundle.json"
 VIT, VIT_DATA = "vit.onnx", "vit.onnx.data"
+VIT_DTYPES = ("float16", "float32", "int8", "int4")  # that a vision tower is exported in
 WORK = ".gptq-work"  # what a stopped quantization resumes from
 COMMANDS = {
     "decoder": "python -m quantize.gptq CHECKPOINT {path}",
@@ -57,7 +58,9 @@ def read_manifest(folder: Path) -> dict[str, dict[str, Any]]:
                     "bundle, make it again in an empty folder"
                 )
     if "vit" in parts:
-        _check(path, "parts.vit.dtype", parts["vit"].get("dtype"), str)
+        _check(path, "parts.vit.dtype", dtype := parts["vit"].get("dtype"), str)
+        if dtype not in VIT_DTYPES:
+            raise BundleError(f"{path}: parts.vit.dtype is {dtype!r:.40}, known are {', '.join(VIT_DTYPES)}")
     return parts
 
 

@@ -37,12 +37,13 @@ _NO_ROOM = {
     errno.EDQUOT: "your quota on the disk of {folder} is used up",
     errno.EFBIG: "the size of files in {folder} is limited (ulimit -f)",
 }
+_WRITABLE = "give a folder that you may write to; the one for caches is that of XDG_CACHE_HOME"
 _REMEDIES = {
     **dict.fromkeys(_NO_ROOM, "free some space, and run the same command again"),
     **dict.fromkeys((errno.EMFILE, errno.ENFILE), "allow more open files (ulimit -n 1024), and run it again"),
     **dict.fromkeys(
         (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST),
-        "give a folder that you may write to; the one for caches is that of XDG_CACHE_HOME",
+        _WRITABLE,
     ),
 }
 MAX_SETTINGS = 256 << 20  # bytes of a file of settings or words; the published vocabulary has 2.6 MB
@@ -240,7 +241,8 @@ def write_shard(path: Path, layout: Layout, pieces: "Callable[[str], Iterable[Te
 
 def is_plain_name(name: object) -> bool:
     """Whether `name` is the name of a file inside a folder, on every system: no path, no drive, no parent."""
-    return isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    plain = isinstance(name, str) and name not in ("", ".", "..") and not set(name) & set("/\\:\0")
+    return plain and len(str(name).encode(errors="surrogatepass")) <= 255
 
 
 def copy_file(source: Path, target: Path) -> None:
@@ -309,7 +311,8 @@ def locked(path: Path, *, busy: str | None = None) -> Iterator[None]:
     except Timeout:
         raise BundleError(busy) from None
     except OSError as error:
-        raise BundleError(f"{path.parent} cannot be written to: {system_error(error)}") from None
+        remedy = _REMEDIES.get(error.errno or 0, _WRITABLE)
+        raise BundleError(f"{path.parent} cannot be written to: {error.strerror or error}; {remedy}") from None
     try:
         yield
     finally:

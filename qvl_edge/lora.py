@@ -42,6 +42,7 @@ _OTHER_KINDS = (
 _INIT = (True, False, None, "gaussian", "eva", "orthogonal")  # others (PiSSA, OLoRA, …) change the base's weights
 
 _MERGE = "Merge the adapter with PEFT (merge_and_unload), and give the merged checkpoint"
+_MAX_PATTERN = 10_000  # characters; 400,000 took 20 s to compile
 _PATTERN_S = 1  # for one name; a plain pattern takes microseconds
 _OWN_NAME = re.compile(r"(\.lora_[AB])\.[^.]+(?=\.weight$)")  # .lora_A.default.weight
 _EMBEDDING = re.compile(r"\.lora_embedding_([AB])(\.[^.]+)?$")
@@ -50,11 +51,15 @@ _WRAPPED = re.compile(r"\.(base_layer|modules_to_save(\.[^.]+)?)(?=\.(weight|bia
 
 def _matches(pattern: str, module: str) -> bool:
     """re.fullmatch as PEFT does it, but an adapter's pattern may neither hang nor end in a traceback."""
+    if len(pattern) > _MAX_PATTERN:
+        raise ConfigError(
+            f"{ADAPTER_CONFIG}: a pattern has {len(pattern)} characters, at most {_MAX_PATTERN}. {_MERGE}"
+        )
     try:
         return regex.fullmatch(pattern, module, timeout=_PATTERN_S) is not None
     except TimeoutError:
         problem = f"takes more than {_PATTERN_S} s on {module}"
-    except regex.error as error:
+    except (regex.error, RecursionError) as error:
         problem = f"is no regular expression: {error}"
     raise ConfigError(f"{ADAPTER_CONFIG}: the pattern {pattern[:80]!r} {problem}. {_MERGE}")
 
@@ -237,9 +242,19 @@ def _check_kind(settings: Mapping[str, Any], file: Path) -> None:
         other = "init_lora_weights"
     if other is not None:
         raise ConfigError(f"{file}: {other} is {settings[other]!r}, and only plain LoRA can be merged here. {_MERGE}")
-    for option in ("r", "lora_alpha"):
-        if isinstance(settings.get(option), bool) or not isinstance(settings.get(option), int | float):
-            raise ConfigError(f"{file}: {option} is {settings.get(option)!r}, expected a number")
+    for option, patterns in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
+        given = settings.get(patterns) or {}
+        if not isinstance(given, Mapping):
+            raise ConfigError(f"{file}: {patterns} is {given!r:.80}, expected numbers by pattern")
+        for value in (settings.get(option), *given.values()):
+            # neither NaN nor too large for a float
+            if type(value) not in (int, float) or not abs(value) < 1e9 or (option == "r" and value != int(value)):
+                kind = "number, and a whole one" if option == "r" else "number"
+                raise ConfigError(f"{file}: {option} is {value!r:.80}, expected a {kind}")
+    for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        given = settings.get(option)
+        if not isinstance(given, str | list | None) or not all(isinstance(name, str) for name in given or ()):
+            raise ConfigError(f"{file}: {option} is {given!r:.80}, expected a pattern or a list of names")
 
 
 def _rank_and_scale(module: str, settings: Mapping[str, Any]) -> tuple[int, float]:

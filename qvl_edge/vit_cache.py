@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from qvl_edge import child
-from qvl_edge.bundle import VIT, read_manifest
+from qvl_edge.bundle import MANIFEST, VIT, read_manifest
 from qvl_edge.checkpoint import VISUAL, Checkpoint
 from qvl_edge.errors import BundleError
 from qvl_edge.files import cache_home, locked, remembered, sha256_of
@@ -37,16 +37,28 @@ def exported_vit(
     if not _is_exported(folder):
         with locked(folder.parent / "vit.lock"):
             if not _is_exported(folder):  # another process has made it meanwhile
+                _remove_damaged(folder / MANIFEST)
                 _export(checkpoint, folder, dtype, progress)
     return folder / VIT
 
 
 def _is_exported(folder: Path) -> bool:
-    files = read_manifest(folder).get("vit", {}).get("files", {})
+    try:
+        files = read_manifest(folder).get("vit", {}).get("files", {})
+    except BundleError:
+        return False
     return bool(files) and all(
         (folder / name).is_file() and remembered([folder / name], partial(sha256_of, folder / name)) == entry["sha256"]
         for name, entry in files.items()
     )
+
+
+def _remove_damaged(manifest: Path) -> None:
+    """Remove a manifest that cannot be read: the export would end at it, now and for ever."""
+    try:
+        read_manifest(manifest.parent)
+    except BundleError:
+        manifest.unlink()
 
 
 def _export(checkpoint: Checkpoint, folder: Path, dtype: str, progress: Progress | None) -> None:

@@ -99,8 +99,10 @@ def test_a_cache_that_cannot_be_written_is_named_and_hashes_do_without(
 ) -> None:
     (tmp_path / "file").write_text("", encoding="utf-8")
     checkpoint = Checkpoint(small_checkpoint)
-    with pytest.raises(BundleError, match=f"{tmp_path}/file.* cannot be written to.*XDG_CACHE_HOME"):
-        exported_vit(checkpoint, dtype="float32", cache_dir=tmp_path / "file" / "x")
+    (tmp_path / "locked" / "vit.lock").mkdir(parents=True)
+    for cache in (tmp_path / "file" / "x", tmp_path / "file", tmp_path / "locked", Path("/proc/none")):
+        with pytest.raises(BundleError, match=f"{cache}.* cannot be written to.*XDG_CACHE_HOME"):
+            exported_vit(checkpoint, dtype="float32", cache_dir=cache)
 
     def homeless() -> Path:
         raise RuntimeError("Could not determine home directory.")

@@ -273,8 +273,10 @@ def test_processes_that_need_one_vision_tower_export_it_once(tmp_path: Path, mak
     assert sum("exporting the vision tower" in line for line in said) == 1
     data = paths[0].with_name("vit.onnx.data")
     intact = data.read_bytes()
-    for damaged in (bytes(len(intact)), intact[: len(intact) // 2]):
+    for damaged, manifest in ((bytes(len(intact)), None), (intact[: len(intact) // 2], "{")):
         data.write_bytes(damaged)
+        if manifest:
+            data.with_name("bundle.json").write_text(manifest, encoding="utf-8")
         exported_vit(checkpoint, **options)
         assert data.read_bytes() == intact
 

@@ -22,6 +22,7 @@ from qvl_edge.checkpoint import Checkpoint
 from qvl_edge.config import QuantConfig
 from qvl_edge.errors import BundleError, CheckpointError, ConfigError
 from qvl_edge.files import replacing
+from qvl_edge.lora import LoraCheckpoint
 from qvl_edge.model.loading import check_tensors
 from qvl_edge.shards import open_shard
 from qvl_edge.text.tokenizer import Tokenizer
@@ -41,7 +42,7 @@ def write_manifest(folder: Path, *names: str, fingerprint: str = "0" * 64) -> No
     (folder / MANIFEST).write_text(json.dumps({"format_version": 1, "parts": {"decoder": part}}), encoding="utf-8")
 
 
-@pytest.mark.parametrize("name", ["../mine.txt", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "C:x", "a\0"])
+@pytest.mark.parametrize("name", ["../mine.txt", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "C:x", "a\0", "a" * 256])
 def test_a_manifest_lists_plain_names_only(tmp_path: Path, name: str) -> None:
     write_manifest(tmp_path / "bundle", name)
     with pytest.raises(BundleError, match="no file of its folder"):
@@ -148,6 +149,29 @@ def test_a_number_that_no_model_has_is_an_error_before_anything_is_made_of_it(
     path.write_text(json.dumps(settings), encoding="utf-8")
     with pytest.raises(ConfigError, match=name):
         Checkpoint(folder)
+
+
+ADAPTERS = {
+    "target_modules": ["(" * 5000 + ")" * 5000, "a|" * 200_000, "(", 5, [["a"]]],
+    "modules_to_save": [5],
+    "rank_pattern": [[1], {"c_attn": "x"}, {"c_attn": 1.5}],
+    "alpha_pattern": [{"c_attn": float("nan")}],
+    "r": [10**400, True, 2.5],
+    "lora_alpha": [float("nan"), 10**400],
+}
+
+
+@pytest.mark.parametrize(("option", "value"), [(option, value) for option in ADAPTERS for value in ADAPTERS[option]])
+def test_an_adapters_settings_of_another_kind_are_named(
+    tmp_path: Path, small_checkpoint: Path, option: str, value: Any
+) -> None:
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["c_attn"], option: value}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings), encoding="utf-8")
+    sizes = {"A": (2, 128), "B": (384, 2)}
+    name = "base_model.model.transformer.h.0.attn.c_attn.lora_{}.weight"
+    save_file({name.format(x): torch.zeros(size) for x, size in sizes.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ConfigError, match=f"{option.replace('_pattern', '').replace('rank', 'r')}|pattern"):
+        LoraCheckpoint(small_checkpoint, tmp_path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bool, torch.int8, torch.int64, torch.float8_e4m3fn])
