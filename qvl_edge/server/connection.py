@@ -35,6 +35,7 @@ UVICORN: dict[str, Any] = {
 MAX_HEAD_BYTES, MAX_HEADERS = 32 << 10, 100
 HEAD_S = 10.0  # for the request line and the headers, from the connection or from their first byte
 WRITE_S = 60.0  # that an answer may wait in all for a client that reads slowly or not at all
+COMING_S = 1.0  # for so long after a part of its body a request counts as one that comes
 LINGER_S = 2.0  # what a refused client still sends is read for so long: else a reset would take the refusal from it
 ANSWERING = "qvl_edge.answering"  # in the state of a request's scope, once it has a place in the queue
 FREE_PIECES, PIECE_BYTES = 1000, 64  # a body in more pieces than these, of fewer bytes on average, only takes time
@@ -53,13 +54,16 @@ class Connections:
         """Take a connection; if there are too many, in the place of one that waits for its client.
 
         It goes from the address with most of these, and of its own the one that has waited for longest. One whose
-        answer is being made keeps its place. So that whoever opens connections loses them, and nobody else.
+        answer is being made keeps its place, and so does one whose body is coming, while there are others. So that
+        whoever opens connections loses them, and nobody else.
         """
         full, crowded = len(self.open) >= self.most, self.by_address[new.address] >= self.most_per_address
         if full or crowded:
             rivals = [each for each in self.open if each.silent and (not crowded or each.address == new.address)]
             if not rivals:
                 return False
+            comes = time.monotonic() - COMING_S
+            rivals = [each for each in rivals if each.heard < comes] or rivals
             crowd = Counter(each.address for each in rivals)
             loser = min(rivals, key=lambda each: (-crowd[each.address], each.since))
             self.remove(loser)
@@ -110,6 +114,7 @@ class Connection(H11Protocol):
         self.conn = _Parser(h11.SERVER, 16 << 10)
         self.gate = connections
         self.address, self.since = "", time.monotonic()
+        self.heard = 0.0  # when the last part of a body came
         self.leaving = False
         self._write_left, self._paused = WRITE_S, 0.0
         self._timers: dict[str, asyncio.TimerHandle] = {}
@@ -142,6 +147,8 @@ class Connection(H11Protocol):
         if self.leaving:
             return
         super().data_received(data)
+        if self.conn.their_state in (h11.SEND_BODY, h11.DONE):
+            self.heard = time.monotonic()
         if self.leaving or self.conn.their_state is not h11.IDLE:
             self._stop("head")
         elif "head" not in self._timers:

@@ -8,6 +8,8 @@ import socket
 import sys
 import threading
 import time
+from types import SimpleNamespace
+from typing import Any
 from unittest.mock import Mock
 
 import httpx
@@ -242,6 +244,19 @@ def test_a_crowd_from_elsewhere_takes_nobody_the_place_of_a_slow_upload() -> Non
             httpx.get(f"{server.url}/health")  # all before it were taken
             honest.sendall(said[-5:])
             assert statuses(to_end(honest)) == [200]
+
+
+@pytest.mark.parametrize(("heard", "loses"), [(True, "b"), (False, "a")])
+def test_a_crowd_whose_requests_are_just_coming_is_no_crowd(heard: bool, loses: str) -> None:
+    limits, now = Connections(most=15), time.monotonic()
+
+    def one(address: str, heard: float) -> Any:
+        return SimpleNamespace(address=address, silent=True, since=now, heard=heard, transport=Mock())
+
+    many, few = [one("a", now if heard else 0.0) for _ in range(10)], [one("b", 0.0) for _ in range(5)]
+    assert all(limits.admit(each) for each in (*many, *few, one("c", 0.0)))
+    lost = [each.address for each in (*many, *few) if each.transport.abort.called]
+    assert lost == [loses]
 
 
 def test_who_asks_for_files_and_does_not_read_them_keeps_no_place() -> None:
