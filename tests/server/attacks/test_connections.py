@@ -8,8 +8,6 @@ import socket
 import sys
 import threading
 import time
-from types import SimpleNamespace
-from typing import Any
 from unittest.mock import Mock
 
 import httpx
@@ -250,8 +248,8 @@ def test_a_crowd_from_elsewhere_takes_nobody_the_place_of_a_slow_upload() -> Non
 def test_a_crowd_whose_requests_are_just_coming_is_no_crowd(heard: bool, loses: str) -> None:
     limits, now = Connections(most=15), time.monotonic()
 
-    def one(address: str, heard: float) -> Any:
-        return SimpleNamespace(address=address, silent=True, since=now, heard=heard, transport=Mock())
+    def one(address: str, heard: float) -> Mock:
+        return Mock(address=address, silent=True, since=now, heard=heard)
 
     many, few = [one("a", now if heard else 0.0) for _ in range(10)], [one("b", 0.0) for _ in range(5)]
     assert all(limits.admit(each) for each in (*many, *few, one("c", 0.0)))
