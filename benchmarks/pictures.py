@@ -88,8 +88,8 @@ def shoot(picture: Path, variants: Path | None) -> None:
                 ("page-zh", 1240, "light", "zh-CN", "描述这张图并框出图形。"),
                 ("page-phone", 390, "light", "en-US", QUESTION),
             )[: None if variants else 1]:
-                size = {"width": width, "height": 800}
-                tab = browser.new_context(viewport=size, color_scheme=scheme, locale=locale).new_page()
+                looks: dict[str, Any] = {"viewport": {"width": width, "height": 800}, "color_scheme": scheme}
+                tab = browser.new_context(**looks, locale=locale).new_page()
                 tab.goto(url)
                 tab.set_input_files("#files", scene)
                 tab.wait_for_selector("#pictures li")

@@ -17,7 +17,7 @@ from qvl_edge.engine.device import check_cpu, check_dtype, find_device, is_turin
 from qvl_edge.errors import ConfigError
 from qvl_edge.hub import local_folder
 from qvl_edge.lora import LoraCheckpoint
-from qvl_edge.memory import free_memory, parse_bytes
+from qvl_edge.memory import free_memory, parse_bytes, return_buffers
 from qvl_edge.model.decoder import QWenLMHeadModel
 from qvl_edge.model.fused import FusedDecoder
 from qvl_edge.model.loading import check_tensors, load_decoder, load_fused
@@ -58,6 +58,8 @@ def load(path: str | PathLike[str], asked: LoadOptions, progress: Progress | Non
         set_threads(asked.threads)
     except ValueError as error:
         raise ConfigError(str(error)) from None
+    if place.type == "cpu":
+        return_buffers()
     encoding = place
     if asked.vision_device is not None:
         encoding = find_device(asked.vision_device, option="vision_device", kernels=False)

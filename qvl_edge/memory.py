@@ -104,14 +104,15 @@ def trim_heap() -> None:
 
 
 def return_buffers() -> None:
-    """Have glibc return large buffers, and the free ends of threads' arenas, once freed. Elsewhere nothing happens.
+    """Have glibc return buffers from 1 MiB on, and free ends of threads' arenas, once freed. Elsewhere nothing happens.
 
     Its limits grow with what is freed, to 32 MiB of a buffer and twice as much of each arena's end, which malloc_trim
-    leaves: after requests of 20 MB a server kept up to 110 MB. A limit that is set stays.
+    leaves: after requests of 20 MB a server kept up to 110 MB, and a prompt of 293 tokens left 0.7 GB of holes in 32
+    layers on a CPU. It takes no measurable time from such a prompt. A limit that is set stays.
     """
     if sys.platform.startswith("linux") and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         for limit in (-1, -3):  # M_TRIM_THRESHOLD, M_MMAP_THRESHOLD
-            libc.mallopt(limit, 8 << 20)
+            libc.mallopt(limit, 1 << 20)
 
 
 _UNITS = {"b": 1, "k": 10**3, "m": 10**6, "g": 10**9, "kb": 10**3, "mb": 10**6, "gb": 10**9}

@@ -106,7 +106,7 @@ def check_onnx(path: Path | None) -> str:
     """The vision tower of a checkpoint that is not a bundle is exported, which needs this package."""
     fix = "pip install 'qvl-edge[export]'"
     if importlib.util.find_spec("onnx") is not None:
-        return version("onnx") or "its version is unknown"
+        return probe.version("onnx") or "its version is unknown"
     from qvl_edge.bundle import is_bundle
 
     if path is None:
@@ -114,20 +114,6 @@ def check_onnx(path: Path | None) -> str:
     if is_bundle(path):
         raise Skipped("not installed; a bundle needs none")
     raise Failed("not installed, and the vision tower of a checkpoint has to be exported", fix)
-
-
-def check_cuda_row(_: Path | None) -> str:
-    """torch and onnxruntime-gpu have to be built for one CUDA."""
-    import torch
-
-    found = version("onnxruntime-gpu")
-    if torch.version.cuda is None or found is None:
-        raise Skipped("no CUDA packages")
-    from qvl_edge.vision.cuda_versions import cuda_mismatch
-
-    if (mismatch := cuda_mismatch(found, torch.version.cuda)) is not None:
-        raise Failed(*mismatch.rsplit("; ", 1))
-    return f"torch cu{torch.version.cuda.partition('.')[0]} + onnxruntime-gpu {found}"
 
 
 def check_kernels_package(_: Path | None) -> str:
@@ -251,7 +237,7 @@ CHECKS: dict[str, Check] = {
     "C compiler": card.check_compiler,
     "onnxruntime": check_onnxruntime,
     "onnx": check_onnx,
-    "cuda row": check_cuda_row,
+    "cuda row": card.check_cuda_row,
     "kernels": check_kernels_package,
     "font": check_font,
     "cache folder": check_cache,

@@ -20,7 +20,9 @@ from qvl_edge.vision.rgb import BACKGROUND
 from qvl_edge.vision.source import from_base64, from_data_uri, is_base64
 
 _DECODERS = Decoders()  # of the process, as its memory is
-_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*):")
+_SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):")  # one letter is a drive of Windows
+# NOFOLLOW: it may have become a link since; NONBLOCK: opening a pipe would wait for a writer. Windows has BINARY alone
+_FLAGS = sum(getattr(os, f"O_{name}", 0) for name in ("NOFOLLOW", "NONBLOCK", "CLOEXEC", "BINARY"))
 
 
 @dataclass(frozen=True)

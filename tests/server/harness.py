@@ -125,6 +125,7 @@ class ScriptedWorker:
 
     waiting = running = 0
     healthy = True
+    device = torch.device("cpu")
     time_limit_s = 300.0
 
     def __init__(
