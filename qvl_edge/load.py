@@ -12,7 +12,7 @@ from kernels.sessions import set_threads
 from qvl_edge.bundle import Bundle, is_bundle
 from qvl_edge.checkpoint import VISUAL, Checkpoint, raw_reason
 from qvl_edge.config import Config
-from qvl_edge.engine.budget import Plan, choose, estimate, usual_activations
+from qvl_edge.engine.budget import Plan, choose, estimate
 from qvl_edge.engine.device import check_cpu, check_dtype, find_device, is_turing, named_with_others
 from qvl_edge.errors import ConfigError
 from qvl_edge.hub import local_folder
@@ -112,14 +112,11 @@ def plan_for(
         )
     memory = parse_bytes(asked.max_memory) if asked.max_memory is not None else free_memory(place)
     dtype = asked.dtype or ("float32" if place.type == "cpu" else "float16")
-    # whoever asks for float32 wants it throughout
-    activations = asked.activations or ("float" if asked.dtype else usual_activations(config, place.type))
     profile, plan = choose(
         config,
         Plan(
             device=place.type,
             dtype=DTYPES[dtype],
-            activations=activations,
             embeddings=asked.embeddings,
             slots=asked.slots,
             turing=is_turing(place),
@@ -131,6 +128,8 @@ def plan_for(
         vit=vit,
         head=asked.head,
         kv_cache=asked.kv_cache,
+        # whoever asks for float32 wants it throughout
+        activations=asked.activations or ("float" if asked.dtype else None),
         context=asked.max_context,
     )
     total = estimate(config, plan).total

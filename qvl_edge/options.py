@@ -29,18 +29,20 @@ Source = Literal["hf", "modelscope"]
 
 @dataclass(frozen=True)
 class Profile:
-    """Precision of everything outside the decoder's layers. vit: dtype of the exported vision tower."""
+    """Precision of everything outside the decoder's layers. vit: dtype of the exported vision tower; activations: of a
+    CPU's products with int4 layers and an int8 lm_head."""
 
     vit: str
     head: Head
     kv_cache: KVType
+    activations: Activations
 
 
 # the most exact first
 PROFILES = {
-    "12g": Profile("float16", "float16", "float16"),
-    "8g": Profile("int8", "int8", "int8"),
-    "6g": Profile("int4", "int8", "int8"),
+    "12g": Profile("float16", "float16", "float16", "float"),
+    "8g": Profile("int8", "int8", "int8", "int8"),
+    "6g": Profile("int4", "int8", "int8", "int8"),
 }
 
 MAX_LOGPROBS = 20  # as OpenAI's top_logprobs
@@ -60,8 +62,8 @@ class LoadOptions(Options):
     dtype: Dtype | None = option(None, "compute dtype (default: float32 on a CPU, float16 on CUDA)")
     profile: Literal["auto", "12g", "8g", "6g"] = option(
         "auto",
-        "12g: nothing beyond int4 is lost; 8g: vision tower, lm_head and KV cache in int8; 6g: the tower in int4; "
-        "auto: the first that fits into free memory",
+        "12g: nothing beyond int4 is lost; 8g: vision tower, lm_head, KV cache and a CPU's activations in int8; 6g: "
+        "the tower in int4; auto: the first that fits into free memory",
     )
     max_context: int | None = option(
         None, "positions for prompt and answer (default: as many as fit, up to the model's)",
@@ -78,7 +80,7 @@ class LoadOptions(Options):
     activations: Activations | None = option(
         None,
         "on a CPU, what products with int4 layers and an int8 lm_head read: float (exact), or rounded to int8: faster "
-        "(default: int8 for int4 layers, float with --dtype float32)",
+        "(default: the profile's, and float with --dtype float32)",
     )
     threads: int | None = option(
         None, "CPU threads (default: OMP_NUM_THREADS, or the cores that the process may use, at most a container's)",
