@@ -49,11 +49,7 @@ def load(path: str | PathLike[str], asked: LoadOptions, progress: Progress | Non
     check_background(asked.background)
     place = find_device(asked.device)
     check_dtype(place, asked.dtype)
-    if asked.activations == "int8" and place.type != "cpu":
-        raise ConfigError(
-            f"activations is 'int8' and the model runs on {place}, whose kernels take floats; leave it out, or add "
-            "--device cpu (in Python device='cpu')"
-        )
+    asked.activations_on(str(place))  # what it refuses is refused before a download
     try:
         set_threads(asked.threads)
     except ValueError as error:
@@ -117,6 +113,7 @@ def plan_for(
         Plan(
             device=place.type,
             dtype=DTYPES[dtype],
+            activations=asked.activations_on(str(place)),
             embeddings=asked.embeddings,
             slots=asked.slots,
             turing=is_turing(place),
@@ -128,14 +125,12 @@ def plan_for(
         vit=vit,
         head=asked.head,
         kv_cache=asked.kv_cache,
-        # whoever asks for float32 wants it throughout
-        activations=asked.activations or ("float" if asked.dtype else None),
         context=asked.max_context,
     )
     total = estimate(config, plan).total
     say(
         f"{profile}: vision tower {plan.vit}, head {plan.precision('head')}, cache {plan.precision('kv_cache')}, "
-        f"{plan.context} positions; "
+        f"{plan.activations} activations, {plan.context} positions; "
         f"{total / 1e9:.2f} GB" + (f" of the {memory / 1e9:.2f} GB free on {place}" if memory is not None else "")
     )
     return plan

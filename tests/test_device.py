@@ -17,6 +17,7 @@ from qvl_edge.cards import card_named
 from qvl_edge.engine import device as devices
 from qvl_edge.engine.device import check_cpu, check_dtype, find_device, named_with_others
 from qvl_edge.errors import ConfigError
+from qvl_edge.options import LoadOptions
 
 SMALL = Path(qvl_edge.demo.__file__).parent / "checkpoint"
 TRAINING = ["1-2-3", "4711", "7400 MiB", "python, train"]
@@ -195,3 +196,5 @@ def test_activations_in_int8_are_of_a_cpu(with_card: WithCard) -> None:
     with_card()
     with pytest.raises(ConfigError, match="activations is 'int8' and the model runs on cuda:0"):
         Runtime.from_pretrained("nowhere", device="cuda", activations="int8")
+    assert LoadOptions().activations_on("cuda:0") == "float"
+    assert main(["fit", "Qwen/Qwen-VL", "--gpu", "8GB", "--activations", "int8"]) == 1

@@ -273,7 +273,9 @@ def test_the_rows_of_the_quickstart_are_what_the_budget_computes() -> None:
     for machine, profile, total, longest in rows:
         (size,) = re.findall(r"(\d+) GB", machine)
         on_cpu = machine.startswith("CPU")
-        plan = by_profile(Plan("cpu", torch.float32) if on_cpu else Plan("cuda", torch.float16), profile)
+        plan = by_profile(
+            Plan("cpu", torch.float32, activations="int8") if on_cpu else Plan("cuda", torch.float16), profile
+        )
         taken = estimate(published, replace(plan, context=2048)).total / 1e9
         assert f"{taken:.1f}" == total, machine
         memory = int(size) << 30

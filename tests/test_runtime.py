@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from qvl_edge.engine.device import find_device
 from qvl_edge.engine.request import Request
 from qvl_edge.errors import ContextError
 from qvl_edge.load import plan_for
-from qvl_edge.options import LoadOptions
+from qvl_edge.options import PROFILES, LoadOptions
 from qvl_edge.published import CONFIG, QUANTIZATION
 from qvl_edge.vit_cache import exported_vit
 
@@ -241,9 +242,30 @@ def test_the_vision_tower_is_exported_once_and_again_when_the_weights_change(tmp
     assert said and len(list(cache.glob("vit-*"))) == 2
 
 
-def test_int8_activations_are_part_of_theplan_for(runtime: Runtime) -> None:
-    asked, cpu = LoadOptions(activations="int8"), torch.device("cpu")
-    assert plan_for(runtime.config, asked, cpu, cpu, None, print).activations == "int8"
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        *(({"profile": profile}, "int8") for profile in ("auto", *PROFILES)),
+        *(({"profile": profile, "dtype": "float32"}, "float") for profile in PROFILES),
+        ({"dtype": "bfloat16"}, "int8"),
+        ({"profile": "8g", "activations": "float"}, "float"),
+        ({"dtype": "float32", "activations": "int8"}, "int8"),
+    ],
+)
+def test_a_cpu_s_activations_are_int8_unless_float_or_float32_is_asked_for(
+    options: dict[str, Any], expected: str
+) -> None:
+    cpu, said = torch.device("cpu"), list[str]()
+    asked = LoadOptions(max_memory="64GB", **options)
+    plan = plan_for(Config.from_dict(CONFIG, QUANTIZATION), asked, cpu, cpu, None, said.append)
+    assert plan.activations == expected
+    assert f"{expected} activations" in said[0]
+
+
+@pytest.mark.parametrize(("options", "expected"), [({}, "float"), ({"head": "int8"}, "int8")])
+def test_a_float_model_has_int8_activations_at_an_int8_head_alone(options: dict[str, Any], expected: str) -> None:
+    cpu, asked = torch.device("cpu"), LoadOptions(max_memory="64GB", profile="12g", **options)
+    assert plan_for(Config.from_dict(CONFIG), asked, cpu, cpu, None, print).activations == expected
 
 
 @pytest.mark.parametrize(

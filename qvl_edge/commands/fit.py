@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--slots", type=int, default=1, metavar="N", help="answers at once, each with its own context (default: 1)"
     )
-    parser.add_argument("--activations", choices=("float", "int8"), help="of a CPU's products (default: the profile's)")
+    parser.add_argument("--activations", choices=("float", "int8"), help="of a CPU's products (default: int8)")
     parser.add_argument("--json", action="store_true", help="bytes as JSON on stdout")
 
 
@@ -65,6 +65,7 @@ def execute(args: argparse.Namespace) -> int:
 
     from qvl_edge.engine.budget import Plan, by_profile, estimate, longest_context
     from qvl_edge.errors import ConfigError
+    from qvl_edge.options import LoadOptions
 
     config, note = read_config(args.path, source=args.source, revision=args.revision)
     if not 0 < args.context <= config.max_position_embeddings:
@@ -83,11 +84,11 @@ def execute(args: argparse.Namespace) -> int:
         images=args.images,
         slots=args.slots,
         turing=turing,
+        activations=LoadOptions(activations=args.activations).activations_on(device),
     )
     rows = []
     for name in PROFILES:
         plan = by_profile(asked, name)
-        plan = replace(plan, activations=args.activations or plan.activations)
         rows.append((name, plan, estimate(config, plan), longest_context(config, plan, memory)))
     if args.json:
         found = {

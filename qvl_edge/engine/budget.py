@@ -222,15 +222,14 @@ def choose(
     vit: str | None = None,
     head: Head | None = None,
     kv_cache: KVType | None = None,
-    activations: Activations | None = None,
     context: int | None = None,
 ) -> tuple[str, Plan]:
     """The profile's name and the plan to run.
 
     plan: what no profile decides. profile: one of PROFILES, or "auto": the first of them that leaves 2,048 positions
     (`context`, where it is given), else the first that leaves 512. vit: dtype of the tower that there is; None where it
-    will be made. head, kv_cache, activations: by hand, whatever the profile says. context None: as many positions as
-    fit. memory: bytes that may be used. ConfigError if `vit` is not the profile's; FitError if nothing fits.
+    will be made. head, kv_cache: by hand, whatever the profile says. context None: as many positions as fit.
+    memory: bytes that may be used. ConfigError if `vit` is not the profile's; FitError if nothing fits.
     """
     if profile != "auto" and profile not in PROFILES:
         raise ConfigError(f"profile is {profile!r}, known are 'auto', {', '.join(map(repr, PROFILES))}")
@@ -244,13 +243,10 @@ def choose(
     def planned(name: str, positions: int | None) -> Plan:
         asked = by_profile(plan, name)
         found = replace(
-            asked,
-            vit=vit or asked.vit,
-            head=head or asked.head,
-            kv_cache=kv_cache or asked.kv_cache,
-            activations=activations or asked.activations,
-            context=1,
+            asked, vit=vit or asked.vit, head=head or asked.head, kv_cache=kv_cache or asked.kv_cache, context=1
         )
+        if found.head != "int8" and (config.quantization is None or config.quantization.bits != 4):
+            found = replace(found, activations="float")  # no product is packed
         return replace(found, context=positions or longest_context(config, found, memory))
 
     names = (profile,) if profile != "auto" else tuple(PROFILES)
@@ -267,8 +263,7 @@ def choose(
 def by_profile(plan: Plan, name: str) -> Plan:
     """`plan` with the profile's choices; in float32 the exact profile keeps the tower in float32 too."""
     exact = name == "12g" and plan.dtype == torch.float32
-    found = replace(plan, **vars(PROFILES[name]) | ({"vit": "float32"} if exact else {}))
-    return found if plan.device == "cpu" else replace(found, activations="float")
+    return replace(plan, **vars(PROFILES[name]) | ({"vit": "float32"} if exact else {}))
 
 
 def towers(profile: str) -> tuple[str, ...]:
