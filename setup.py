@@ -17,6 +17,7 @@ RUNTIME = [
     "psutil>=5.9,<8",
 ]
 EXPORT = ["onnx>=1.21,<2"]  # CVE-2026-27489
+OPENVINO = ["openvino>=2026.4,<2027"]
 DOWNLOAD = ["huggingface_hub>=1.0,<3"]
 MODELSCOPE = ["modelscope-hub>=0.5,<1"]  # the client inside the package modelscope, without the rest of it
 SERVE = [
@@ -71,6 +72,7 @@ setup(
         # one of the two runs the vision tower; installing both breaks either
         "cpu": ["onnxruntime>=1.23,<2"],
         "cuda": ["onnxruntime-gpu>=1.23,<2", TRITON, TRITON_WINDOWS],
+        "openvino": OPENVINO,  # beside "cpu": a faster vision tower on a CPU
         "quantize": [],  # the solver needs what the runtime needs
         "export": EXPORT,
         "serve": SERVE,
@@ -94,6 +96,7 @@ setup(
             *EVALUATE,
             *DOWNLOAD,
             *MODELSCOPE,
+            *OPENVINO,
             TRITON,
             "pytest>=8",
             "pytest-xdist>=3.6",

@@ -1,8 +1,8 @@
 """int4_gemm against other implementations on a CPU: python -m benchmarks.int4_gemm [--all] [--json FILE]
 
-Every candidate is checked against float64, then timed over enough copies of its weight to exceed the caches: in a model
-a layer's weights come from memory. On CUDA, for benchmarks.gpu, all calls of a round are one graph, as in the
-runtime, and the four projections of a layer are timed in their fused forms too.
+With OpenVINO too, where it is installed. Every candidate is checked against float64, then timed over enough copies of
+its weight to exceed the caches: in a model a layer's weights come from memory. On CUDA, for benchmarks.gpu, all calls
+of a round are one graph, as in the runtime, and the four projections of a layer are timed in their fused forms too.
 """
 
 import importlib.util
@@ -13,6 +13,7 @@ from functools import partial
 from itertools import cycle
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -34,6 +35,7 @@ CHECKED_ROWS = 4
 # relative norm error against float64: float32 sums of 11,008 channels one after another, 2 * 2^-24 * sqrt(11,008 / 6);
 # 16-bit weights and outputs, and in some libraries 16-bit partial sums
 TOLERANCE = {torch.float32: 5.2e-6, torch.float16: 1.5e-3, torch.bfloat16: 6e-3}
+ROUNDED = 1e-2  # with activations rounded to int8 in blocks of 128
 OURS, TORCHS = "int4", "torch's int4 op, bfloat16"
 # speeds are relative to the same GEMM without int4. "interpreter": CUDA's peers, as far as they run on a CPU
 BASELINE = {"cpu": "float32", "cuda": "float16", "interpreter": "float16"}
@@ -48,6 +50,7 @@ class Peer:
     bytes_read: int  # of the weight, per call
     dtype: torch.dtype  # of x
     prepare: Callable[[Tensor], Any] = lambda x: x  # of x; not timed
+    tolerance: float | None = None  # default: the dtype's
 
 
 def random_weight(in_features: int, out_features: int, device: str = "cpu") -> Int4Weight:
@@ -78,13 +81,54 @@ def cpu_peers(weight: Int4Weight) -> dict[str, Peer]:
     def operator(x: Tensor, copy: Tensor) -> Tensor:
         return torch.ops.aten._weight_int4pack_mm_for_cpu(x, copy, GROUP_SIZE, scales_and_zeros)
 
-    return {
+    peers = {
         BASELINE["cpu"]: Peer(F.linear, copies(dense.clone, dense.nbytes), dense.nbytes, torch.float32),
         "bfloat16": Peer(F.linear, copies(half.clone, half.nbytes), half.nbytes, torch.bfloat16),
         TORCHS: Peer(operator, copies(packed.clone, packed.nbytes), int4_bytes, torch.bfloat16),
         "definition": Peer(lambda x, w: int4_gemm(x, w, backend="torch"), [weight], int4_bytes, torch.float32),
-        OURS: Peer(int4_gemm, copies(lambda: pack_for_cpu(weight), int4_bytes), int4_bytes, torch.float32),
     }
+    for name, rounded in ((OURS, False), (f"{OURS}, int8 activations", True)):
+        packed = copies(partial(pack_for_cpu, weight, "int8" if rounded else "float"), int4_bytes)
+        peers[name] = Peer(int4_gemm, packed, int4_bytes, torch.float32, tolerance=ROUNDED if rounded else None)
+    if importlib.util.find_spec("openvino"):
+        for name, group in (("OpenVINO", 0), ("OpenVINO, int8 activations", GROUP_SIZE)):
+            compiled = copies(partial(_openvino_product, weight, group), int4_bytes)
+            tolerance = ROUNDED if group else None
+            peers[name] = Peer(lambda x, run: run(x), compiled, int4_bytes, torch.float32, tolerance=tolerance)
+    return peers
+
+
+def _openvino_product(weight: Int4Weight, rounded: int) -> Callable[[Tensor], Tensor]:
+    """As OpenVINO reads compressed weights; activations in int8 by groups of `rounded` channels, or in float32 if 0."""
+    ov: Any = importlib.import_module("openvino")
+    op: Any = importlib.import_module("openvino.opset13")
+    n, k = weight.out_features, weight.in_features
+    levels = weight.levels().T  # (N, K)
+    grouped = ov.Shape([n, k // GROUP_SIZE, GROUP_SIZE])
+    packed = (levels[:, 0::2] | levels[:, 1::2] << 4).flatten().numpy()  # which the constant does not copy
+    scales = weight.scales.T[..., None].contiguous().numpy()
+    middle = op.constant(ov.Tensor(np.full(1, 0x88, np.uint8), ov.Shape([1, 1, 1]), ov.Type.u4))
+    centred = op.subtract(
+        op.convert(op.constant(ov.Tensor(packed, grouped, ov.Type.u4)), "f16"), op.convert(middle, "f16")
+    )
+    dense = op.reshape(op.multiply(centred, op.constant(scales)), op.constant(np.array([n, k])), False)
+    x = op.parameter(ov.PartialShape([-1, k]), ov.Type.f32)
+    model = ov.Model([op.result(op.matmul(x, op.convert(dense, "f32"), False, True))], [x])
+    settings = {
+        "INFERENCE_PRECISION_HINT": "f32",
+        "DYNAMIC_QUANTIZATION_GROUP_SIZE": str(rounded),
+        "INFERENCE_NUM_THREADS": str(torch.get_num_threads()),
+        "NUM_STREAMS": "1",
+    }
+    request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
+    kept = (packed, scales)
+
+    def run(x: Tensor) -> Tensor:
+        assert kept
+        request.infer([x.numpy()], share_inputs=True)
+        return torch.from_numpy(request.get_output_tensor().data)
+
+    return run
 
 
 def cuda_peers(weight: Int4Weight, device: str) -> dict[str, Peer]:
@@ -160,7 +204,7 @@ def check(name: str, peer: Peer, x: Tensor, expected: Tensor) -> float:
     """Relative norm error of the first rows against float64; SystemExit if it exceeds the tolerance."""
     y = peer.call(peer.prepare(x.to(peer.dtype)), peer.weights[0])[:CHECKED_ROWS]
     error = relative_error(y, expected[: len(y)])
-    return expect_below(error, TOLERANCE[peer.dtype], f"{name}, {len(x)} rows")
+    return expect_below(error, peer.tolerance or TOLERANCE[peer.dtype], f"{name}, {len(x)} rows")
 
 
 def bench_shape(

@@ -24,6 +24,8 @@ from qvl_edge.model.loading import check_tensors, load_decoder, load_fused
 from qvl_edge.options import LoadOptions
 from qvl_edge.text.tokenizer import Tokenizer
 from qvl_edge.vision.encoder import VisionEncoder
+from qvl_edge.vision.openvino import NAME as OPENVINO
+from qvl_edge.vision.openvino import check_openvino
 from qvl_edge.vision.rgb import check_background
 from qvl_edge.vit_cache import Progress, exported_vit
 
@@ -57,7 +59,10 @@ def load(path: str | PathLike[str], asked: LoadOptions, progress: Progress | Non
     if place.type == "cpu":
         return_buffers()
     encoding = place
-    if asked.vision_device is not None:
+    if asked.vision_device == OPENVINO:
+        check_openvino()
+        encoding = torch.device("cpu")
+    elif asked.vision_device is not None:
         encoding = find_device(asked.vision_device, option="vision_device", kernels=False)
     folder = local_folder(
         path,
@@ -89,7 +94,13 @@ def load(path: str | PathLike[str], asked: LoadOptions, progress: Progress | Non
     )
     decoder = _decoder(checkpoint, plan, place, say)
     visual = checkpoint.config.visual
-    encoder = VisionEncoder(vit, visual, device=str(encoding), max_batch=plan.images, release=asked.release_vision)
+    encoder = VisionEncoder(
+        vit,
+        visual,
+        device=OPENVINO if asked.vision_device == OPENVINO else str(encoding),
+        max_batch=plan.images,
+        release=asked.release_vision,
+    )
     return Loaded(checkpoint, tokenizer, generation, plan, decoder, encoder)
 
 
@@ -118,6 +129,7 @@ def plan_for(
             slots=asked.slots,
             turing=is_turing(place),
             vision="elsewhere" if encoding != place else "released" if asked.release_vision else "resident",
+            openvino=asked.vision_device == OPENVINO,
         ),
         profile=asked.profile,
         memory=memory,

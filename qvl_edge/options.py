@@ -86,8 +86,10 @@ class LoadOptions(Options):
     )  # fmt: skip
     embeddings: Embeddings = option("host", "embedding table: read from the mapped file, or on the device")
     vision_device: str | None = option(
-        None, "where images are encoded: cpu, cuda or cuda:N (default: --device)", metavar="DEVICE"
-    )
+        None,
+        "where images are encoded: cpu, cuda, cuda:N, or openvino: on a CPU too, faster, for more memory "
+        "(default: --device)", metavar="DEVICE",
+    )  # fmt: skip
     release_vision: bool = option(False, "keep the vision tower in memory only while it encodes")
     lookup: int = option(
         0, "prompt-lookup draft length of a lone greedy request; the answer stays the same (0: off, 7 is usual)",

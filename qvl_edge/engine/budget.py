@@ -43,6 +43,7 @@ class Plan:
     context: int = PREFERRED_CONTEXT
     images: int = 1
     slots: int = 1
+    openvino: bool = False  # encodes the images of a model on the CPU
     turing: bool = False  # a card whose prompts go through one dequantized projection at a time
 
     def precision(self, part: Literal["head", "kv_cache"]) -> str:
@@ -81,8 +82,11 @@ def estimate(config: Config, plan: Plan) -> Budget:
     """The parts of `plan`."""
     itemsize = plan.dtype.itemsize
     hidden, vocab = config.hidden_size, config.vocab_size
-    vision = 0 if plan.vision == "elsewhere" else session_bytes(config.visual, plan.vit, plan.device)
-    encoding = 0 if plan.vision == "elsewhere" else workspace_bytes(config.visual, plan.vit, plan.images, plan.device)
+    vision = encoding = 0
+    if plan.vision != "elsewhere":
+        tower = "openvino" if plan.openvino else plan.device
+        vision = session_bytes(config.visual, plan.vit, tower)
+        encoding = workspace_bytes(config.visual, plan.vit, plan.images, tower)
     if plan.embeddings == "device":
         table = vocab * hidden * itemsize
     else:  # rows are read from the mapped file; on CUDA they are not in its memory at all
@@ -204,6 +208,8 @@ def remedies(config: Config, plan: Plan, memory: int) -> Iterator[str]:
             yield "--release-vision"
         if plan.device == "cuda" and fits(vision="elsewhere"):
             yield "--vision-device cpu"
+    if plan.openvino and fits(openvino=False):
+        yield "--vision-device cpu"
     for part in ("kv_cache", "head"):
         if getattr(plan, part) != "int8" and fits(**{part: "int8"}):
             yield f"--{part.replace('_', '-')} int8"

@@ -33,7 +33,8 @@ def find_device(name: str, *, option: str = "device", kernels: bool = True) -> t
     if device.type == "cpu":
         return torch.device("cpu")
     if device.type != "cuda":
-        raise ConfigError(f"{option} is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'")
+        others = ", or 'openvino'" if option == "vision_device" else ""
+        raise ConfigError(f"{option} is {name!r}, expected 'auto', 'cpu', 'cuda' or 'cuda:N'{others}")
     if not torch.cuda.is_available():
         raise ConfigError(
             f"{option} is '{device}', but torch {torch.__version__} sees no CUDA device; install a torch built for "

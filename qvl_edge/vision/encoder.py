@@ -1,4 +1,4 @@
-"""The vision encoder: an exported vit.onnx in onnxruntime, pixels to image features."""
+"""The vision encoder: an exported vit.onnx in onnxruntime or OpenVINO, pixels to image features."""
 
 import math
 from collections.abc import Mapping
@@ -16,6 +16,8 @@ from qvl_edge.config import IMAGE_TOKENS, VisualConfig
 from qvl_edge.errors import BundleError, ConfigError, ImageError
 from qvl_edge.memory import trim_heap
 from qvl_edge.vision.cuda_versions import cuda_mismatch
+from qvl_edge.vision.openvino import NAME as OPENVINO
+from qvl_edge.vision.openvino import OpenVinoTower, check_openvino
 
 PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 _AGAIN = "make it again with:\n  python -m export.vit CHECKPOINT {folder}"
@@ -24,7 +26,7 @@ _SELF_TEST_COSINE = 0.999  # the same weights on another machine: float16 rounds
 
 
 class VisionEncoder:
-    """An onnxruntime session over vit.onnx. `metadata` holds what the export wrote: fingerprint, dtype and sizes."""
+    """A session over vit.onnx. `metadata` holds what the export wrote: fingerprint, dtype and sizes."""
 
     def __init__(
         self,
@@ -37,18 +39,21 @@ class VisionEncoder:
     ):
         """Open `path`; its data file must lie beside it.
 
-        device: "cpu", "cuda" or "cuda:N", and nothing else is used in its place. max_batch: images that are encoded at
-        once; more are split. release: have the session in memory only while images are encoded; each `encode` opens it
-        anew.
+        device: "cpu", "cuda", "cuda:N", or "openvino", which is a CPU too; nothing else is used in its place.
+        max_batch: images that are encoded at once; more are split. release: have the session in memory only while
+        images are encoded; each `encode` opens it anew.
         ConfigError if the device cannot be used; BundleError if the file is missing, damaged, reaches out of its
         folder, or belongs to another model.
         """
         self.path, self.visual, self.max_batch, self.release = Path(path), visual, max_batch, release
         if max_batch < 1:
             raise ConfigError(f"max_batch is {max_batch}, it has to be at least 1")
-        kind, _, index = device.partition(":")
+        self._openvino = device == OPENVINO
+        if self._openvino:
+            check_openvino()
+        kind, _, index = ("cpu" if self._openvino else device).partition(":")
         if kind not in PROVIDERS or (index and not index.isdigit()):
-            raise ConfigError(f"device is {device!r}, known are {', '.join(PROVIDERS)} and cuda:N")
+            raise ConfigError(f"device is {device!r}, known are {', '.join(PROVIDERS)}, cuda:N and {OPENVINO}")
         provider = PROVIDERS[kind]
         if provider not in ort.get_available_providers():
             raise ConfigError(
@@ -63,7 +68,7 @@ class VisionEncoder:
             )
         # onnxruntime takes torch's default stream, whose handle is 0, for none at all, so this is another one
         self._stream = torch.cuda.Stream(self.device) if kind == "cuda" else None
-        self._session: ort.InferenceSession | None = None
+        self._session: ort.InferenceSession | OpenVinoTower | None = None
         self._check_files()
         self.metadata = self._read_metadata()
         if not release or kind == "cuda":  # whether CUDA works is known only when it is tried
@@ -107,8 +112,11 @@ class VisionEncoder:
         self._session = None
         trim_heap()
 
-    def _run(self, session: ort.InferenceSession, pixels: Tensor, features: Tensor) -> None:
-        """Encode one batch into `features`, contiguous on `device`; onnxruntime reads and writes torch's memory."""
+    def _run(self, session: ort.InferenceSession | OpenVinoTower, pixels: Tensor, features: Tensor) -> None:
+        """Encode one batch into `features`, contiguous on `device`; the session reads and writes torch's memory."""
+        if isinstance(session, OpenVinoTower):
+            session.run(pixels.cpu(), features)
+            return
         binding, options = session.io_binding(), ort.RunOptions()
         if self._stream is None:
             # or the arena keeps what the largest batch has taken
@@ -145,7 +153,12 @@ class VisionEncoder:
         self._check_sizes(session)
         return dict(session.get_modelmeta().custom_metadata_map)
 
-    def _open(self) -> ort.InferenceSession:
+    def _open(self) -> ort.InferenceSession | OpenVinoTower:
+        if self._openvino:
+            try:
+                return OpenVinoTower(self.path, self.metadata.get("dtype", ""), self.visual.image_size)
+            except RuntimeError as error:
+                raise self._unreadable(error) from None
         if self._stream is None:
             return self._start("CPUExecutionProvider", {}, cpu_options(self.metadata.get("dtype")))
         torch.cuda.empty_cache()  # what torch keeps for later is of no use to onnxruntime
@@ -169,9 +182,7 @@ class VisionEncoder:
             # also refuses external data that would be read from outside of the folder
             session = ort.InferenceSession(str(self.path), options, providers=[(provider, settings)])
         except Exception as error:  # onnxruntime's exceptions share no base class of their own
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            again = _AGAIN.format(folder=self.path.parent)
-            raise BundleError(f"{self.path} cannot be opened on {self.device}: {reason}; {again}") from None
+            raise self._unreadable(error) from None
         # a provider whose libraries do not load is replaced by the CPU with no more than a warning
         if provider not in session.get_providers():
             raise ConfigError(
@@ -182,6 +193,12 @@ class VisionEncoder:
                 )
             )
         return session
+
+    def _unreadable(self, error: Exception) -> BundleError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        where = OPENVINO if self._openvino else self.device
+        again = _AGAIN.format(folder=self.path.parent)
+        return BundleError(f"{self.path} cannot be opened on {where}: {reason}; {again}")
 
     def _check_sizes(self, session: ort.InferenceSession) -> None:
         size, width = self.visual.image_size, self.visual.output_dim
