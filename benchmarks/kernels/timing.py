@@ -40,7 +40,8 @@ def measure(
 ) -> dict[str, Timing]:
     """Time the candidates in turn, `rounds` times each, after a warm-up: per call, of all calls of a candidate at once.
 
-    On "cuda" these are one CUDA graph, timed by events, else by the host's clock. A candidate that has used up its
+    On "cuda" these are one CUDA graph, timed by events, else by the host's clock; on "cpu" after an untimed run, because
+    the waiting threads of the candidate before may still spin. A candidate that has used up its
     `seconds` skips further rounds, from its fourth on.
     """
     clock = _device_seconds if device == "cuda" else _host_seconds
@@ -51,6 +52,8 @@ def measure(
     for _ in range(rounds):
         for name, run in runs.items():
             if len(times[name]) < 3 or sum(times[name]) <= seconds:
+                if device == "cpu":
+                    run()
                 times[name].append(clock(run))
     return {name: Timing.of(times[name], len(calls)) for name, calls in candidates.items()}
 
