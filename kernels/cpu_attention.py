@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 BLOCK = 128  # positions of a block; a cache of fewer is one block
 FEW_TOKENS = 8  # new ones: for more it is faster to turn the cache to float32, which is read once for all of them
 FLOATS_AT_ONCE = 1 << 19  # keys, and as many values: 2 MB, which stay in a core's cache
+QUERIES_AT_ONCE = 128  # over the keys that they may see: a prompt's mask is not computed only to be hidden
 DIGIT = 128
 MIDDLE = DIGIT * DIGIT // 2  # a query's levels are 1 to 2 * MIDDLE - 1, those of weights 0 to 2 * MIDDLE - 1
 
@@ -119,7 +120,7 @@ def _attend_floats(q: Tensor, keys: Tensor, k_scales: Tensor, values: Tensor, v_
     """As _attend_integers, over as many heads' keys and values in float32 as FLOATS_AT_ONCE says."""
     (heads, tokens, dim), block = q.shape, keys.shape[-1]
     end, held = start + tokens, len(keys) * block
-    visible = torch.arange(end) <= torch.arange(start, end)[:, None] if start else None
+    visible = torch.arange(end) <= torch.arange(start, end)[:, None]
     at_once = min(heads, max(2, FLOATS_AT_ONCE // (held * dim)))
     buffers = torch.empty(2, at_once, len(keys), block, dim)
     out = torch.empty_like(q)
@@ -128,7 +129,11 @@ def _attend_floats(q: Tensor, keys: Tensor, k_scales: Tensor, values: Tensor, v_
         k, v = buffers[:, : part.stop - first]
         k.copy_(keys[:, part].permute(1, 0, 3, 2)).mul_(k_scales[:, part].transpose(0, 1)[..., None])
         v.copy_(values[:, part].transpose(0, 1)).mul_(v_scales[:, part].transpose(0, 1)[..., None])
-        k, v = (floats.flatten(1, 2)[None, :, :end] for floats in (k, v))
-        # is_causal skips what the mask would only hide: half of the time of a prompt's first part
-        out[part] = F.scaled_dot_product_attention(q[None, part], k, v, attn_mask=visible, is_causal=not start)[0]
+        k, v = (floats.flatten(1, 2) for floats in (k, v))
+        for token in range(0, tokens, QUERIES_AT_ONCE):
+            some = slice(token, min(token + QUERIES_AT_ONCE, tokens))
+            keys_seen = slice(start + some.stop)
+            out[part, some] = F.scaled_dot_product_attention(
+                q[None, part, some], k[None, :, keys_seen], v[None, :, keys_seen], attn_mask=visible[some, keys_seen]
+            )[0]
     return out

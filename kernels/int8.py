@@ -71,7 +71,7 @@ def quantize_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x = x.float()
     scales = (x.abs().amax(-1) / MAX_LEVEL).clamp(min=MIN_CACHE_SCALE).half()
-    return torch.round(x / scales.float().unsqueeze(-1)).to(torch.int8), scales
+    return (x / scales.float().unsqueeze(-1)).round_().to(torch.int8), scales
 
 
 def dequantize_rows(levels: Tensor, scales: Tensor) -> Tensor:

@@ -127,9 +127,11 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
     The two halves of a head are the pair (GPT-NeoX order; Qwen's _rotate_half).
     """
-    x1, x2 = x.float().chunk(2, dim=-1)
-    rotated = torch.cat((-x2, x1), dim=-1)
-    return (x.float() * cos.unsqueeze(2) + rotated * sin.unsqueeze(2)).to(x.dtype)
+    half, cos, sin = x.shape[-1] // 2, cos.unsqueeze(2), sin.unsqueeze(2)
+    y = x.float() * cos
+    y[..., :half].addcmul_(x[..., half:].float(), sin[..., :half], value=-1)
+    y[..., half:].addcmul_(x[..., :half].float(), sin[..., half:])
+    return y.to(x.dtype)
 
 
 def rotated(args: AttentionArgs) -> tuple[Tensor, Tensor]:
