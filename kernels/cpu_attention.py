@@ -9,6 +9,7 @@ Beside a token's at 293 positions, 2,000 take 1.1 ms more a layer of the publish
 the same cache took 6.2 ms (two threads of a Zen 4).
 """
 
+import math
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -37,13 +38,21 @@ def attention_cpu(args: AttentionArgs) -> Tensor:
     assert args.k_scales is not None and args.v_scales is not None
     q, k = rotated(args)
     batch, length = q.shape[:2]
-    positions = args.start[:, None] + torch.arange(length)
-    block = args.k_cache.shape[-1]
-    where, places = (torch.arange(batch)[:, None], positions // block), positions % block
-    args.k_cache[*where, :, :, places], args.k_scales[*where, :, places] = quantize_rows(k)
-    args.v_cache[*where, :, places], args.v_scales[*where, :, places] = quantize_rows(args.v)
+    starts, block = args.start.tolist(), args.k_cache.shape[-1]
+    if length == 1:  # both at once; and an assignment by tensors of indices takes 30 us, of which there would be four
+        (k_levels, v_levels), (k_scales, v_scales) = quantize_rows(torch.stack((k, args.v)))
+        for row, start in enumerate(starts):
+            where, place = (row, start // block), start % block
+            args.k_cache[*where, :, :, place], args.k_scales[*where, :, place] = k_levels[row, 0], k_scales[row, 0]
+            args.v_cache[*where, :, place], args.v_scales[*where, :, place] = v_levels[row, 0], v_scales[row, 0]
+    else:
+        positions = args.start[:, None] + torch.arange(length)
+        (k_levels, k_scales), (v_levels, v_scales) = quantize_rows(k), quantize_rows(args.v)
+        at, places = (torch.arange(batch)[:, None], positions // block), positions % block
+        args.k_cache[*at, :, :, places], args.k_scales[*at, :, places] = k_levels, k_scales
+        args.v_cache[*at, :, places], args.v_scales[*at, :, places] = v_levels, v_scales
     out = torch.empty_like(q)
-    for row, start in enumerate(args.start.tolist()):
+    for row, start in enumerate(starts):
         filled = (row, slice(-(-(start + length) // block)))
         attend = _attend_integers if length <= FEW_TOKENS else _attend_floats
         out[row] = attend(
@@ -63,11 +72,11 @@ def _attend_integers(q: Tensor, keys: Tensor, k_scales: Tensor, values: Tensor, 
     digits[0, :, 2] = MIDDLE // DIGIT  # each key's sum, by which the middle is taken off
     high, low, middle = _multiply(digits, keys).unbind(2)  # (blocks, H, T, block) each
     scores = torch.add(low, high.sub_(middle), alpha=DIGIT).float()
-    scores.mul_(unit * dim**-0.5).mul_(k_scales[:, :, None])
+    scores.mul_(unit * (dim**-0.5 / math.log(2))).mul_(k_scales[:, :, None])  # for 2^x, a fifth of the time of e^x
     first = start // block  # whose positions a token may not all see
     position = torch.arange(first * block, len(keys) * block).view(-1, 1, 1, block)
     scores[first:].masked_fill_(position > torch.arange(start, start + tokens)[:, None], -torch.inf)
-    weights = scores.sub_(scores.amax((0, 3), keepdim=True)).exp_()
+    weights = scores.sub_(scores.amax((0, 3), keepdim=True)).exp2_()
     total = weights.sum((0, 3)).unsqueeze(-1)
     weights.mul_(v_scales[:, :, None])
     unit = weights.amax((0, 3), keepdim=True).clamp_(min=torch.finfo(torch.float32).tiny) / (2 * MIDDLE - 1)

@@ -40,9 +40,9 @@ def measure(
 ) -> dict[str, Timing]:
     """Time the candidates in turn, `rounds` times each, after a warm-up: per call, of all calls of a candidate at once.
 
-    On "cuda" these are one CUDA graph, timed by events, else by the host's clock; on "cpu" after an untimed run, because
-    the waiting threads of the candidate before may still spin. A candidate that has used up its
-    `seconds` skips further rounds, from its fourth on.
+    On "cuda" these are one CUDA graph, timed by events, else by the host's clock; on "cpu" after an untimed one, as the
+    threads of the candidate before may still spin. A candidate that has used up its `seconds` skips further
+    rounds, from its fourth on.
     """
     clock = _device_seconds if device == "cuda" else _host_seconds
     runs = {name: _one_after_another(calls, device) for name, calls in candidates.items()}
