@@ -121,10 +121,8 @@ def _openvino_product(weight: Int4Weight, rounded: int) -> Callable[[Tensor], Te
         "NUM_STREAMS": "1",
     }
     request = ov.Core().compile_model(model, "CPU", settings).create_infer_request()
-    kept = (packed, scales)
 
-    def run(x: Tensor) -> Tensor:
-        assert kept
+    def run(x: Tensor, kept: object = (packed, scales)) -> Tensor:  # the constants' memory
         request.infer([x.numpy()], share_inputs=True)
         return torch.from_numpy(request.get_output_tensor().data)
 

@@ -50,7 +50,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x (..., width) -> (..., width)."""
-        if x.dtype == torch.float32:
+        if x.dtype == torch.float32:  # where nothing is rounded in between
             return F.rms_norm(x, self.weight.shape, self.weight, self.eps)
         normed = x.float() * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + self.eps)
         return normed.to(x.dtype) * self.weight

@@ -22,13 +22,13 @@ def check_openvino() -> None:
     """ConfigError if the package is not installed."""
     if importlib.util.find_spec(NAME) is None:
         raise ConfigError(
-            "device is 'openvino', and the package openvino is not installed: pip install 'qvl-edge[openvino]', or use "
-            "device='cpu'"
+            "images are to be encoded on 'openvino', and the package openvino is not installed: "
+            "pip install 'qvl-edge[openvino]', or use 'cpu'"
         )
 
 
 class OpenVinoTower:
-    """A vision tower compiled for one image at a time, which takes no longer on a CPU and less memory."""
+    """A vision tower compiled for one image at a time, whose buffers then are those of one."""
 
     def __init__(self, path: Path, dtype: str, image_size: int):
         """path: of vit.onnx, whose external data the caller has checked. RuntimeError if OpenVINO cannot read it.
